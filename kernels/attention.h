@@ -1,0 +1,114 @@
+#pragma once
+// The attention operator: what it computes, what goes in, what comes out, for every backend. README.md and docs in
+// this header are the user's definition; the CPU implementation (kernels/cpu/attention.cpp) is the readable reference.
+//
+//   score     s_ij = <q_i, k_j>   (q, k arrive already unit length for cosine and fidelity: Ops::qk_transform_forward)
+//             x_ij = c s_ij - tau_h                     dot (c = 1/sqrt(D)), cosine (c = scale[h])
+//             x_ij = c (s_ij^2 - tau_h)                 fidelity (c = scale[h])
+//             x_ij = c (s_ij - beta sqrt(2 ln(i+2)/D))  cosine with length_beta = beta > 0: the extreme-value threshold
+//                                                       (arXiv 2601.12145) stands on the cosine itself, inside the scale
+//   gate      a_ij = max(0, x_ij)^p                     p = 1, 2, 4; an edge is active when it is visible and x_ij > 0
+//   output    o_i  = (1/z_i) sum_j a_ij v_j
+//   norm      z_i  = 1 (none, rms) | n_i^alpha (length; n_i visible keys) | eps + sum_j a_ij (sum)
+//   softmax   o_i  = sum_j softmax_j(c f(s_ij)) v_j, f as the score says; tau is not used; z_i = ln sum_j exp(c f(s_ij))
+//             every visible edge is active
+//   rms       the kernel computes as for none; Ops::head_norm_forward is a step of its own after it
+//
+// A query without an active edge gets o_i = 0. Gradients: see AttentionBackward.
+//
+// Exactness: tiles without an active edge add nothing. visit = all computes them all the same; the bits of every output
+// are equal for finite inputs, forward and backward.
+
+#include <cstdint>
+#include <memory>
+
+#include "kernels/tensor.h"
+#include "kernels/tiles.h"
+
+namespace tessera {
+
+enum class Score { dot, cosine, fidelity };
+enum class Gate { relu, relu2, relu4, softmax };
+enum class Normalizer { none, length, sum, rms };
+enum class Visit { all, active };
+
+/// The exponent p of a relu gate; 0 for softmax.
+constexpr int gate_power(Gate g) { return g == Gate::relu ? 1 : g == Gate::relu2 ? 2 : g == Gate::relu4 ? 4 : 0; }
+
+struct AttentionMath {
+  Score score = Score::cosine;
+  Gate gate = Gate::relu2;
+  Normalizer normalizer = Normalizer::sum;
+  float length_alpha = 1.0f;  // exponent of n_i, normalizer length
+  float epsilon = 1e-6f;      // eps of normalizer sum
+  float length_beta = 0.0f;   // > 0: per-query threshold instead of tau_h (score cosine only)
+};
+
+/// A [B, H, T, D] tensor inside a larger one: element (b,h,t,d) at data + b*batch + h*head + t*token + d, in elements.
+/// The packed projection [B, T, 3, H, D] is three of these with token = 3*H*D and head = D.
+struct HeadsView {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t batch = 0, head = 0, token = 0;
+};
+
+struct AttentionShape {
+  std::int64_t batch = 0, heads = 0, tokens = 0, head_size = 0;
+};
+
+/// Columns of the counter tensor [heads, kAttentionCounters] u64. Forward passes add to them.
+enum AttentionCounter : int { kActiveEdges, kVisibleEdges, kActiveTiles, kVisibleTiles, kEmptyRows, kAttentionCounters };
+
+/// Words of the active-tile bitmap a query tile: [B, H, query_tiles, bitmap_words] u32; bit b%32 of word b/32 is key tile b.
+constexpr std::int64_t bitmap_words(std::int64_t key_tiles) { return (key_tiles + 31) / 32; }
+
+/// Tile lists as a backend wants them (on a GPU: copied to the device). Made by Ops::upload_tiles, immutable, shareable.
+class DeviceTiles {
+ public:
+  explicit DeviceTiles(std::shared_ptr<const TileMap> host) : host_(std::move(host)) {}
+  virtual ~DeviceTiles() = default;
+  const TileMap& host() const { return *host_; }
+
+ private:
+  std::shared_ptr<const TileMap> host_;
+};
+
+struct AttentionForward {
+  AttentionShape shape;  // shape.tokens may be anything from 1 to tiles->host().tokens
+  AttentionMath math;
+  Visit visit = Visit::active;
+  const DeviceTiles* tiles = nullptr;
+  HeadsView q, k, v;      // in
+  HeadsView o;            // out: every element of [B,H,T,D] is written
+  Tensor scale;           // in [H] f32: c_h (for dot filled with 1/sqrt(D) by the caller)
+  Tensor threshold;       // in [H] f32: tau_h
+  Tensor document_start;  // in, optional [B, T] i32: first token of the document that holds token t; keys before it are not visible
+  Tensor z;               // out [B, H, T] f32 (1 for none and rms)
+  Tensor active_tiles;    // out [B, H, query_tiles(T), bitmap_words(key_tiles(T))] u32, whole words written
+  Tensor counters;        // in/out, optional [H, kAttentionCounters] u64
+};
+
+/// Gradients, with do_i the gradient of o_i (for rms: of the un-normed sum):
+///   da_ij = <do_i, v_j> / z_i                    none, length, rms
+///   da_ij = (<do_i, v_j> - <do_i, o_i>) / z_i    sum
+///   dx_ij = da_ij p max(0, x_ij)^(p-1)           0 on inactive edges
+///   softmax: dx_ij = a_ij (<do_i, v_j> - <do_i, o_i>), a_ij = exp(c f(s_ij) - z_i)
+///   dv_j += (a_ij / z_i) do_i;   dthreshold_h -= sum dx_ij (times c_h for fidelity)
+///   dq_i += c g_ij k_j, dk_j += c g_ij q_i, g_ij = dx_ij (fidelity: 2 s_ij dx_ij)
+///   dscale_h += sum dx_ij s_ij | dx_ij (s_ij^2 - tau_h) | dx_ij (s_ij - tau_i) with length_beta
+/// dk, dv are summed by key tile over query tiles in ascending order, dq by query tile over key tiles in ascending order.
+struct AttentionBackward {
+  AttentionForward forward;  // the same arguments as the forward call, its outputs now inputs; counters not used
+  HeadsView d_o;             // in
+  HeadsView dq, dk, dv;      // out: every element is written
+  Tensor dscale;             // in/out, optional [H] f32, added to
+  Tensor dthreshold;         // in/out, optional [H] f32, added to; nothing with length_beta or softmax
+  Tensor workspace;          // f32, at least attention_backward_workspace(...) elements
+};
+
+/// Elements of f32 workspace a backward call wants: <do_i, o_i> for each row and two partial sums a query tile.
+constexpr std::int64_t attention_backward_workspace(const AttentionShape& s, std::int32_t tile_query) {
+  return s.batch * s.heads * (s.tokens + 2 * ((s.tokens + tile_query - 1) / tile_query));
+}
+
+}  // namespace tessera

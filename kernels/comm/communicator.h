@@ -1,0 +1,49 @@
+#pragma once
+// One interface for talking to the other ranks, with an MPI implementation (host memory) and, later, an NCCL one.
+// Collectives are called by every rank of the communicator in the same order with the same sizes. Results do not depend on timing:
+// sums are taken in rank order 0, 1, 2, ...  A failure (a dead peer, an MPI error) takes the whole job down with one message on
+// stderr: an exception on one rank must end in abort(), never in a hang.
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "kernels/tensor.h"
+
+namespace tessera {
+
+class Communicator {
+ public:
+  virtual ~Communicator() = default;
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+  virtual int local_rank() const = 0;  // among the ranks on this host
+  virtual int local_size() const = 0;
+
+  /// x (f32, f64, u64; any shape) becomes the sum over ranks, the same bits on every rank.
+  virtual void all_reduce_sum(const Tensor& x) = 0;
+  /// in: [size * n] f32; out: [n] f32 = sum over ranks of block `rank()` of `in`. out may be that block itself.
+  virtual void reduce_scatter_sum(const Tensor& in, const Tensor& out) = 0;
+  /// in: [n]; out: [size * n], block r from rank r. in may be block `rank()` of out.
+  virtual void all_gather(const Tensor& in, const Tensor& out) = 0;
+  virtual void broadcast(const Tensor& x, int root) = 0;
+  virtual void barrier() = 0;
+
+  /// Host values, for control flow; every rank gets the same answer.
+  virtual std::int64_t max(std::int64_t value) = 0;
+  virtual std::string broadcast(const std::string& text, int root) = 0;
+
+  /// Ranks of equal color form a new communicator, ordered by (key, old rank).
+  virtual std::unique_ptr<Communicator> split(int color, int key) = 0;
+
+  /// Ends the job on every rank with this exit code; the message is printed once by this rank. Does not return.
+  [[noreturn]] virtual void abort(int exit_code, const std::string& message) = 0;
+};
+
+/// One process, no MPI.
+std::unique_ptr<Communicator> make_single_communicator();
+
+/// Initialises MPI (once a process) and wraps MPI_COMM_WORLD; finalises it when the process ends in order. Started without mpirun it has one rank.
+std::unique_ptr<Communicator> make_mpi_communicator();
+
+}  // namespace tessera

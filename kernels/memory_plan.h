@@ -1,0 +1,61 @@
+#pragma once
+// All memory of a run is reserved here, by name and category, before the first byte is allocated. `tessera plan` prints
+// the same plan that a run allocates, so that the prediction cannot drift from the fact.
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/tensor.h"
+
+namespace tessera {
+
+class Ops;
+
+enum class MemoryCategory { parameters, gradients, optimizer, activations, workspace, communication };
+inline constexpr int kMemoryCategories = 6;
+const char* name_of(MemoryCategory c);
+
+class MemoryPlan {
+ public:
+  /// A reserved block; resolves to a Tensor once the plan is allocated.
+  using Slot = int;
+  static constexpr std::size_t kAlignment = 256;  // bytes; what TMA, cuBLASLt and AVX-512 all accept
+
+  struct Block {
+    std::string name;
+    MemoryCategory category;
+    DType dtype;
+    Shape shape;
+    std::size_t offset;  // bytes from the start of the category's arena
+  };
+
+  MemoryPlan() = default;
+  ~MemoryPlan();
+  MemoryPlan(const MemoryPlan&) = delete;
+  MemoryPlan& operator=(const MemoryPlan&) = delete;
+
+  /// Reserves memory for a tensor. Throws std::logic_error after allocate().
+  Slot reserve(MemoryCategory category, std::string name, DType dtype, Shape shape);
+
+  /// Allocates one arena a category from `ops`, zero-filled; the arenas live as long as the plan.
+  /// Throws std::runtime_error that lists the bytes of every category when memory does not suffice.
+  void allocate(Ops& ops);
+  bool allocated() const { return ops_ != nullptr; }
+
+  /// The tensor behind a slot. Throws std::logic_error before allocate().
+  Tensor operator[](Slot slot) const;
+
+  std::size_t bytes(MemoryCategory category) const { return arena_bytes_[static_cast<int>(category)]; }
+  std::size_t total_bytes() const;
+  const std::vector<Block>& blocks() const { return blocks_; }
+
+ private:
+  std::vector<Block> blocks_;
+  std::size_t arena_bytes_[kMemoryCategories] = {};
+  void* arena_[kMemoryCategories] = {};
+  Ops* ops_ = nullptr;
+};
+
+}  // namespace tessera

@@ -1,0 +1,179 @@
+#pragma once
+// The operation set: everything a device does for the model and the optimizer. The model is written once against this
+// interface and never asks which device it runs on. kernels/cpu implements it readably (fp32, OpenMP, BLAS), kernels/cuda fast.
+//
+// Conventions. N = rows (batch x tokens), C = width, H heads of D, V vocabulary rows. Matrices are row-major.
+// "added to": the operation accumulates into the output; all other outputs are overwritten. Operations on one Ops run in the
+// order of the calls; on a GPU they return before they are done (synchronize() or download() wait), on the CPU they are done on return.
+// Every reduction has a fixed order that depends on shapes only: the same call gives the same bits, whatever the number of threads.
+// Wrong shapes or element types throw std::logic_error: they are bugs of the caller, never of the user.
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "kernels/attention.h"
+#include "kernels/tensor.h"
+
+namespace tessera {
+
+enum class NormKind { layernorm, rmsnorm };
+enum class Activation { none, gelu };  // gelu: the tanh form of GPT-2 (Hendrycks & Gimpel, arXiv 1606.08415)
+
+struct NormForward {
+  NormKind kind = NormKind::rmsnorm;
+  Tensor x;             // in [N, C]
+  Tensor residual;      // in, optional [N, C]: the input of the norm is x + residual
+  Tensor residual_out;  // out [N, C], with `residual`: x + residual (may be the same memory as residual)
+  Tensor gain;          // in [C]
+  Tensor bias;          // in, optional [C] (layernorm)
+  Tensor y;             // out [N, C]
+  Tensor mean;          // out [N] f32 (layernorm)
+  Tensor rstd;          // out [N] f32: 1/sqrt(var + eps), rmsnorm: 1/sqrt(mean square + eps)
+  float epsilon = 1e-5f;
+};
+
+struct NormBackward {
+  NormKind kind = NormKind::rmsnorm;
+  Tensor dy;          // in [N, C]
+  Tensor x;           // in [N, C]: what was normalised (residual_out, or x)
+  Tensor gain;        // in [C]
+  Tensor mean, rstd;  // in [N] f32
+  Tensor dx;          // added to [N, C]
+  Tensor dgain;       // added to [C] f32
+  Tensor dbias;       // added to, optional [C] f32
+};
+
+struct LinearForward {  // y = act(x w^T + bias)
+  Tensor x;             // in [N, K]
+  Tensor w;             // in [M, K]
+  Tensor bias;          // in, optional [M]
+  Tensor y;             // out [N, M]
+  Activation activation = Activation::none;
+  Tensor pre_activation;  // out [N, M], with gelu: the argument of the activation
+};
+
+struct LinearBackward {
+  Tensor dy;             // in [N, M]: gradient of x w^T + bias (after the activation's own backward)
+  Tensor x;              // in [N, K]
+  Tensor w;              // in [M, K]
+  Tensor dx;             // out, optional [N, K]: dy w, times gelu'(gelu_argument) where that is given
+  Tensor gelu_argument;  // in, optional [N, K]: pre_activation of the layer that made x
+  Tensor dw;             // added to, optional [M, K] f32
+  Tensor dbias;          // added to, optional [M] f32
+};
+
+struct QkTransform {
+  // On the packed projection [N, 3, H, D] in place: q and k are (unit) divided by their length and (rotary) rotated by position.
+  Tensor qkv;  // in/out [N, 3*H*D]
+  std::int64_t heads = 0;
+  bool unit = false;
+  Tensor inverse_norm;  // with unit: [N, 2, H] f32 (q then k), 1/max(|q|, 1e-6): out of forward, in to backward
+  Tensor rotary;        // optional [P, D/2, 2] f32: cos, sin of position * base^(-2i/D); pairs are (d, d + D/2) (GPT-NeoX order)
+  Tensor positions;     // with rotary: [N] i32
+};
+
+struct HeadNorm {  // o = rms norm over each head's D elements, times gain
+  Tensor x;        // in [N, H, D]
+  Tensor gain;     // in [H, D]
+  Tensor y;        // out [N, H, D]
+  Tensor rstd;     // [N, H] f32: out of forward, in to backward
+  float epsilon = 1e-5f;
+};
+struct HeadNormBackward {
+  Tensor dy, x, gain, rstd;  // in
+  Tensor dx;                 // out [N, H, D]
+  Tensor dgain;              // added to [H, D] f32
+};
+
+struct Classifier {
+  // Fused linear + cross-entropy: loss_n = ln sum_v exp(x_n.w_v) - x_n.w_t(n), over v < vocabulary. Logits live only in
+  // chunks of rows (workspace), never for the whole batch.
+  Tensor x;                     // in [N, C]
+  Tensor w;                     // in [V, C]; rows >= vocabulary are padding and take no part
+  std::int64_t vocabulary = 0;  // <= V
+  Tensor targets;               // in [N] i32; -1: the row counts for nothing (loss 0, gradient 0)
+  Tensor losses;                // out [N] f32, nats
+  Tensor predictions;           // out, optional [N] i32: argmax over the vocabulary (lowest index wins a tie)
+  Tensor dx;                    // out, optional [N, C]: gradient_scale * sum_n dloss_n/dx
+  Tensor dw;                    // added to, with dx [V, C] f32
+  float gradient_scale = 1.0f;  // 1 / tokens of the whole step
+  Tensor workspace;             // [chunk_rows, V]: sets the chunk
+};
+
+struct AdamW {               // Loshchilov & Hutter, arXiv 1711.05101; on this rank's shard of the flat parameters
+  Tensor parameter;          // in/out [n] f32 (master)
+  Tensor gradient;           // in [n] f32
+  Tensor m, v;               // in/out [n] f32
+  std::int64_t decayed = 0;  // the first `decayed` elements of the shard take weight decay
+  float lr = 0, beta1 = 0.9f, beta2 = 0.95f, epsilon = 1e-8f, weight_decay = 0;
+  std::int64_t update = 1;  // 1-based number of this update, for bias correction
+  Tensor gradient_sumsq;    // in [1] f64: squared global norm of the whole gradient
+  float clip = 0;           // > 0: the gradient is scaled by min(1, clip / norm)
+  // A gradient_sumsq that is not finite makes the whole call do nothing.
+};
+
+struct ThresholdUpdate {
+  // tau_h += rate * clamp(ln(measured / wanted), -1, 1), then clamped to [low, high]; measured = active edges / causal edges of
+  // the step. A head with no active edge counts as clamp -1.
+  Tensor threshold;         // in/out [R] f32, R = layers x heads
+  Tensor counters;          // in [R, kAttentionCounters] u64, of the whole step over all ranks
+  double causal_edges = 0;  // of the whole step over all ranks, a row (layer and head)
+  double wanted_density = 0;
+  float rate = 0, low = 0, high = 0;
+};
+
+class Ops {
+ public:
+  virtual ~Ops() = default;
+
+  virtual std::string device_name() const = 0;       // for logs: "cpu (2 threads, OpenBLAS 0.3.21)"
+  virtual std::size_t memory_available() const = 0;  // bytes that allocate() may expect to get
+  virtual double peak_flops() const = 0;             // dense FLOP/s of the precision in use where known, else 0
+
+  // -- memory
+  virtual void* allocate(std::size_t bytes) = 0;  // throws std::bad_alloc
+  virtual void deallocate(void* p) noexcept = 0;
+  virtual void upload(const Tensor& to, const void* host) = 0;  // to.bytes() bytes
+  virtual void download(void* host, const Tensor& from) = 0;    // waits
+  virtual void copy(const Tensor& to, const Tensor& from) = 0;  // same number of elements; converts f32 <-> bf16
+  virtual void zero(const Tensor& t) = 0;
+  virtual void synchronize() = 0;
+
+  // -- layers
+  /// out[n] = wte[tokens[n]] + (wpe ? wpe[positions[n]] : 0).  out [N, C], tokens and positions [N] i32.
+  virtual void embedding_forward(const Tensor& out, const Tensor& tokens, const Tensor& positions, const Tensor& wte, const Tensor& wpe) = 0;
+  /// dwte [V, C] and dwpe [P, C] (optional), f32, added to.
+  virtual void embedding_backward(const Tensor& dout, const Tensor& tokens, const Tensor& positions, const Tensor& dwte, const Tensor& dwpe) = 0;
+  virtual void norm_forward(const NormForward& a) = 0;
+  virtual void norm_backward(const NormBackward& a) = 0;
+  virtual void linear_forward(const LinearForward& a) = 0;
+  virtual void linear_backward(const LinearBackward& a) = 0;
+  virtual void qk_transform_forward(const QkTransform& a) = 0;
+  /// `transformed` is the packed tensor after the forward; gradients [N, 3*H*D] of it become, in place, gradients of what it was made
+  /// from. Unit: dq = (dq' - q' <q', dq'>) / |q|.
+  virtual void qk_transform_backward(const QkTransform& transformed, const Tensor& gradients) = 0;
+  virtual void head_norm_forward(const HeadNorm& a) = 0;
+  virtual void head_norm_backward(const HeadNormBackward& a) = 0;
+  virtual void classifier(const Classifier& a) = 0;
+  /// to[i] = a[i] + b[i]
+  virtual void add(const Tensor& to, const Tensor& a, const Tensor& b) = 0;
+
+  // -- attention
+  virtual std::unique_ptr<DeviceTiles> upload_tiles(std::shared_ptr<const TileMap> tiles) = 0;
+  virtual void attention_forward(const AttentionForward& a) = 0;
+  virtual void attention_backward(const AttentionBackward& a) = 0;
+
+  // -- optimizer
+  /// out [1] f64 += sum of x[i] over f32 x.
+  virtual void add_sum(const Tensor& out, const Tensor& x) = 0;
+  /// out [1] f64 += sum of x[i]^2 over f32 x.
+  virtual void add_sum_of_squares(const Tensor& out, const Tensor& x) = 0;
+  virtual void adamw(const AdamW& a) = 0;
+  virtual void update_thresholds(const ThresholdUpdate& a) = 0;
+};
+
+/// The CPU backend. threads = 0: OMP_NUM_THREADS or all cores.
+std::unique_ptr<Ops> make_cpu_ops(int threads = 0);
+
+}  // namespace tessera

@@ -1,0 +1,64 @@
+#pragma once
+// What a model is. Plain data; trainer/config.* binds it to YAML keys, ranges and defaults, checkpoints carry it.
+
+#include <cstdint>
+#include <string>
+
+#include "kernels/attention.h"
+#include "kernels/ops.h"
+#include "model/pattern.h"
+
+namespace tessera {
+
+enum class Positions { learned, rotary };
+enum class ThresholdMode {
+  fixed,       // tau_h = init
+  learned,     // tau_h a parameter, starting at init
+  controlled,  // tau_h moved after each step towards target_edge_sparsity (update_thresholds in ops.h)
+  length       // tau_i = beta sqrt(2 ln(i+2) / D), cosine scores
+};
+
+struct ThresholdConfig {
+  ThresholdMode mode = ThresholdMode::controlled;
+  float init = 0.0f;
+  double target_edge_sparsity = 0.95;
+  double anneal = 0.4;       // share of the run over which the wanted density falls geometrically ...
+  double anneal_from = 0.5;  // ... from this density to 1 - target_edge_sparsity
+  float rate = 0.05f;        // controller gain: tau += rate * clamp(ln(measured/wanted), -1, 1)
+  float beta = 0.5f;         // mode length
+};
+
+struct AttentionConfig {
+  Score score = Score::cosine;
+  Gate gate = Gate::relu2;
+  Normalizer normalizer = Normalizer::sum;
+  float length_alpha = 1.0f;
+  float epsilon = 1e-6f;
+  float scale_init = 8.0f;  // c_h of cosine and fidelity
+  bool scale_learned = true;
+  bool document_mask = false;
+  ThresholdConfig threshold;
+  PatternConfig pattern;
+  int tile_query = 64;
+  int tile_key = 64;
+  Visit visit = Visit::active;
+};
+
+struct ModelConfig {
+  int layers = 8;
+  int heads = 8;
+  int width = 512;
+  std::int64_t context = 1024;
+  int mlp_ratio = 4;
+  Positions positions = Positions::rotary;
+  double rotary_base = 10000.0;
+  NormKind norm = NormKind::rmsnorm;
+  bool bias = false;
+  std::int64_t vocabulary = 0;         // tokens of the tokenizer
+  std::int64_t vocabulary_padded = 0;  // rows of the embedding: vocabulary rounded up to vocabulary_multiple
+  AttentionConfig attention;
+
+  int head_size() const { return width / heads; }
+};
+
+}  // namespace tessera

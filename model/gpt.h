@@ -1,0 +1,77 @@
+#pragma once
+// The GPT: embedding, blocks of (norm, attention, norm, MLP) on a residual stream, final norm, tied classifier. Forward and backward
+// are written once against Ops.
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "kernels/memory_plan.h"
+#include "kernels/ops.h"
+#include "model/config.h"
+#include "model/parameters.h"
+
+namespace tessera {
+
+/// One micro-batch, device tensors, each [B, T] i32.
+struct Batch {
+  Tensor tokens;
+  Tensor targets;         // -1: counts for nothing
+  Tensor positions;       // index within the sequence
+  Tensor document_start;  // with attention.document_mask: index of the first token of the token's document
+};
+
+class Gpt {
+ public:
+  struct Options {
+    std::int64_t micro_batch = 1;  // sequences a forward pass, at most
+    std::int64_t tokens = 0;       // tokens a sequence, at most; 0: config.context
+    bool training = true;          // false: no gradients, activations of one layer only
+    int shard_multiple = 1;        // the flat buffers are padded to a multiple of this (ranks)
+  };
+
+  /// Reserves everything in `plan`; nothing is allocated. Throws std::invalid_argument when the configuration makes no model.
+  Gpt(const ModelConfig& config, Ops& ops, MemoryPlan& plan, const Options& options);
+  ~Gpt();
+
+  /// After plan.allocate(): tile lists go to the device, tables are filled, gradients and thresholds get their first values.
+  void bind();
+
+  const ModelConfig& config() const;
+  const ParameterLayout& layout() const;
+  Tensor parameters() const;  // flat f32 [padded]
+  Tensor gradients() const;   // flat f32 [padded]
+  Tensor parameter(const std::string& name) const;
+  Tensor thresholds() const;  // f32 [layers, heads]: tau of modes fixed and controlled (unused zeros otherwise)
+  Tensor counters() const;    // u64 [layers, heads, kAttentionCounters], added to by forward passes
+
+  /// Fills the parameters from a counter-based generator: a pure function of (seed, name, index).
+  void initialize(std::uint64_t seed);
+  void zero_gradients();
+  void zero_counters();
+
+  /// Runs the model; per-token losses (nats) into losses() [B*T]. B <= micro_batch and T <= tokens come from the batch's shape.
+  void forward(const Batch& batch, bool predictions = false);
+  /// As forward, and adds gradient_scale * d(sum of losses)/d(parameters) to gradients(). Needs training.
+  void forward_backward(const Batch& batch, float gradient_scale);
+  Tensor losses() const;
+  Tensor predictions() const;  // i32 [B*T], after forward(batch, true)
+
+  /// Next-token logits of the last token of a sequence of T = tokens.size() tokens, after recomputing all of it. [vocabulary] on the host.
+  std::vector<float> next_logits(std::span<const std::int32_t> tokens);
+
+  /// Dense-equivalent and attention FLOPs of one token at full context: forward + backward = 3 x forward.
+  struct Flops {
+    double dense = 0;              // 6 x matrix parameters used in matrix products
+    double attention_visible = 0;  // 12 x width x visible keys (mean over queries), all layers
+    double attention_causal = 0;   // the same for the causal pattern
+  };
+  Flops flops_per_token() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace tessera

@@ -1,0 +1,99 @@
+#pragma once
+// The configuration of a run. The struct is plain data; schema.cpp is the one place that knows each key's type, default, range and meaning.
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "model/config.h"
+
+namespace tessera {
+
+/// Bad usage or configuration: exit code 2. The message names file:line:column or the flag, the key, what was expected and what to do.
+class ConfigError : public std::invalid_argument {
+ public:
+  using std::invalid_argument::invalid_argument;
+};
+
+enum class Schedule { constant, cosine, wsd };
+enum class Precision { fp32, bf16 };
+
+struct RunConfig {
+  std::string dir = "runs/default";
+  std::uint64_t seed = 1;
+  int threads = 0;         // CPU threads a rank; 0: cores of the host / ranks on it
+  double peak_tflops = 0;  // for MFU; 0: what the device states, if it does
+};
+struct DataConfig {
+  std::string path;
+  std::string tokenizer;  // optional: checked against the dataset's
+  int prefetch = 4;
+};
+struct TrainConfig {
+  std::int64_t steps = 1000;
+  std::int64_t tokens_per_step = 65536;
+  std::int64_t micro_batch = 4;  // sequences a forward pass and rank
+  Precision precision = Precision::fp32;
+  int max_nonfinite = 10;  // skipped steps in a row after which the run stops
+};
+struct OptimizerConfig {
+  double lr = 1e-3;
+  double beta1 = 0.9, beta2 = 0.95;
+  double eps = 1e-8;
+  double weight_decay = 0.1;
+  double clip = 1.0;          // 0: none
+  std::int64_t warmup = 100;  // steps
+  Schedule schedule = Schedule::cosine;
+  double final_lr = 0.1;  // share of lr at the end
+  double decay = 0.2;     // wsd: share of the run in which lr falls
+};
+struct EvalConfig {
+  std::int64_t every = 100;   // steps; 0: only at the end
+  std::int64_t batches = 20;  // of micro_batch sequences over all ranks together; 0: the whole split
+};
+struct CheckpointConfig {
+  std::int64_t every = 500;  // steps; 0: only at the end
+  int keep = 3;              // newest ones kept; 0: all
+};
+struct SampleConfig {
+  std::int64_t every = 0;  // steps; 0: none
+  std::string prompt = "The";
+  int tokens = 100;
+  double temperature = 0.8;
+  int top_k = 50;
+};
+struct LogConfig {
+  std::int64_t every = 1;         // steps between console lines (metrics.jsonl has every step)
+  std::int64_t heads_every = 50;  // steps between rows with active share by layer and head
+};
+struct ParallelConfig {
+  int sequence = 1;
+};
+
+struct Config {
+  RunConfig run;
+  std::string device = "cpu";
+  ModelConfig model;  // with model.attention
+  DataConfig data;
+  TrainConfig train;
+  OptimizerConfig optimizer;
+  EvalConfig eval;
+  CheckpointConfig checkpoint;
+  SampleConfig sample;
+  LogConfig log;
+  ParallelConfig parallel;
+  std::vector<std::string> notices;  // what resolution changed and why, for the console ("gate softmax: attention.threshold has no effect")
+};
+
+/// Reads `file` ("" for defaults only), applies `sets` ("key=value", value parsed as YAML), checks everything. Throws ConfigError.
+Config load_config(const std::string& file, const std::vector<std::string>& sets);
+/// As load_config, from YAML text that came out of `origin` (a checkpoint), for the error messages.
+Config parse_config(const std::string& yaml, const std::string& origin, const std::vector<std::string>& sets);
+/// The resolved configuration as YAML that load_config reads back to an equal Config.
+std::string to_yaml(const Config& config);
+/// Every key: path, type, default, range, meaning. Text table, or JSON.
+std::string schema_text();
+std::string schema_json();
+
+}  // namespace tessera
