@@ -1,0 +1,21 @@
+#pragma once
+// The subcommands of `tessera`, one file each. A command adds itself to the app: options, a footer with an example, and a callback
+// that does the work. Errors are thrown: std::invalid_argument (also ConfigError) is the user's (exit code 2), anything else is a failure
+// while running (exit code 1). Results go to stdout, everything else to stderr.
+
+#include <CLI/CLI.hpp>
+
+namespace tessera {
+
+void add_prepare_command(CLI::App& app);    // text -> token shards
+void add_tokenizer_command(CLI::App& app);  // train a BPE vocabulary
+void add_train_command(CLI::App& app);      // a run, alone or under mpirun
+void add_eval_command(CLI::App& app);       // loss of a checkpoint on a data split
+void add_generate_command(CLI::App& app);   // text from a checkpoint
+void add_inspect_command(CLI::App& app);    // what a file or folder is; checksums
+void add_plan_command(CLI::App& app);       // memory and work of a run, before it
+void add_config_command(CLI::App& app);     // the resolved configuration, the schema
+void add_attention_command(CLI::App& app);  // the attention operator alone, HDF5 in and out
+void add_bench_command(CLI::App& app);      // speed of the parts
+
+}  // namespace tessera

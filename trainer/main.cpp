@@ -1,0 +1,77 @@
+// The command line: subcommands in trainer/commands, errors to exit codes here and nowhere else.
+
+#include <fmt/core.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <iostream>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <thread>
+
+#include "trainer/commands/commands.h"
+
+namespace {
+
+enum ExitCode { kDone = 0, kFailed = 1, kUsage = 2 };
+
+/// This process's rank as its launcher states it (Open MPI, MPICH and Intel MPI, PMIx, Slurm); 0 without one.
+int launched_rank() {
+  for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"})
+    if (const char* text = std::getenv(name)) return std::atoi(text);
+  return 0;
+}
+
+int report(ExitCode code, const std::string& message) {
+  const int rank = launched_rank();
+  // Every rank finds the same mistake in the same command line and configuration: rank 0 says it and the launcher ends the others. A rank that is
+  // still here after a while found a mistake of its own (a file that only its host lacks), which nobody else reports.
+  if (code == kUsage && rank != 0) std::this_thread::sleep_for(std::chrono::seconds(3));
+  const std::string who = rank == 0 ? "tessera" : fmt::format("tessera: rank {}", rank);
+  fmt::print(stderr, "{}: error: {}\n", who, message);
+  return code;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app("Tessera trains language models with softmax-free sparse attention.", "tessera");
+  app.set_version_flag("--version", "tessera " TESSERA_VERSION);
+  app.require_subcommand(1);
+  app.footer(
+      "Example: tessera train configs/quickstart.yaml --set train.steps=100\nExit codes: 0 done, 1 failed while running, 2 bad usage or "
+      "configuration.");
+  tessera::add_prepare_command(app);
+  tessera::add_tokenizer_command(app);
+  tessera::add_train_command(app);
+  tessera::add_eval_command(app);
+  tessera::add_generate_command(app);
+  tessera::add_inspect_command(app);
+  tessera::add_plan_command(app);
+  tessera::add_config_command(app);
+  tessera::add_attention_command(app);
+  tessera::add_bench_command(app);
+
+  try {
+    app.parse(argc, argv);
+    std::cout.flush();
+    if (!std::cout || std::fflush(stdout) != 0) return report(kFailed, "the output could not be written (is the disk full?)");
+    return kDone;
+  } catch (const CLI::Success& e) {  // --help, --version
+    return app.exit(e);
+  } catch (const CLI::ParseError& e) {
+    const auto chosen = app.get_subcommands();
+    return report(kUsage, fmt::format("{} (see tessera {}--help)", e.what(), chosen.empty() ? "" : chosen.front()->get_name() + " "));
+  } catch (const std::invalid_argument& e) {
+    return report(kUsage, e.what());
+  } catch (const std::bad_alloc&) {
+    return report(kFailed, "out of memory");
+  } catch (const std::exception& e) {
+    return report(kFailed, e.what());
+  } catch (...) {
+    return report(kFailed, "an exception of unknown type");
+  }
+}
