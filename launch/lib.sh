@@ -1,0 +1,68 @@
+# Shared by the launch scripts: packages, build, text. Sourced, not run.
+# shellcheck shell=bash
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+say() { printf '\n== %s\n' "$*"; }
+die() { printf '%s: error: %s\n' "${0##*/}" "$*" >&2; exit "${2:-1}"; }
+
+# What a fresh Debian or Ubuntu machine needs to build and run Tessera. A package a line, with what it is for.
+tessera_packages=(
+  g++ cmake ninja-build pkg-config                      # the build
+  libopenmpi-dev openmpi-bin libopenblas-dev libhdf5-dev # ranks, matrix products, files
+  libyaml-cpp-dev libcli11-dev libspdlog-dev libfmt-dev nlohmann-json3-dev
+  libpcre2-dev libzstd-dev zlib1g-dev libssl-dev        # tokenizer's pattern, compressed text, SHA-256
+)
+
+# install_packages PACKAGE...: installs those that are missing, with sudo only where needed.
+install_packages() {
+  command -v apt-get >/dev/null || die "this script installs packages with apt-get, which is not here. Install the equivalents of: $*"
+  local missing=() p
+  for p in "$@"; do
+    [ "$(dpkg-query -W -f='${Status}' "$p" 2>/dev/null)" = "install ok installed" ] || missing+=("$p")
+  done
+  [ ${#missing[@]} -eq 0 ] && return 0
+  say "Installing ${missing[*]}"
+  local sudo=()
+  if [ "$(id -u)" -ne 0 ]; then
+    command -v sudo >/dev/null || die "not root, and sudo is not here. As root: apt-get install ${missing[*]}"
+    sudo=(sudo)
+  fi
+  "${sudo[@]}" apt-get -qq update || die "apt-get update failed: is the network there?"
+  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}" >/dev/null ||
+    die "apt-get install failed. Missing: ${missing[*]}"
+}
+
+# configure_and_build FOLDER CMAKE-ARGUMENT... -- TARGET...
+configure_and_build() {
+  local folder=$1 arguments=()
+  shift
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do arguments+=("$1"); shift; done
+  shift
+  command -v ccache >/dev/null && arguments+=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
+  cmake -S "$root" -B "$folder" -G Ninja "${arguments[@]}" || die "cmake failed (see above)"
+  cmake --build "$folder" --target "$@" || die "the build failed (see above)"
+}
+
+# OpenMPI refuses to run as root unless told twice that this is meant; containers are root.
+if [ "$(id -u)" -eq 0 ]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
+
+# fetch_text FOLDER: several MB of real English prose, the Perl manual, as plain text files. From the distribution's perl-doc package, unpacked
+# into FOLDER without installing it (slim images drop /usr/share, and no root is needed).
+fetch_text() {
+  local folder=$1 scratch
+  [ -e "$folder/.complete" ] && return 0
+  scratch=$(mktemp -d)
+  ( cd "$scratch" && apt-get -qq download perl-doc ) || { rm -rf "$scratch"; die "could not download the package perl-doc. Use your own text: --corpus PATH"; }
+  dpkg -x "$scratch"/perl-doc_*.deb "$scratch" || die "could not unpack perl-doc. Use your own text: --corpus PATH"
+  rm -rf "$folder"
+  mkdir -p "$folder" || die "cannot write $folder"
+  local pod
+  # Indented lines are code; "=head" lines keep their text, other commands go; X<text> becomes text. perltoc repeats all the headings.
+  find "$scratch" -name '*.pod' ! -name perltoc.pod | sort | while read -r pod; do
+    sed -E -e '/^[ \t]/d' -e '/^=(begin|end|over|back|cut|for|encoding|pod)/d' -e 's/^=(head[1-6]|item) *//' \
+      -e ':a;s/[A-Z]<<+ ([^<>]*) >>+/\1/g;s/[A-Z]<([^<>|]*\|)?([^<>]*)>/\2/g;ta' "$pod" | cat -s >"$folder/$(basename "$pod" .pod).txt"
+  done
+  rm -rf "$scratch"
+  touch "$folder/.complete"
+}

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Installs what is missing, builds everything with warnings as errors, runs every test. CUDA code is compiled where nvcc is found;
+# GPU tests skip, saying so, where there is no GPU.
+#   ./launch/test.sh              release build and all tests
+#   ./launch/test.sh --sanitize   the same tests under AddressSanitizer and UndefinedBehaviorSanitizer (no CUDA)
+#   ./launch/test.sh -R PATTERN   arguments go to ctest
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+
+preset=ci
+if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0; fi
+if [ "${1:-}" = --sanitize ]; then preset=asan; shift; fi
+
+install_packages "${tessera_packages[@]}" libgtest-dev ccache zstd
+say "Building (preset $preset)"
+launcher=()
+command -v ccache >/dev/null && launcher=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
+cd "$root"
+cmake --preset "$preset" "${launcher[@]}"
+cmake --build --preset "$preset"
+
+say "Testing"
+export OMPI_MCA_rmaps_base_oversubscribe=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Leaks are not looked for: OpenMPI and HDF5 keep memory until the process ends.
+export ASAN_OPTIONS=detect_leaks=0
+ctest --preset "$preset" --parallel "$(nproc)" "$@"
