@@ -4,7 +4,7 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 say() { printf '\n== %s\n' "$*"; }
-die() { printf '%s: error: %s\n' "${0##*/}" "$*" >&2; exit "${2:-1}"; }
+die() { printf '%s: error: %s\n' "${0##*/}" "$1" >&2; exit "${2:-1}"; }  # die MESSAGE [EXIT-CODE]
 
 # What a fresh Debian or Ubuntu machine needs to build and run Tessera. A package a line, with what it is for.
 tessera_packages=(
@@ -53,7 +53,12 @@ fetch_text() {
   local folder=$1 scratch
   [ -e "$folder/.complete" ] && return 0
   scratch=$(mktemp -d)
-  ( cd "$scratch" && apt-get -qq download perl-doc ) || { rm -rf "$scratch"; die "could not download the package perl-doc. Use your own text: --corpus PATH"; }
+  chmod 755 "$scratch"
+  if ! (cd "$scratch" && apt-get -qq download perl-doc >log 2>&1); then  # perhaps no package lists yet
+    [ "$(id -u)" -ne 0 ] || apt-get -qq update || true
+    (cd "$scratch" && apt-get -qq download perl-doc >log 2>&1) ||
+      { cat "$scratch/log" >&2; rm -rf "$scratch"; die "could not download the package perl-doc. Use your own text: --corpus PATH"; }
+  fi
   dpkg -x "$scratch"/perl-doc_*.deb "$scratch" || die "could not unpack perl-doc. Use your own text: --corpus PATH"
   rm -rf "$folder"
   mkdir -p "$folder" || die "cannot write $folder"
