@@ -17,6 +17,7 @@ class ConfigError : public std::invalid_argument {
 };
 
 enum class Schedule { constant, cosine, wsd };
+enum class ModelSize { custom, gpt2, gpt2_medium, gpt2_large, gpt2_xl };
 enum class Precision { fp32, bf16 };
 
 struct RunConfig {
@@ -74,7 +75,9 @@ struct ParallelConfig {
 struct Config {
   RunConfig run;
   std::string device = "cpu";
-  ModelConfig model;  // with model.attention
+  ModelSize model_size = ModelSize::custom;  // a named size has set model.layers, heads and width
+  std::int64_t vocabulary_multiple = 64;     // model.vocabulary_padded is rounded up to a multiple of this
+  ModelConfig model;                         // with model.attention
   DataConfig data;
   TrainConfig train;
   OptimizerConfig optimizer;
@@ -86,14 +89,25 @@ struct Config {
   std::vector<std::string> notices;  // what resolution changed and why, for the console ("gate softmax: attention.threshold has no effect")
 };
 
-/// Reads `file` ("" for defaults only), applies `sets` ("key=value", value parsed as YAML), checks everything. Throws ConfigError.
+/// Reads `file` ("" for defaults only), applies `sets` ("key=value": value parsed as YAML, of text keys taken as it stands unless quoted), resolves
+/// what depends on other keys and checks everything. Throws ConfigError that lists every mistake found.
 Config load_config(const std::string& file, const std::vector<std::string>& sets);
 /// As load_config, from YAML text that came out of `origin` (a checkpoint), for the error messages.
 Config parse_config(const std::string& yaml, const std::string& origin, const std::vector<std::string>& sets);
 /// The resolved configuration as YAML that load_config reads back to an equal Config.
 std::string to_yaml(const Config& config);
+/// The same as JSON.
+std::string to_json(const Config& config);
 /// Every key: path, type, default, range, meaning. Text table, or JSON.
 std::string schema_text();
 std::string schema_json();
+
+/// Sets model.vocabulary and model.vocabulary_padded to a tokenizer's `vocabulary`, which came from `origin` (a dataset's path, for the message).
+/// Throws ConfigError when the configuration asks for another one.
+void resolve_vocabulary(Config& config, std::int64_t vocabulary, const std::string& origin);
+/// Throws ConfigError when a step of train.tokens_per_step cannot be dealt evenly to `ranks`; the message lists ranks and micro-batches that can.
+void check_ranks(const Config& config, int ranks);
+/// Why this build cannot train on `device` ("cpu", "cuda"), or "" when it can.
+std::string device_problem(const std::string& device);
 
 }  // namespace tessera
