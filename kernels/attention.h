@@ -14,10 +14,12 @@
 //             every visible edge is active
 //   rms       the kernel computes as for none; Ops::head_norm_forward is a step of its own after it
 //
-// A query without an active edge gets o_i = 0. Gradients: see AttentionBackward.
+// A query without an active edge gets o_i = 0; one without a visible key has z_i = 1 (length) and 0 (softmax), never an infinity.
+// Gradients: see AttentionBackward.
 //
 // Exactness: tiles without an active edge add nothing. visit = all computes them all the same; the bits of every output
-// are equal for finite inputs, forward and backward.
+// are equal for finite inputs, forward and backward. (A zero in an output is +0: x + 0.0f on the way out. Otherwise a sum that underflowed to -0
+// would become +0 when an inactive tile is added, and the bits would tell.)
 
 #include <cstdint>
 #include <memory>
@@ -56,7 +58,8 @@ struct AttentionShape {
   std::int64_t batch = 0, heads = 0, tokens = 0, head_size = 0;
 };
 
-/// Columns of the counter tensor [heads, kAttentionCounters] u64. Forward passes add to them.
+/// Columns of the counter tensor [heads, kAttentionCounters] u64. Forward passes add to them. A tile counts as visible when it holds a
+/// visible edge (within tokens, within the document), as active when it holds an active one; an empty row is a query without an active edge.
 enum AttentionCounter : int { kActiveEdges, kVisibleEdges, kActiveTiles, kVisibleTiles, kEmptyRows, kAttentionCounters };
 
 /// Words of the active-tile bitmap a query tile: [B, H, query_tiles, bitmap_words] u32; bit b%32 of word b/32 is key tile b.
