@@ -1,0 +1,186 @@
+// What no key can check alone: values that follow from others, and values that do not go together.
+
+#include <algorithm>
+#include <numeric>
+
+#include "trainer/schema_values.h"
+
+namespace tessera {
+
+namespace {
+
+struct Shape {
+  const char* name;
+  int layers, heads, width;
+};
+
+Shape shape_of(ModelSize size) {
+  switch (size) {  // Radford et al. 2019, table 2
+    case ModelSize::gpt2: return {"gpt2", 12, 12, 768};
+    case ModelSize::gpt2_medium: return {"gpt2-medium", 24, 16, 1024};
+    case ModelSize::gpt2_large: return {"gpt2-large", 36, 20, 1280};
+    case ModelSize::gpt2_xl: return {"gpt2-xl", 48, 25, 1600};
+    case ModelSize::custom: break;
+  }
+  return {"custom", 0, 0, 0};
+}
+
+/// The multiples of `unit` on both sides of `value`, in words: "64000 or 68000".
+std::string neighbours(std::int64_t value, std::int64_t unit) {
+  const std::int64_t below = value / unit * unit;
+  return below > 0 ? fmt::format("{} or {}", below, below + unit) : fmt::format("{}", below + unit);
+}
+
+class Resolver {
+ public:
+  Resolver(Config& config, const Places& places, Problems& problems) : c_(config), places_(places), problems_(problems) {}
+
+  void run() {
+    named_size();
+    heads();
+    softmax();
+    threshold();
+    check_pattern(c_.model.attention.pattern, c_.model.layers, c_.model.heads, place({"attention.pattern"}), problems_);
+    step();
+    schedule();
+    device();
+    if (c_.model.vocabulary > 0) c_.model.vocabulary_padded = padded(c_.model.vocabulary, c_.vocabulary_multiple);
+  }
+
+  static std::int64_t padded(std::int64_t rows, std::int64_t multiple) { return (rows + multiple - 1) / multiple * multiple; }
+
+ private:
+  Config& c_;
+  const Places& places_;
+  Problems& problems_;
+
+  bool is_set(const char* path) const { return places_.contains(path); }
+  /// Where the first of these keys that was set explicitly stands.
+  std::string place(std::initializer_list<const char*> paths) const {
+    for (const char* path : paths)
+      if (const auto found = places_.find(path); found != places_.end()) return found->second;
+    return "";
+  }
+  void fail(std::initializer_list<const char*> paths, const std::string& message) {
+    for (const char* path : paths)
+      if (is_set(path)) return problems_.add(places_.at(path), path, message);
+    problems_.add("", *paths.begin(), message);
+  }
+
+  void named_size() {
+    if (c_.model_size == ModelSize::custom) return;
+    const Shape shape = shape_of(c_.model_size);
+    const auto take = [&](const char* path, int& member, int value) {
+      if (is_set(path) && member != value)
+        fail({path}, fmt::format("model.size: {} means {}, found {}; leave the key out, or write model.size: custom", shape.name, value, member));
+      member = value;
+    };
+    take("model.layers", c_.model.layers, shape.layers);
+    take("model.heads", c_.model.heads, shape.heads);
+    take("model.width", c_.model.width, shape.width);
+  }
+
+  void heads() {
+    const int width = c_.model.width, heads = c_.model.heads;
+    if (width % heads == 0 && (width / heads) % 8 == 0) return;
+    std::string fitting;
+    for (int h = 1; h <= width / 8; ++h)
+      if (width % (8 * h) == 0) fitting += fmt::format("{}{}", fitting.empty() ? "" : ", ", h);
+    const std::string size = width % heads == 0 ? fmt::format("{}, which is no multiple of 8", width / heads)
+                                                : fmt::format("{:.2f}, which is no whole number", double(width) / heads);
+    const std::string hint = fitting.empty() ? fmt::format("a width of {} fits {} heads", neighbours(width, 8 * heads), heads)
+                                             : fmt::format("heads that fit width {}: {}; widths that fit {} heads: {}", width, fitting, heads,
+                                                           neighbours(width, 8 * heads));
+    fail({"model.heads", "model.width"}, fmt::format("model.width {} / model.heads {} is a head size of {}; {}", width, heads, size, hint));
+  }
+
+  void softmax() {
+    AttentionConfig& a = c_.model.attention;
+    if (a.gate != Gate::softmax) return;
+    if (a.normalizer != Normalizer::none) c_.notices.push_back("attention.gate softmax normalises by itself: attention.normalizer is none");
+    if (a.threshold.mode != ThresholdMode::fixed)
+      c_.notices.push_back("attention.gate softmax has no threshold: attention.threshold.mode is fixed and has no effect");
+    a.normalizer = Normalizer::none;
+    a.threshold.mode = ThresholdMode::fixed;
+  }
+
+  void threshold() {
+    const AttentionConfig& a = c_.model.attention;
+    if (a.gate == Gate::softmax) return;
+    if (a.threshold.mode == ThresholdMode::length && a.score != Score::cosine)
+      fail({"attention.threshold.mode", "attention.score"}, "mode length is the extreme value of cosines: expected attention.score cosine with it");
+    const bool uses_init = a.threshold.mode != ThresholdMode::length;
+    if (a.score == Score::fidelity && uses_init && !(a.threshold.init >= 0 && a.threshold.init < 1))
+      fail({"attention.threshold.init", "attention.score"},
+           fmt::format("score fidelity is a squared cosine: expected a threshold >= 0 and < 1, found {}", a.threshold.init));
+  }
+
+  void step() {
+    const std::int64_t unit = c_.model.context * c_.train.micro_batch;
+    if (c_.train.tokens_per_step % unit == 0) return;
+    fail({"train.tokens_per_step", "train.micro_batch", "model.context"},
+         fmt::format("train.tokens_per_step {} is no multiple of model.context {} x train.micro_batch {} = {}; {} is", c_.train.tokens_per_step,
+                     c_.model.context, c_.train.micro_batch, unit, neighbours(c_.train.tokens_per_step, unit)));
+  }
+
+  void schedule() {
+    OptimizerConfig& o = c_.optimizer;
+    const std::int64_t steps = c_.train.steps;
+    if (!is_set("optimizer.warmup")) o.warmup = std::min(o.warmup, steps / 10);
+    if (o.warmup >= steps)
+      fail({"optimizer.warmup", "train.steps"},
+           fmt::format("optimizer.warmup {} leaves nothing of train.steps {}; expected fewer steps, as {}", o.warmup, steps, steps / 10));
+    else if (o.schedule == Schedule::wsd && static_cast<double>(o.warmup) + o.decay * static_cast<double>(steps) > static_cast<double>(steps))
+      fail({"optimizer.decay", "optimizer.warmup", "train.steps"},
+           fmt::format("optimizer.warmup {} and a decay of {:g} x {} steps overlap; expected a decay of at most {:.3g}", o.warmup, o.decay, steps,
+                       1.0 - static_cast<double>(o.warmup) / static_cast<double>(steps)));
+  }
+
+  void device() {
+    if (const std::string problem = device_problem(c_.device); !problem.empty()) fail({"device"}, problem);
+    if (c_.device == "cpu" && c_.train.precision == Precision::bf16)
+      fail({"train.precision", "device"}, "the cpu computes in fp32; expected train.precision fp32");
+    if (c_.parallel.sequence != 1)
+      fail({"parallel.sequence"}, fmt::format("expected 1 for now (a sequence cannot be shared between ranks yet), found {}", c_.parallel.sequence));
+  }
+};
+
+}  // namespace
+
+void resolve(Config& config, const Places& places, Problems& problems) { Resolver(config, places, problems).run(); }
+
+std::string device_problem(const std::string& device) {
+  if (device == "cpu") return "";
+  return "this build trains on the cpu only: it has no CUDA trainer; expected device cpu";
+}
+
+void resolve_vocabulary(Config& config, std::int64_t vocabulary, const std::string& origin) {
+  if (config.model.vocabulary != 0 && config.model.vocabulary != vocabulary)
+    throw ConfigError(fmt::format("model.vocabulary is {}, and {} has a vocabulary of {}: expected them equal, or model.vocabulary 0 (from the data)",
+                                  config.model.vocabulary, origin, vocabulary));
+  config.model.vocabulary = vocabulary;
+  config.model.vocabulary_padded = Resolver::padded(vocabulary, config.vocabulary_multiple);
+}
+
+void check_ranks(const Config& config, int ranks) {
+  const std::int64_t sequences = config.train.tokens_per_step / config.model.context;
+  const std::int64_t micro = config.train.micro_batch;
+  if (sequences % (micro * ranks) == 0) return;
+  const auto list = [](std::int64_t n, std::int64_t most) {  // divisors of n
+    std::string text;
+    for (std::int64_t d = 1; d <= std::min(n, most); ++d)
+      if (n % d == 0) text += fmt::format("{}{}", text.empty() ? "" : ", ", d);
+    return text;
+  };
+  const std::string what =
+      fmt::format("train.tokens_per_step {} is {} sequences of model.context {}, which {} ranks x train.micro_batch {} do not divide",
+                  config.train.tokens_per_step, sequences, config.model.context, ranks, micro);
+  const std::string by_ranks = fmt::format("with train.micro_batch {}: {} ranks", micro, list(sequences / micro, 1024));
+  const std::string by_micro = sequences % ranks == 0
+                                   ? fmt::format("with {} ranks: train.micro_batch {}", ranks, list(sequences / ranks, 1024))
+                                   : fmt::format("with {0} ranks and train.micro_batch {1}: train.tokens_per_step {2}", ranks, micro,
+                                                 neighbours(config.train.tokens_per_step, config.model.context * micro * ranks));
+  throw ConfigError(fmt::format("{}. What would do: {}; {}", what, by_ranks, by_micro));
+}
+
+}  // namespace tessera
