@@ -1,0 +1,21 @@
+#pragma once
+// The HDF5 file driver that Hdf5File uses: plain pread and pwrite, without file locks, and one that survives a full disk. The library keeps a
+// file half-open when a write fails while it closes, tries again at exit and may crash there. Here a failed write is noted in a WriteFailure
+// and its bytes are kept in memory, so that the library sees a file that always works and closes in order; Hdf5File then throws.
+// Only for hdf5_file.cpp, under its lock.
+
+#include <hdf5.h>
+
+#include <cstdint>
+
+namespace tessera {
+
+struct WriteFailure {
+  int error = 0;  // errno of the first write that failed; 0: none has
+  std::uint64_t bytes = 0, offset = 0;
+};
+
+/// Makes `access`, a file access property list, use the driver. `failure` must outlive the file. Returns < 0 on an HDF5 error.
+herr_t use_tessera_driver(hid_t access, WriteFailure* failure);
+
+}  // namespace tessera
