@@ -33,14 +33,14 @@ struct BlockMask {                    // contents of a `blocks` file
 struct PatternSpec {
   enum class Kind { causal, window, strided, dilated, global, bigbird, blocks, any, all };
   Kind kind = Kind::causal;
-  std::int64_t size = 0;                  // window.size | global.tokens | strided.stride | dilated.window | bigbird.window (blocks)
-  std::int64_t width = 0;                 // strided.width | dilated.dilation | bigbird.global (blocks)
-  std::int64_t random = 0;                // bigbird
-  std::int64_t block = 64;                // bigbird
-  std::uint64_t seed = 0;                 // bigbird
-  std::string file;                       // blocks
-  std::shared_ptr<const BlockMask> mask;  // blocks
-  std::vector<PatternSpec> children;      // any, all
+  std::int64_t size = 0;                    // window.size | global.tokens | strided.stride | dilated.window | bigbird.window (blocks)
+  std::int64_t width = 0;                   // strided.width | dilated.dilation | bigbird.global (blocks)
+  std::int64_t random = 0;                  // bigbird
+  std::int64_t block = 64;                  // bigbird
+  std::uint64_t seed = 0;                   // bigbird
+  std::string file{};                       // blocks
+  std::shared_ptr<const BlockMask> mask{};  // blocks
+  std::vector<PatternSpec> children{};      // any, all
 
   /// The definition. Includes key <= query; expects a pattern that passes check_pattern().
   bool visible(std::int64_t query, std::int64_t key) const;
@@ -58,7 +58,7 @@ struct PatternConfig {
   struct Override {
     int layer_first = 0, layer_last = 1 << 30;  // inclusive
     int head_first = 0, head_last = 1 << 30;    // inclusive
-    PatternSpec pattern;
+    PatternSpec pattern{};
   };
   PatternSpec base;
   std::vector<Override> overrides;
