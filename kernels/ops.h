@@ -68,7 +68,8 @@ struct QkTransform {
   Tensor qkv;  // in/out [N, 3*H*D]
   std::int64_t heads = 0;
   bool unit = false;
-  Tensor inverse_norm;  // with unit: [N, 2, H] f32 (q then k), 1/max(|q|, 1e-6): out of forward, in to backward
+  Tensor inverse_norm;  // with unit: [N, 2, H] f32 (q then k): out of forward, in to backward. 1/|q|, and 0 where |q| < 1e-6: such a
+                        // vector becomes zero, with a zero gradient
   Tensor rotary;        // optional [P, D/2, 2] f32: cos, sin of position * base^(-2i/D); pairs are (d, d + D/2) (GPT-NeoX order)
   Tensor positions;     // with rotary: [N] i32
 };

@@ -55,7 +55,7 @@ struct Shape {
   bool operator==(const Shape&) const = default;
   std::string str() const {
     std::string s = "[";
-    for (int i = 0; i < rank; ++i) s += (i ? "," : "") + std::to_string(extent[i]);
+    for (int i = 0; i < rank; ++i) s.append(i ? "," : "").append(std::to_string(extent[i]));
     return s + "]";
   }
 };
