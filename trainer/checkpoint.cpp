@@ -1,0 +1,294 @@
+#include "trainer/checkpoint.h"
+
+#include <fmt/chrono.h>
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <regex>
+#include <stdexcept>
+
+#include "data/files.h"
+#include "data/hdf5_file.h"
+#include "data/sha256.h"
+#include "trainer/collective.h"
+
+namespace tessera {
+namespace fs = std::filesystem;
+using Json = nlohmann::ordered_json;
+namespace {
+
+constexpr std::int64_t kFormat = 1;
+constexpr const char* kMarker = "COMPLETE.json";
+
+std::string optimizer_name(int rank, int ranks) { return fmt::format("optimizer_{:04d}_of_{:04d}.h5", rank, ranks); }
+
+/// Equal when the flat buffers hold the same parameters in the same places.
+std::string layout_hash(const ParameterLayout& layout) {
+  std::string text;
+  for (const ParameterInfo& p : layout.parameters) text += fmt::format("{} {} {}\n", p.name, p.shape.str(), p.offset);
+  return sha256_hex(text);
+}
+
+Hdf5Shape extents(const Shape& shape) {
+  Hdf5Shape s;
+  for (int i = 0; i < shape.rank; ++i) s.push_back(static_cast<std::uint64_t>(shape[i]));
+  return s;
+}
+
+std::vector<float> to_host(Ops& ops, const Tensor& x) {
+  std::vector<float> host(static_cast<std::size_t>(x.numel()));
+  ops.download(host.data(), x);
+  return host;
+}
+
+void write_model(const std::string& file, const CheckpointRequest& r, const Gpt& model, Ops& ops) {
+  Hdf5File h5 = Hdf5File::create(file);
+  h5.set_attribute("format", kFormat);
+  h5.set_attribute("step", r.position.step);
+  h5.set_attribute("updates", r.position.updates);
+  h5.set_attribute("tokens", r.position.tokens);
+  h5.set_attribute("skipped", r.position.skipped);
+  h5.set_attribute("nonfinite_in_a_row", r.position.nonfinite_in_a_row);
+  h5.set_attribute("parameters", model.layout().count);
+  h5.set_attribute("config", r.config);
+  h5.set_attribute("dataset", Json{{"path", r.dataset.path},
+                                   {"tokenizer", r.dataset.tokenizer_name},
+                                   {"tokenizer_hash", r.dataset.tokenizer_hash},
+                                   {"vocabulary", r.dataset.vocabulary},
+                                   {"train_tokens", r.dataset.train_tokens},
+                                   {"fingerprint", r.dataset.fingerprint}}
+                                  .dump());
+  h5.set_attribute("created", fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr))));
+  for (const ParameterInfo& p : model.layout().parameters)
+    h5.write<float>("parameters/" + p.name, extents(p.shape), to_host(ops, model.parameters().slice(p.offset, p.shape.numel())));
+  h5.write<float>("thresholds", extents(model.thresholds().shape), to_host(ops, model.thresholds()));
+  h5.close();
+}
+
+void write_optimizer(const std::string& file, std::int64_t step, const ParameterLayout& layout, const ShardedAdamW& optimizer, Ops& ops) {
+  Hdf5File h5 = Hdf5File::create(file);
+  h5.set_attribute("format", kFormat);
+  h5.set_attribute("step", step);
+  h5.set_attribute("first", optimizer.first());
+  h5.set_attribute("count", optimizer.count());
+  h5.set_attribute("parameters", layout.count);
+  h5.set_attribute("layout", layout_hash(layout));
+  if (optimizer.count() > 0) {
+    const Hdf5Shape shape{static_cast<std::uint64_t>(optimizer.count())};
+    h5.write<float>("m", shape, to_host(ops, optimizer.m()));
+    h5.write<float>("v", shape, to_host(ops, optimizer.v()));
+  }
+  h5.close();
+}
+
+/// {"name", "bytes", "sha256"} of a file just written.
+Json receipt(const std::string& directory, const std::string& name) {
+  const std::string path = directory + "/" + name;
+  return {{"name", name}, {"bytes", fs::file_size(path)}, {"sha256", sha256_file(path)}};
+}
+
+/// Removes a checkpoint so that a removal cut short leaves no complete one.
+void remove_checkpoint(const std::string& directory) {
+  std::error_code ignored;
+  fs::remove(directory + "/" + kMarker, ignored);
+  fs::remove_all(directory, ignored);
+}
+
+Json read_marker(const std::string& directory) {
+  const std::string path = directory + "/" + kMarker;
+  try {
+    Json marker = Json::parse(read_file(path));
+    if (marker.at("format").get<std::int64_t>() != kFormat)
+      throw std::runtime_error(fmt::format("{}: format {}, this build reads format {}", path, marker.at("format").dump(), kFormat));
+    if (!marker.at("files").is_array() || !marker.at("ranks").is_number_integer()) throw std::runtime_error(path + ": not a checkpoint's marker");
+    return marker;
+  } catch (const Json::exception& e) {
+    throw std::runtime_error(fmt::format("{}: damaged: {}", path, e.what()));
+  }
+}
+
+Hdf5File open_part(const std::string& path) {
+  try {
+    Hdf5File h5 = Hdf5File::open(path);
+    const std::int64_t format = h5.integer_attribute("format");
+    if (format != kFormat) throw std::runtime_error(fmt::format("{}: format {}, this build reads format {}", path, format, kFormat));
+    return h5;
+  } catch (const std::invalid_argument& e) {  // a part of a checkpoint that is not there is damage, not bad usage
+    throw std::runtime_error(e.what());
+  }
+}
+
+}  // namespace
+
+Provenance provenance_of(const DatasetInfo& info) {
+  std::string checksums;
+  for (const ShardInfo& shard : info.train.shards) checksums += shard.sha256 + "\n";
+  return {info.directory, info.tokenizer_name, info.tokenizer_hash, sha256_hex(checksums), info.vocabulary, info.train.tokens};
+}
+
+std::string checkpoint_name(std::int64_t step) { return fmt::format("step_{:08d}", step); }
+
+std::vector<CheckpointEntry> list_checkpoints(const std::string& checkpoints) {
+  static const std::regex pattern("step_([0-9]{8,})");
+  std::vector<CheckpointEntry> found;
+  std::error_code none;
+  for (const auto& entry : fs::directory_iterator(checkpoints, none)) {
+    const std::string name = entry.path().filename();
+    std::smatch part;
+    if (entry.is_directory(none) && std::regex_match(name, part, pattern))
+      found.push_back({std::stoll(part[1]), entry.path(), fs::exists(entry.path() / kMarker, none)});
+  }
+  std::sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.step < b.step; });
+  return found;
+}
+
+std::string resolve_checkpoint(const std::string& path) {
+  if (fs::exists(path + "/" + kMarker)) return path;
+  if (!fs::is_directory(path))
+    throw std::invalid_argument(path + ": no such folder; expected a checkpoint (step_NNNNNNNN), a run or its checkpoints");
+  if (fs::exists(path + "/model.h5"))
+    throw std::invalid_argument(
+        fmt::format("{}: an incomplete checkpoint: {} is missing, so writing it was cut short. Use an earlier one", path, kMarker));
+  for (const std::string& folder : {path + "/checkpoints", path}) {
+    auto entries = list_checkpoints(folder);
+    std::erase_if(entries, [](const CheckpointEntry& e) { return !e.complete; });
+    if (!entries.empty()) return entries.back().directory;
+  }
+  throw std::invalid_argument(fmt::format("{}: no complete checkpoint here: looked for {} and for step_NNNNNNNN/{} in it and in {}/checkpoints", path,
+                                          kMarker, kMarker, path));
+}
+
+std::vector<std::string> verify_checkpoint(const std::string& directory) {
+  std::vector<std::string> problems;
+  try {
+    for (const Json& file : read_marker(directory).at("files")) {
+      const std::string path = directory + "/" + file.at("name").get<std::string>();
+      const auto bytes = file.at("bytes").get<std::uint64_t>();
+      if (!fs::exists(path)) {
+        problems.push_back(path + ": missing");
+      } else if (const auto found = fs::file_size(path); found != bytes) {
+        problems.push_back(fmt::format("{}: {} bytes, expected {}", path, found, bytes));
+      } else if (sha256_file(path) != file.at("sha256").get<std::string>()) {
+        problems.push_back(path + ": the contents do not match their SHA-256: the file is damaged");
+      }
+    }
+  } catch (const std::exception& e) {
+    problems.push_back(e.what());
+  }
+  return problems;
+}
+
+CheckpointInfo read_checkpoint_info(const std::string& directory) {
+  CheckpointInfo info;
+  info.directory = directory;
+  info.ranks = read_marker(directory).at("ranks").get<int>();
+  const Hdf5File h5 = open_part(directory + "/model.h5");
+  info.position = {h5.integer_attribute("step"), h5.integer_attribute("updates"), h5.integer_attribute("tokens"), h5.integer_attribute("skipped"),
+                   h5.integer_attribute("nonfinite_in_a_row")};
+  info.parameters = h5.integer_attribute("parameters");
+  info.config = h5.string_attribute("config");
+  info.created = h5.string_attribute("created");
+  try {
+    const Json d = Json::parse(h5.string_attribute("dataset"));
+    info.dataset = {d.at("path"), d.at("tokenizer"), d.at("tokenizer_hash"), d.at("fingerprint"), d.at("vocabulary"), d.at("train_tokens")};
+  } catch (const Json::exception& e) {
+    throw std::runtime_error(fmt::format("{}/model.h5: attribute dataset: {}", directory, e.what()));
+  }
+  return info;
+}
+
+void load_model(const std::string& directory, Gpt& model, Ops& ops) {
+  const Hdf5File h5 = open_part(directory + "/model.h5");
+  const auto load = [&](const std::string& name, const Tensor& to, const Shape& shape) {
+    std::vector<float> host(static_cast<std::size_t>(shape.numel()));
+    h5.read<float>(name, extents(shape), host);
+    ops.upload(to, host.data());
+  };
+  for (const ParameterInfo& p : model.layout().parameters) load("parameters/" + p.name, model.parameters().slice(p.offset, p.shape.numel()), p.shape);
+  load("thresholds", model.thresholds(), model.thresholds().shape);
+}
+
+void load_optimizer(const std::string& directory, const ParameterLayout& layout, ShardedAdamW& optimizer, Ops& ops) {
+  const int ranks = read_marker(directory).at("ranks").get<int>();
+  std::vector<float> m(static_cast<std::size_t>(optimizer.count())), v(m.size());
+  std::int64_t filled = 0;
+  for (int r = 0; r < ranks && filled < optimizer.count(); ++r) {
+    const Hdf5File h5 = open_part(directory + "/" + optimizer_name(r, ranks));
+    if (h5.integer_attribute("parameters") != layout.count || h5.string_attribute("layout") != layout_hash(layout))
+      throw std::runtime_error(h5.path() + ": made for a model of other parameters");
+    const std::int64_t first = h5.integer_attribute("first"), count = h5.integer_attribute("count");
+    const std::int64_t from = std::max(first, optimizer.first()), to = std::min(first + count, optimizer.first() + optimizer.count());
+    if (from >= to) continue;
+    const Hdf5Shape offset{static_cast<std::uint64_t>(from - first)}, length{static_cast<std::uint64_t>(to - from)};
+    const auto part = [&](std::vector<float>& x) { return std::span(x).subspan(from - optimizer.first(), to - from); };
+    h5.read_part<float>("m", offset, length, part(m));
+    h5.read_part<float>("v", offset, length, part(v));
+    filled += to - from;
+  }
+  if (filled != optimizer.count())
+    throw std::runtime_error(
+        fmt::format("{}: the optimizer files hold {} of the {} elements from {} on", directory, filled, optimizer.count(), optimizer.first()));
+  ops.upload(optimizer.m(), m.data());
+  ops.upload(optimizer.v(), v.data());
+}
+
+std::string save_checkpoint(const CheckpointRequest& r, const Gpt& model, const ShardedAdamW& optimizer, Ops& ops, Communicator& comm) {
+  const std::string final = r.checkpoints + "/" + checkpoint_name(r.position.step), aside = final + ".tmp";
+  const bool first = comm.rank() == 0;
+  agree(comm, [&] {
+    if (!first) return;
+    fs::remove_all(aside);
+    make_folder(aside);
+  });
+  const auto undo = [&](const std::string& folder) {
+    if (first) remove_checkpoint(folder);
+  };
+
+  Json receipts = Json::array();
+  try {
+    agree(comm, [&] {
+      const std::string name = optimizer_name(comm.rank(), comm.size());
+      write_optimizer(aside + "/" + name, r.position.step, model.layout(), optimizer, ops);
+      receipts.push_back(receipt(aside, name));
+      r.between_files();
+      if (!first) return;
+      write_model(aside + "/model.h5", r, model, ops);
+      receipts.push_back(receipt(aside, "model.h5"));
+      write_file(aside + "/tokenizer.json", read_file(r.tokenizer_file));
+      receipts.push_back(receipt(aside, "tokenizer.json"));
+    });
+  } catch (...) {
+    undo(aside);
+    throw;
+  }
+  Json files = Json::array();
+  for (const std::string& text : all_gather(comm, receipts.dump()))
+    for (const Json& file : Json::parse(text)) files.push_back(file);
+
+  try {
+    agree(comm, [&] {
+      if (!first) return;
+      sync_folder(aside);
+      if (fs::exists(final)) remove_checkpoint(final);  // incomplete or damaged: a run never makes a sound one twice
+      fs::rename(aside, final);
+      sync_folder(r.checkpoints);
+      write_file(final + "/" + kMarker,
+                 Json{{"format", kFormat}, {"step", r.position.step}, {"ranks", comm.size()}, {"files", files}}.dump(2) + "\n");
+    });
+  } catch (...) {
+    undo(aside);
+    undo(final);
+    throw;
+  }
+
+  if (first && r.keep > 0) {
+    auto entries = list_checkpoints(r.checkpoints);
+    std::erase_if(entries, [](const CheckpointEntry& e) { return !e.complete; });
+    for (std::size_t i = 0; i + static_cast<std::size_t>(r.keep) < entries.size(); ++i) remove_checkpoint(entries[i].directory);
+  }
+  return final;
+}
+
+}  // namespace tessera

@@ -1,0 +1,98 @@
+#pragma once
+// Checkpoints: all that a run needs to go on with the same bits, and that others need to read the model.
+//
+//   checkpoints/step_00000500/
+//     model.h5                        parameters/NAME   f32, each parameter under its GPT-2 name and in its shape
+//                                     thresholds        f32 [layers, heads]
+//                                     attributes        format, step, updates, tokens, skipped, nonfinite_in_a_row, parameters,
+//                                                       config (YAML), dataset (JSON: path, tokenizer, fingerprint), created (UTC)
+//     optimizer_0001_of_0002.h5       m, v              f32 [count]: the moments of elements [first, first + count) of the flat parameters
+//                                     attributes        format, step, first, count, parameters (of the whole model), layout (hash of names and
+//                                     shapes)
+//     tokenizer.json                  the dataset's tokenizer
+//     COMPLETE.json                   step, and the bytes and SHA-256 of each file above: written last. Without it the folder does not count.
+//
+// Everything is written in step_NNNNNNNN.tmp, fsynced, the folder renamed, then COMPLETE.json is written. The moments are stored by flat
+// offset, so any number of ranks can read what any other number wrote. Which data comes next needs no state: it is a function of run.seed and step.
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "data/dataset.h"
+#include "kernels/comm/communicator.h"
+#include "model/gpt.h"
+#include "trainer/config.h"
+#include "trainer/optimizer.h"
+
+namespace tessera {
+
+/// Where a run stands.
+struct RunPosition {
+  std::int64_t step = 0;                // steps done
+  std::int64_t updates = 0;             // of them, those that changed the parameters
+  std::int64_t tokens = 0;              // target tokens seen
+  std::int64_t skipped = 0;             // steps skipped because the loss or the gradient was not finite
+  std::int64_t nonfinite_in_a_row = 0;  // of them, the last ones without a good one between
+};
+
+/// Which data a model was trained on. `fingerprint` is a hash of the training shards' checksums in their order: equal, equal tokens.
+struct Provenance {
+  std::string path, tokenizer_name, tokenizer_hash, fingerprint;
+  std::int64_t vocabulary = 0;
+  std::uint64_t train_tokens = 0;
+};
+Provenance provenance_of(const DatasetInfo& info);
+
+struct CheckpointInfo {
+  std::string directory;
+  RunPosition position;
+  std::int64_t parameters = 0;  // elements
+  int ranks = 0;                // optimizer files
+  std::string config;           // YAML
+  Provenance dataset;
+  std::string created;
+};
+
+struct CheckpointEntry {
+  std::int64_t step = 0;
+  std::string directory;
+  bool complete = false;  // COMPLETE.json is there
+};
+
+std::string checkpoint_name(std::int64_t step);  // "step_00000500"
+
+/// The step folders in a checkpoints folder, oldest first, without those still being written. A missing folder holds none.
+std::vector<CheckpointEntry> list_checkpoints(const std::string& checkpoints);
+
+/// What a user names (a step folder, a run folder, its checkpoints folder) as the folder of a complete checkpoint, the newest where there are
+/// several. Throws std::invalid_argument that says what was looked for.
+std::string resolve_checkpoint(const std::string& path);
+
+/// Compares every file with COMPLETE.json; returns a line for each that is missing, has another size or another checksum, naming it. Empty: sound.
+std::vector<std::string> verify_checkpoint(const std::string& directory);
+
+/// Throws std::runtime_error naming the file when it is damaged or of another format version.
+CheckpointInfo read_checkpoint_info(const std::string& directory);
+
+/// Fills parameters and thresholds. Throws std::runtime_error naming file and parameter when the model has another shape.
+void load_model(const std::string& directory, Gpt& model, Ops& ops);
+/// Fills this rank's moments from the files of however many ranks wrote them.
+void load_optimizer(const std::string& directory, const ParameterLayout& layout, ShardedAdamW& optimizer, Ops& ops);
+
+struct CheckpointRequest {
+  std::string checkpoints;  // folder
+  RunPosition position;
+  std::string config;  // YAML
+  Provenance dataset;
+  std::string tokenizer_file;                   // copied in
+  int keep = 0;                                 // newest complete ones that stay; 0: all
+  std::function<void()> between_files = [] {};  // for tests: called when the first files are written
+};
+
+/// Writes a checkpoint, then removes those beyond `keep`. When any rank fails (disk full), all throw one error, nothing is left of the new one,
+/// and the earlier ones are as they were. Returns its folder. Collective.
+std::string save_checkpoint(const CheckpointRequest& request, const Gpt& model, const ShardedAdamW& optimizer, Ops& ops, Communicator& comm);
+
+}  // namespace tessera

@@ -1,0 +1,70 @@
+#include "trainer/evaluate.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <numbers>
+
+#include "trainer/collective.h"
+
+namespace tessera {
+
+double Evaluation::perplexity() const { return std::exp(loss); }
+
+Evaluator::Evaluator(const DatasetInfo& info, const SplitInfo& split, const Tokenizer& tokenizer, std::int64_t context, std::int64_t micro_batch)
+    : reader_(info, split), micro_batch_(micro_batch) {
+  const auto tokens = static_cast<std::int64_t>(split.tokens);
+  context_ = std::clamp<std::int64_t>(tokens - 1, 1, context);
+  sequences_ = tokens < 2 ? 0 : (tokens - 1) / context_;
+  for (std::int64_t t = 0; t < tokenizer.vocabulary(); ++t) {
+    std::string text;
+    tokenizer.decode(static_cast<std::uint32_t>(t), text);
+    token_bytes_.push_back(static_cast<std::uint32_t>(text.size()));
+  }
+}
+
+Evaluation Evaluator::run(Gpt& model, Ops& ops, Communicator& comm, const BatchBuffer& buffer, std::int64_t batches) {
+  const auto start = std::chrono::steady_clock::now();
+  const std::int64_t count = batches > 0 ? std::min(batches, this->batches()) : this->batches();
+  const std::int64_t sequences = std::min(sequences_, count * micro_batch_);
+  std::vector<double> sums(static_cast<std::size_t>(3 * sequences));  // a sequence: nats, tokens, bytes
+  model.zero_counters();
+  std::vector<float> losses;
+  for (std::int64_t b = count * comm.rank() / comm.size(); b < count * (comm.rank() + 1) / comm.size(); ++b) {
+    const std::int64_t first = b * micro_batch_;
+    const HostBatch batch = read_sequences(reader_, first, std::min(micro_batch_, sequences - first), context_);
+    model.forward(buffer.upload(ops, batch));
+    losses.resize(batch.target.size());
+    ops.download(losses.data(), model.losses().slice(0, batch.batch * batch.tokens));
+    for (std::size_t i = 0; i < losses.size(); ++i) {
+      if (batch.target[i] < 0) continue;
+      double* sum = &sums[3 * (first + static_cast<std::int64_t>(i) / batch.tokens)];
+      sum[0] += losses[i];
+      sum[1] += 1;
+      sum[2] += token_bytes_.at(static_cast<std::size_t>(batch.target[i]));
+    }
+  }
+  all_reduce_sum(ops, comm, sums);  // each sequence is one rank's, and the others add zeros: exact
+  comm.all_reduce_sum(model.counters());
+
+  Evaluation e;
+  e.sequences = sequences;
+  e.sequence_tokens = context_;
+  double nats = 0;
+  for (std::int64_t s = 0; s < sequences; ++s) {
+    nats += sums[3 * s];
+    e.tokens += static_cast<std::uint64_t>(sums[3 * s + 1]);
+    e.bytes += static_cast<std::uint64_t>(sums[3 * s + 2]);
+  }
+  const double none = std::numeric_limits<double>::quiet_NaN();
+  e.loss = e.tokens > 0 ? nats / static_cast<double>(e.tokens) : none;
+  e.bits_per_byte = e.bytes > 0 ? nats / std::numbers::ln2 / static_cast<double>(e.bytes) : none;
+  e.counters.resize(static_cast<std::size_t>(model.counters().numel()));
+  ops.download(e.counters.data(), model.counters());
+  model.zero_counters();
+  e.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return e;
+}
+
+}  // namespace tessera

@@ -1,0 +1,45 @@
+#pragma once
+// Loss on held-out text. The unit of work is a micro-batch of consecutive sequences, the same ones on any number of ranks; sums of per-token losses
+// are taken per sequence in double and added in the order of the sequences, so that any number of ranks gives the same number.
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "data/dataset.h"
+#include "data/tokenizer.h"
+#include "kernels/comm/communicator.h"
+#include "model/gpt.h"
+#include "trainer/metrics.h"
+#include "trainer/train_state.h"
+
+namespace tessera {
+
+struct Evaluation {
+  double loss = 0;           // nats a token
+  double bits_per_byte = 0;  // loss in bits over the exact bytes of the target tokens' text
+  std::uint64_t tokens = 0, bytes = 0;
+  std::int64_t sequences = 0, sequence_tokens = 0;
+  double seconds = 0;
+  std::vector<std::uint64_t> counters;  // [layers, heads, kAttentionCounters], of all ranks
+  double perplexity() const;
+};
+
+/// Evaluates one split. Holds the reader and the byte length of every token, so it can be used again during a run.
+class Evaluator {
+ public:
+  /// Sequences have `context` tokens, or the whole split's when that is shorter.
+  Evaluator(const DatasetInfo& info, const SplitInfo& split, const Tokenizer& tokenizer, std::int64_t context, std::int64_t micro_batch);
+
+  /// Micro-batches that the split holds: 0 when it has no two tokens.
+  std::int64_t batches() const { return (sequences_ + micro_batch_ - 1) / micro_batch_; }
+  /// The first `batches` micro-batches (0: all). The model's counters are zero afterwards. Collective.
+  Evaluation run(Gpt& model, Ops& ops, Communicator& comm, const BatchBuffer& buffer, std::int64_t batches);
+
+ private:
+  TokenReader reader_;
+  std::vector<std::uint32_t> token_bytes_;
+  std::int64_t context_, micro_batch_, sequences_;
+};
+
+}  // namespace tessera
