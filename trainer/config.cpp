@@ -3,6 +3,7 @@
 #include "trainer/config.h"
 
 #include <fmt/core.h>
+#include <yaml-cpp/depthguard.h>
 
 #include <algorithm>
 #include <cstring>
@@ -45,6 +46,9 @@ void check_text(const std::string& text, const std::string& origin) {
                                 static_cast<unsigned char>(text[bad])));
 }
 
+/// yaml-cpp's words, which for its limit on nesting are "bad file".
+std::string why(const YAML::Exception& e) { return dynamic_cast<const YAML::DeepRecursion*>(&e) ? "lists and maps are nested too deeply" : e.msg; }
+
 class Assembly {
  public:
   Config config;
@@ -55,7 +59,7 @@ class Assembly {
     try {
       documents = YAML::LoadAll(text);
     } catch (const YAML::Exception& e) {
-      throw ConfigError(fmt::format("{}: this is not YAML: {}", place_of(origin, e.mark), e.msg));
+      throw ConfigError(fmt::format("{}: this is not YAML: {}", place_of(origin, e.mark), why(e)));
     }
     if (documents.empty() || (documents.size() == 1 && documents[0].IsNull()))
       throw ConfigError(
@@ -80,7 +84,7 @@ class Assembly {
       else
         documents = YAML::LoadAll(text);
     } catch (const YAML::Exception& e) {
-      return problems_.add("--set", path, fmt::format("the value is not YAML: {}", e.msg));
+      return problems_.add("--set", path, fmt::format("the value is not YAML: {}", why(e)));
     }
     if (documents.size() != 1) return problems_.add("--set", path, fmt::format("expected one YAML value, found {}", documents.size()));
     const Value value{documents[0], path, "--set", "--set"};
@@ -100,7 +104,7 @@ class Assembly {
   Problems problems_;
 
   void unknown(const Value& value) {
-    problems_.add(value.place, value.path.substr(0, 200),
+    problems_.add(value.key_place, value.path.substr(0, 200),
                   fmt::format("unknown key; nearest valid key \"{}\" (tessera config --schema lists all)", nearest_key(value.path)));
   }
 
@@ -115,7 +119,7 @@ class Assembly {
       if (name.find('.') == std::string::npos && (find_key(child.path) || is_section(child.path)))
         walk(child);
       else if (name.find('.') != std::string::npos && find_key(child.path))
-        problems_.add(child.place, child.path, "dots are for --set; expected a map in a map");
+        problems_.add(child.key_place, child.path, "dots are for --set; expected a map in a map");
       else
         unknown(child);
     }

@@ -119,7 +119,7 @@ class Resolver {
     const std::int64_t unit = c_.model.context * c_.train.micro_batch;
     if (c_.train.tokens_per_step % unit == 0) return;
     fail({"train.tokens_per_step", "train.micro_batch", "model.context"},
-         fmt::format("train.tokens_per_step {} is no multiple of model.context {} x train.micro_batch {} = {}; {} is", c_.train.tokens_per_step,
+         fmt::format("train.tokens_per_step {} is no multiple of model.context {} x train.micro_batch {} = {}; expected {}", c_.train.tokens_per_step,
                      c_.model.context, c_.train.micro_batch, unit, neighbours(c_.train.tokens_per_step, unit)));
   }
 

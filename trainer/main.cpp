@@ -35,6 +35,17 @@ int report(ExitCode code, const std::string& message) {
   return code;
 }
 
+/// Results that did not reach stdout (a full disk, a closed pipe) are a failure.
+int finish_output() {
+  std::cout.flush();
+  return std::cout && std::fflush(stdout) == 0 && std::ferror(stdout) == 0 ? kDone : report(kFailed, "the output could not be written to stdout");
+}
+
+int print(const std::string& text) {
+  std::cout << text << '\n';
+  return finish_output();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -57,11 +68,13 @@ int main(int argc, char** argv) {
 
   try {
     app.parse(argc, argv);
-    std::cout.flush();
-    if (!std::cout || std::fflush(stdout) != 0) return report(kFailed, "the output could not be written (is the disk full?)");
-    return kDone;
-  } catch (const CLI::Success& e) {  // --help, --version
-    return app.exit(e);
+    return finish_output();
+  } catch (const CLI::CallForHelp&) {
+    std::string help = app.help();  // of the subcommand, where one was named
+    while (help.ends_with('\n')) help.pop_back();
+    return print(help);
+  } catch (const CLI::CallForVersion& e) {
+    return print(e.what());
   } catch (const CLI::ParseError& e) {
     const auto chosen = app.get_subcommands();
     return report(kUsage, fmt::format("{} (see tessera {}--help)", e.what(), chosen.empty() ? "" : chosen.front()->get_name() + " "));

@@ -111,7 +111,7 @@ Key betas() {
             double* const members[] = {&c.optimizer.beta1, &c.optimizer.beta2};
             for (std::size_t i = 0; i < 2; ++i) {
               const YAML::Node node = value.node[i];
-              const Value element = value.child(node, fmt::format("{}[{}]", value.path, i), node);
+              const Value element = value.child(node, fmt::format("{}[{}]", value.path, i));
               if (const auto v = read_number(element, bounds, problems)) *members[i] = *v;
             }
           },

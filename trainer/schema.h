@@ -29,11 +29,12 @@ class Problems {
 /// A YAML value under way into the configuration: where it stands and which key it is for.
 struct Value {
   YAML::Node node;
-  std::string path;    // "train.steps", "attention.pattern.any[1].window.size"
-  std::string place;   // "file:line:column" or "--set"
-  std::string origin;  // the file or flag alone: places of children are made from it
+  std::string path;               // "train.steps", "attention.pattern.any[1].window.size"
+  std::string place;              // "file:line:column" or "--set"
+  std::string origin;             // the file or flag alone: places of children are made from it
+  std::string key_place = place;  // where its key stands, in a map
 
-  Value child(const YAML::Node& node, const std::string& path, const YAML::Node& mark) const;
+  Value child(const YAML::Node& node, const std::string& path) const;
 };
 
 struct Key {

@@ -95,7 +95,7 @@ class PatternReader {
 
   void fail(const Value& value, const std::string& message) { problems_.add(value.place, value.path, message); }
   void unknown(const Value& child, const std::string& name, const std::vector<std::string>& names) {
-    fail(child, fmt::format("unknown key; nearest valid key \"{}\"", nearest(name, names)));
+    problems_.add(child.key_place, child.path, fmt::format("unknown key; nearest valid key \"{}\"", nearest(name, names)));
   }
 
   /// {default, per_layer, per_head}, as opposed to a pattern: one of these names stands in it.
@@ -306,7 +306,7 @@ class PatternReader {
     bool good = true;
     std::size_t i = 0;
     for (const YAML::Node& node : value.node) {
-      auto child = spec(value.child(node, fmt::format("{}[{}]", value.path, i++), node), depth + 1);
+      auto child = spec(value.child(node, fmt::format("{}[{}]", value.path, i++)), depth + 1);
       good = good && child;
       if (child) result.children.push_back(std::move(*child));
     }

@@ -61,8 +61,8 @@ std::string place_of(const std::string& origin, const YAML::Mark& mark) {
   return fmt::format("{}:{}:{}", origin, mark.line + 1, mark.column + 1);
 }
 
-Value Value::child(const YAML::Node& child_node, const std::string& child_path, const YAML::Node& mark) const {
-  return {child_node, child_path, place_of(origin, mark.Mark()), origin};
+Value Value::child(const YAML::Node& child_node, const std::string& child_path) const {
+  return {child_node, child_path, place_of(origin, child_node.Mark()), origin};
 }
 
 bool is_plain(const YAML::Node& node) { return node.Tag() == "?" || node.Tag().empty(); }
@@ -72,6 +72,7 @@ std::string describe(const YAML::Node& node) {
   if (node.IsMap()) return "a map";
   if (node.IsSequence()) return "a list";
   if (!is_plain(node) && node.Tag() != "!") return fmt::format("a value tagged {}", shortened(node.Tag()));
+  if (node.Scalar().empty()) return "an empty text";
   return is_plain(node) ? shortened(node.Scalar()) : fmt::format("the text \"{}\"", shortened(node.Scalar()));
 }
 
@@ -139,10 +140,11 @@ std::vector<std::pair<std::string, Value>> read_map(const Value& value, Problems
     }
     const std::string name = entry.first.Scalar();
     const std::string path = value.path.empty() ? name : value.path + "." + name;
-    // A null has no place of its own: the key's is shown.
-    Value child = value.child(entry.second, path, entry.second.IsNull() ? entry.first : entry.second);
+    Value child = value.child(entry.second, path);
+    child.key_place = place_of(value.origin, entry.first.Mark());
+    if (entry.second.IsNull()) child.place = child.key_place;  // a null has no place of its own
     if (!seen.insert(name).second) {
-      problems.add(place_of(value.origin, entry.first.Mark()), path, "the key stands here a second time; keep one");
+      problems.add(child.key_place, path, "the key stands here a second time; keep one");
       continue;
     }
     entries.emplace_back(name, std::move(child));

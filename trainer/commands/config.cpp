@@ -18,7 +18,7 @@ void add_config_command(CLI::App& app) {
   };
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand("config", "Print the resolved configuration, or every key with --schema");
-  CLI::Option* file = command->add_option("config", options->file, "YAML configuration; without one: the defaults")->type_name("CONFIG.yaml");
+  CLI::Option* file = command->add_option("CONFIG.yaml", options->file, "YAML configuration; without one: the defaults")->type_name("");
   CLI::Option* sets =
       command->add_option("--set", options->sets, "Set a key, after the file; the last one counts")->type_name("KEY=VALUE")->expected(1)->take_all();
   command->add_flag("--schema", options->schema, "List every key: type, default, range, meaning")->excludes(file)->excludes(sets);
