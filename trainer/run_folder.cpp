@@ -106,7 +106,12 @@ void open_run_folder(const RunFolder& folder, const Config& config, std::int64_t
   for (const auto& entry : fs::directory_iterator(folder.checkpoints()))
     if (entry.path().filename().string().starts_with("step_") && entry.path().extension() == ".tmp") stale.push_back(entry.path());
   for (const CheckpointEntry& entry : list_checkpoints(folder.checkpoints()))
-    if (!entry.complete) stale.push_back(entry.directory);
+    if (!entry.complete) {
+      stale.push_back(entry.directory);
+    } else if (entry.step > step) {
+      fs::remove_all(entry.directory + ".damaged");
+      fs::rename(entry.directory, entry.directory + ".damaged");
+    }
   for (const fs::path& path : stale) fs::remove_all(path);
 }
 

@@ -37,7 +37,8 @@ Start find_start(const RunFolder& folder, bool resume, const Config& config, con
 std::vector<std::string> changes_that_matter(const Config& checkpoint, const Config& now);
 
 /// Makes the folder ready to go on from `step`: folders and config.yaml are written, metrics.jsonl is cut back to `step`, half-written checkpoints
-/// go away. Throws std::invalid_argument when the folder cannot be written.
+/// go away, and those after `step` (find_start() found them damaged) are renamed to step_NNNNNNNN.damaged, so that they count for nothing. Throws
+/// std::invalid_argument when the folder cannot be written.
 void open_run_folder(const RunFolder& folder, const Config& config, std::int64_t step);
 
 /// Holds a lock on the folder while it lives, so that two runs do not write into it at once. Throws std::runtime_error when another one does. File

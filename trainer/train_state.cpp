@@ -35,6 +35,6 @@ TrainState::TrainState(const Config& config, Ops& ops, int rank, int ranks)
     : model(config.model, ops, plan, training_options(config, ranks)),
       optimizer(model.layout(), rank, ranks, plan),
       batch(plan, config.train.micro_batch, config.model.context),
-      loss_sum(plan.reserve(MemoryCategory::workspace, "loss_sum", DType::f64, {1})) {}
+      scalar(plan.reserve(MemoryCategory::workspace, "scalar", DType::f64, {1})) {}
 
 }  // namespace tessera

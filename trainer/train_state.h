@@ -29,7 +29,7 @@ struct TrainState {
   Gpt model;
   ShardedAdamW optimizer;
   BatchBuffer batch;
-  MemoryPlan::Slot loss_sum;  // f64 [1]
+  MemoryPlan::Slot scalar;  // f64 [1]: sums over micro-batches and ranks
 };
 
 }  // namespace tessera

@@ -1,0 +1,384 @@
+#include "trainer/run.h"
+
+#include <fmt/core.h>
+
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <optional>
+
+#include "data/files.h"
+#include "data/loader.h"
+#include "data/tokenizer.h"
+#include "trainer/checkpoint.h"
+#include "trainer/collective.h"
+#include "trainer/evaluate.h"
+#include "trainer/fault.h"
+#include "trainer/generate.h"
+#include "trainer/host_threads.h"
+#include "trainer/metrics.h"
+#include "trainer/open_data.h"
+#include "trainer/progress.h"
+#include "trainer/run_folder.h"
+#include "trainer/schedule.h"
+#include "trainer/signals.h"
+#include "trainer/train_state.h"
+
+namespace tessera {
+namespace {
+
+using Json = nlohmann::ordered_json;
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+/// What one step measured, over all ranks.
+struct StepReport {
+  double loss = 0, lr = 0, grad_norm = 0, seconds = 0, data_wait = 0;
+  std::int64_t targets = 0;
+  bool skipped = false;
+};
+
+class Trainer {
+ public:
+  Trainer(const Config& config, bool resume, Communicator& comm);
+  void run();
+
+ private:
+  void prepare();
+  StepReport step(std::int64_t t);
+  void update_thresholds(std::int64_t t, const AttentionCounts& counts);
+  void evaluate(Json& row);
+  void log(std::int64_t t, const StepReport& report, const AttentionCounts& counts, Json row);
+  void sample(std::int64_t t);
+  void save();
+  double sum_over_ranks(double value);
+  bool due(std::int64_t every, std::int64_t t) const { return every > 0 && t % every == 0; }
+  AttentionCounts take_counts();
+
+  Config config_;
+  const bool resume_;
+  Communicator& comm_;
+  Console console_;
+  FaultInjector fault_;
+  StopSignals signals_;
+  RunFolder folder_;
+  Start start_;
+  RunPosition position_;
+  std::int64_t saved_ = -1;  // step of the newest checkpoint
+  std::int64_t sequences_per_step_ = 0;
+
+  DatasetInfo data_;
+  std::unique_ptr<Tokenizer> tokenizer_;
+  std::unique_ptr<Ops> ops_;
+  std::unique_ptr<TrainState> state_;
+  std::unique_ptr<Loader> loader_;
+  std::unique_ptr<Evaluator> evaluator_;
+  std::optional<FolderLock> lock_;        // rank 0
+  std::optional<MetricsFile> metrics_;    // rank 0
+  std::vector<HostBatch> micro_batches_;  // this rank's of a step
+  std::vector<std::uint64_t> counters_;   // of the last step, all ranks
+  Clock::time_point began_;               // of the loop
+  double peak_flops_ = 0;                 // of all ranks; 0: not known
+};
+
+Trainer::Trainer(const Config& config, bool resume, Communicator& comm)
+    : config_(config), resume_(resume), comm_(comm), console_(Console::mode_for(comm.rank())), fault_(comm.rank()), folder_{config.run.dir} {
+  prepare();
+}
+
+void Trainer::prepare() {
+  const int rank = comm_.rank(), ranks = comm_.size();
+  std::string tokenizer_file;
+  agree(comm_, [&] {
+    data_ = open_data(config_.data.path);
+    tokenizer_ = open_tokenizer(data_, config_.data.tokenizer);
+    resolve_vocabulary(config_, data_.vocabulary, data_.directory);
+    check_ranks(config_, ranks);
+  });
+  sequences_per_step_ = config_.train.tokens_per_step / config_.model.context;
+
+  // The start is rank 0's decision: the others may not see the folder as it does at the same moment.
+  agree(comm_, [&] {
+    if (rank == 0) start_ = find_start(folder_, resume_, config_, provenance_of(data_));
+  });
+  start_.checkpoint = comm_.broadcast(start_.checkpoint, 0);
+  for (const std::string& notice : config_.notices) console_.say("note: {}", notice);
+  for (const std::string& notice : start_.notices) console_.say("note: {}", notice);
+
+  const int threads = threads_for_rank(comm_, config_.run.threads);
+  agree(comm_, [&] {
+    ops_ = make_cpu_ops(threads);
+    state_ = std::make_unique<TrainState>(config_, *ops_, rank, ranks);
+    state_->plan.allocate(*ops_);
+    state_->model.bind();
+    if (start_.checkpoint.empty()) {
+      state_->model.initialize(config_.run.seed);
+    } else {
+      position_ = read_checkpoint_info(start_.checkpoint).position;
+      load_model(start_.checkpoint, state_->model, *ops_);
+      load_optimizer(start_.checkpoint, state_->model.layout(), state_->optimizer, *ops_);
+      saved_ = position_.step;
+    }
+    LoaderOptions o;
+    o.context = config_.model.context;
+    o.micro_batch = config_.train.micro_batch;
+    o.sequences_per_step = sequences_per_step_;
+    o.rank = rank;
+    o.ranks = ranks;
+    o.seed = config_.run.seed;
+    o.first_step = static_cast<std::uint64_t>(position_.step);
+    o.prefetch = config_.data.prefetch;
+    loader_ = std::make_unique<Loader>(data_, data_.train, o);
+    evaluator_ = std::make_unique<Evaluator>(data_, data_.validation, *tokenizer_, config_.model.context, config_.train.micro_batch);
+  });
+  micro_batches_.resize(static_cast<std::size_t>(sequences_per_step_ / ranks / config_.train.micro_batch));
+  peak_flops_ = ranks * (config_.run.peak_tflops > 0 ? config_.run.peak_tflops * 1e12 : ops_->peak_flops());
+
+  agree(comm_, [&] {
+    if (rank != 0) return;
+    make_folder(folder_.directory);
+    lock_.emplace(folder_.directory);
+    open_run_folder(folder_, config_, position_.step);
+    metrics_.emplace(folder_.metrics());
+  });
+
+  const ModelConfig& m = config_.model;
+  console_.say("model     {} parameters: {} layers, {} heads of {}, width {}, context {}, vocabulary {}", format_count(state_->model.layout().count),
+               m.layers, m.heads, m.head_size(), m.width, m.context, m.vocabulary);
+  console_.say("device    {}, {} rank{}, {} a rank", ops_->device_name(), ranks, ranks == 1 ? "" : "s", format_bytes(state_->plan.total_bytes()));
+  const Sampler sampler(data_.train.tokens, m.context, sequences_per_step_, config_.run.seed);
+  console_.say("data      {}: {} training tokens ({}), {:.2f} passes in {} steps of {} tokens", data_.directory, format_count(data_.train.tokens),
+               data_.tokenizer_name, static_cast<double>(config_.train.steps * sequences_per_step_) / sampler.sequences(), config_.train.steps,
+               config_.train.tokens_per_step);
+  if (evaluator_->batches() == 0) console_.say("note: the data has no validation split: nothing is evaluated");
+  console_.say("run       {}, {}", folder_.directory,
+               start_.checkpoint.empty() ? std::string("from scratch") : fmt::format("going on after step {}", position_.step));
+}
+
+void Trainer::run() {
+  began_ = Clock::now();
+  if (position_.step >= config_.train.steps) {
+    console_.say("step {} of {} is done already: nothing to do. More: --set train.steps=N", position_.step, config_.train.steps);
+    return;
+  }
+  while (position_.step < config_.train.steps) {
+    const std::int64_t t = position_.step + 1;
+    const bool last = t == config_.train.steps;
+    const StepReport report = step(t);
+    position_.step = t;
+    position_.tokens += report.targets;
+    position_.updates += report.skipped ? 0 : 1;
+    position_.skipped += report.skipped ? 1 : 0;
+    position_.nonfinite_in_a_row = report.skipped ? position_.nonfinite_in_a_row + 1 : 0;
+    const AttentionCounts counts(config_.model, counters_, sequences_per_step_, config_.model.context);
+
+    Json extra = Json::object();
+    if ((last || due(config_.eval.every, t)) && evaluator_->batches() > 0) evaluate(extra);
+    log(t, report, counts, std::move(extra));
+    if (position_.nonfinite_in_a_row >= config_.train.max_nonfinite) {
+      agree(comm_, [&] {
+        if (comm_.rank() != 0) return;
+        throw std::runtime_error(fmt::format(
+            "{} steps in a row, up to step {}, had a loss or gradient that is not finite. The last good checkpoint is {}. A smaller optimizer.lr or "
+            "a "
+            "longer optimizer.warmup may help",
+            position_.nonfinite_in_a_row, t, saved_ >= 0 ? folder_.checkpoints() + "/" + checkpoint_name(saved_) : "none: none was written"));
+      });
+    }
+    if (due(config_.sample.every, t)) sample(t);
+    const bool stop = comm_.max(signals_.requested() ? 1 : 0) != 0;
+    if (last || stop || due(config_.checkpoint.every, t)) save();
+    if (stop && !last) {
+      console_.say("stopped{}{} after step {}. Continue: tessera train {} --resume", *signals_.name() ? " by " : "", signals_.name(), t,
+                   folder_.config());
+      return;
+    }
+  }
+  console_.say("done: {} steps, {} tokens in {}{}. Checkpoint: {}/{}", config_.train.steps, format_count(static_cast<double>(position_.tokens)),
+               format_duration(seconds_since(began_)), position_.skipped ? fmt::format(", {} steps skipped", position_.skipped) : "",
+               folder_.checkpoints(), checkpoint_name(saved_));
+}
+
+double Trainer::sum_over_ranks(double value) {
+  const Tensor scalar = state_->plan[state_->scalar];
+  ops_->upload(scalar, &value);
+  comm_.all_reduce_sum(scalar);
+  ops_->download(&value, scalar);
+  return value;
+}
+
+StepReport Trainer::step(std::int64_t t) {
+  const Clock::time_point start = Clock::now();
+  StepReport report;
+  Gpt& model = state_->model;
+  const Tensor scalar = state_->plan[state_->scalar];
+
+  // The loss is the sum over all target tokens of all ranks divided by their number, once: so the number must be known before the backward pass.
+  std::uint64_t targets = 0;
+  for (HostBatch& batch : micro_batches_) {
+    batch = loader_->next();
+    targets += batch.target_tokens;
+  }
+  report.data_wait = loader_->take_wait_seconds();
+  report.targets = static_cast<std::int64_t>(sum_over_ranks(static_cast<double>(targets)));
+  const double scale = 1.0 / static_cast<double>(std::max<std::int64_t>(1, report.targets));
+
+  model.zero_gradients();
+  model.zero_counters();
+  ops_->zero(scalar);
+  for (const HostBatch& batch : micro_batches_) {
+    model.forward_backward(state_->batch.upload(*ops_, batch), static_cast<float>(scale));
+    ops_->add_sum(scalar, model.losses().slice(0, batch.batch * batch.tokens));
+  }
+  fault_.strike(t);
+  if (fault_.due(FaultInjector::Kind::nan, t)) {
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    ops_->upload(model.gradients().slice(0, 1), &nan);
+  }
+
+  double loss_sum = 0;
+  comm_.all_reduce_sum(scalar);
+  ops_->download(&loss_sum, scalar);
+  report.loss = loss_sum * scale;
+  report.grad_norm = state_->optimizer.reduce(*ops_, comm_, model.gradients());
+  report.lr = learning_rate(config_.optimizer, config_.train.steps, t);
+  report.skipped = !std::isfinite(report.loss) || !std::isfinite(report.grad_norm);
+  if (!report.skipped) {
+    const OptimizerConfig& o = config_.optimizer;
+    state_->optimizer.apply(*ops_, comm_, model.parameters(), model.gradients(),
+                            {report.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.clip, position_.updates + 1});
+  }
+  comm_.all_reduce_sum(model.counters());
+  counters_.resize(static_cast<std::size_t>(model.counters().numel()));
+  ops_->download(counters_.data(), model.counters());
+  const AttentionConfig& a = config_.model.attention;
+  if (!report.skipped && a.gate != Gate::softmax && a.threshold.mode == ThresholdMode::controlled)
+    update_thresholds(t, AttentionCounts(config_.model, counters_, sequences_per_step_, config_.model.context));
+  ops_->synchronize();
+  report.seconds = seconds_since(start);
+  return report;
+}
+
+void Trainer::update_thresholds(std::int64_t t, const AttentionCounts& counts) {
+  const AttentionConfig& a = config_.model.attention;
+  const ThresholdRange range = threshold_range(a);
+  const int heads = config_.model.heads, rows = config_.model.layers * heads;
+  const Tensor thresholds = state_->model.thresholds(), counters = state_->model.counters();
+  ThresholdUpdate u;
+  u.causal_edges = counts.causal_edges();
+  u.rate = range.rate;
+  u.low = range.low;
+  u.high = range.high;
+  u.wanted_density = wanted_density(a.threshold, config_.train.steps, t);
+  // A head that a static pattern lets see less than is wanted could never reach it, and its threshold would sink all the while, to be climbed
+  // again later. It is asked for what it can see.
+  const auto visible = [&](int r) { return static_cast<double>(counts.at(r / heads, r % heads, kVisibleEdges)) / u.causal_edges; };
+  bool capped = false;
+  for (int r = 0; r < rows; ++r) capped = capped || visible(r) < u.wanted_density;
+  if (!capped) {
+    u.threshold = thresholds.view({rows});
+    u.counters = counters.view({rows, kAttentionCounters});
+    ops_->update_thresholds(u);
+    return;
+  }
+  const double wanted = u.wanted_density;
+  for (int r = 0; r < rows; ++r) {
+    u.threshold = thresholds.slice(r, 1);
+    u.counters = counters.slice(static_cast<std::int64_t>(r) * kAttentionCounters, kAttentionCounters).view({1, kAttentionCounters});
+    u.wanted_density = std::min(wanted, visible(r));
+    ops_->update_thresholds(u);
+  }
+}
+
+void Trainer::evaluate(Json& row) {
+  const Evaluation e = evaluator_->run(state_->model, *ops_, comm_, state_->batch, config_.eval.batches);
+  row["validation_loss"] = e.loss;
+  row["bits_per_byte"] = e.bits_per_byte;
+  row["validation_tokens"] = e.tokens;
+  console_.say("step {}/{}  validation loss {:.4f}, perplexity {:.2f}, {:.4f} bits a byte ({} tokens, {:.1f} s)", position_.step, config_.train.steps,
+               e.loss, e.perplexity(), e.bits_per_byte, e.tokens, e.seconds);
+}
+
+void Trainer::log(std::int64_t t, const StepReport& r, const AttentionCounts& counts, Json extra) {
+  if (comm_.rank() != 0) return;
+  const AttentionShares shares = counts.all();
+  const AttentionConfig& a = config_.model.attention;
+  const double tokens_per_s = static_cast<double>(r.targets) / r.seconds;
+  Json row{{"step", t},
+           {"tokens", position_.tokens},
+           {"loss", r.loss},
+           {"lr", r.lr},
+           {"grad_norm", r.grad_norm},
+           {"tokens_per_s", tokens_per_s},
+           {"step_ms", 1e3 * r.seconds}};
+  if (peak_flops_ > 0) {
+    // Useful work counts active tiles only; dense_equivalent is what a causal model without skipping would have done.
+    const Gpt::Flops flops = state_->model.flops_per_token();
+    row["mfu"] = tokens_per_s * (flops.dense + flops.attention_causal * (1 - shares.tile_skip_rate)) / peak_flops_;
+    row["mfu_dense_equivalent"] = tokens_per_s * (flops.dense + flops.attention_causal) / peak_flops_;
+  }
+  row["edge_sparsity"] = shares.edge_sparsity;
+  row["tile_skip_rate"] = shares.tile_skip_rate;
+  row["tile"] = {a.tile_query, a.tile_key};
+  row["empty_row_share"] = shares.empty_rows;
+  row["data_wait_share"] = std::min(1.0, r.data_wait / r.seconds);
+  row["skipped"] = r.skipped;
+  row["skipped_total"] = position_.skipped;
+  if (due(config_.log.heads_every, t)) {
+    row["active_share"] = counts.active_share();
+    if (a.gate != Gate::softmax && (a.threshold.mode == ThresholdMode::controlled || a.threshold.mode == ThresholdMode::fixed)) {
+      std::vector<float> tau(static_cast<std::size_t>(config_.model.layers) * config_.model.heads);
+      ops_->download(tau.data(), state_->model.thresholds());
+      for (int l = 0; l < config_.model.layers; ++l)
+        row["thresholds"].push_back(std::vector<float>(tau.begin() + l * config_.model.heads, tau.begin() + (l + 1) * config_.model.heads));
+    }
+  }
+  row.update(extra);
+  metrics_->append(row);
+
+  const std::int64_t done = t - start_.position.step;
+  const double eta = seconds_since(began_) / static_cast<double>(done) * static_cast<double>(config_.train.steps - t);
+  console_.progress(fmt::format("step {}/{}  loss {:.4f}  lr {:.2e}  grad {:.2f}  sparsity {:.4f}  skip {:.3f}  {} tok/s  {:.0f} ms{}  ETA {}", t,
+                                config_.train.steps, r.loss, r.lr, r.grad_norm, shares.edge_sparsity, shares.tile_skip_rate,
+                                format_count(tokens_per_s), 1e3 * r.seconds, r.skipped ? "  SKIPPED (not finite)" : "", format_duration(eta)),
+                    r.skipped || t == config_.train.steps || due(config_.log.every, t));
+}
+
+void Trainer::sample(std::int64_t t) {
+  if (comm_.rank() != 0) return;
+  GenerateOptions o;
+  o.tokens = config_.sample.tokens;
+  o.temperature = config_.sample.temperature;
+  o.top_k = config_.sample.top_k;
+  o.seed = config_.run.seed;
+  std::string text = config_.sample.prompt;
+  for (const std::uint32_t token : generate(state_->model, *tokenizer_, config_.sample.prompt, o)) tokenizer_->decode(token, text);
+  write_file(folder_.sample(t), text + "\n");
+}
+
+void Trainer::save() {
+  if (saved_ == position_.step) return;
+  const Clock::time_point start = Clock::now();
+  agree(comm_, [&] {
+    if (metrics_) metrics_->sync();  // a checkpoint's metrics must not be lost when the checkpoint is not
+  });
+  CheckpointRequest request;
+  request.checkpoints = folder_.checkpoints();
+  request.position = position_;
+  request.config = to_yaml(config_);
+  request.dataset = provenance_of(data_);
+  request.tokenizer_file = data_.directory + "/tokenizer.json";
+  request.keep = config_.checkpoint.keep;
+  request.between_files = [&] { fault_.strike_saving(position_.step); };
+  const std::string folder = save_checkpoint(request, state_->model, state_->optimizer, *ops_, comm_);
+  saved_ = position_.step;
+  console_.say("step {}/{}  checkpoint {} ({:.1f} s)", position_.step, config_.train.steps, folder, seconds_since(start));
+}
+
+}  // namespace
+
+void train(const Config& config, bool resume, Communicator& comm) { Trainer(config, resume, comm).run(); }
+
+}  // namespace tessera
