@@ -1,0 +1,90 @@
+#include "kernels/cpu/attention_call.h"
+
+#include <cmath>
+#include <limits>
+
+#include "kernels/cpu/check.h"
+
+namespace tessera::cpu {
+
+AttentionCall::AttentionCall(const char* operation, const AttentionForward& a)
+    : batch(a.shape.batch), heads(a.shape.heads), tokens(a.shape.tokens), size(a.shape.head_size), math(a.math), visit_all(a.visit == Visit::all) {
+  require(a.tiles != nullptr, operation, "no tile lists were given");
+  map = &a.tiles->host();
+  tile_query = map->tile_query;
+  tile_key = map->tile_key;
+  const auto tile_fits = [](std::int64_t t) { return t >= 8 && t <= 128 && t % 8 == 0; };
+  require(tile_fits(tile_query) && tile_fits(tile_key), operation, "tile sizes must be multiples of 8 from 8 to 128");
+  require(batch >= 0 && heads >= 1 && tokens >= 1 && tokens <= map->tokens, operation, "the sequence must have 1 to tiles->host().tokens tokens");
+  require(tokens <= std::numeric_limits<std::int32_t>::max(), operation, "the sequence has more tokens than an i32 can count");
+  require(size >= 8 && size <= 256 && size % 8 == 0, operation, "head_size must be a multiple of 8 from 8 to 256");
+  require(std::ssize(map->group_of_head) >= heads, operation, "the tile lists are of fewer heads");
+  require(math.length_beta == 0 || math.score == Score::cosine, operation, "length_beta wants score cosine");
+  query_tiles = (tokens + tile_query - 1) / tile_query;
+  key_tiles = (tokens + tile_key - 1) / tile_key;
+  words = bitmap_words(key_tiles);
+  q = heads_of(operation, "q", a.q);
+  k = heads_of(operation, "k", a.k);
+  v = heads_of(operation, "v", a.v);
+  o = heads_of(operation, "o", a.o);
+  const bool uses_tau = math.gate != Gate::softmax && !(math.length_beta > 0);
+  scale = elements<float>(operation, "scale", a.scale, heads);
+  threshold = uses_tau ? elements<float>(operation, "threshold", a.threshold, heads) : nullptr;
+  document_start = optional_elements<std::int32_t>(operation, "document_start", a.document_start, batch * tokens);
+  z = elements<float>(operation, "z", a.z, batch * heads * tokens);
+  active_tiles = elements<std::uint32_t>(operation, "active_tiles", a.active_tiles, batch * heads * query_tiles * words);
+  counters = optional_elements<std::uint64_t>(operation, "counters", a.counters, heads * kAttentionCounters);
+}
+
+Heads AttentionCall::heads_of(const char* operation, const char* name, const HeadsView& view) const {
+  if (view.dtype != DType::f32) throw std::logic_error(fmt::format("{}: {} must be f32 on the CPU, and is {}", operation, name, name_of(view.dtype)));
+  if (!view.data && batch > 0) throw std::logic_error(fmt::format("{}: {} has no memory", operation, name));
+  // A stride matters only where there is a second element along it.
+  if ((tokens > 1 && view.token < size) || (heads > 1 && view.head < size) || (batch > 1 && view.batch < size))
+    throw std::logic_error(fmt::format("{}: {} has strides (batch {}, head {}, token {}) that overlap its {} elements", operation, name, view.batch,
+                                       view.head, view.token, size));
+  return {static_cast<float*>(view.data), view.batch, view.head, view.token};
+}
+
+std::span<const TileEntry> AttentionCall::query_list(std::int64_t head, std::int64_t query_tile) const {
+  const TileGroup& g = map->groups[map->group_of_head[head]];
+  const auto first = g.query_offsets[query_tile], last = g.query_offsets[query_tile + 1];
+  return std::span(g.query_entries).subspan(first, last - first);
+}
+
+std::span<const TileEntry> AttentionCall::key_list(std::int64_t head, std::int64_t key_tile) const {
+  const TileGroup& g = map->groups[map->group_of_head[head]];
+  const auto first = g.key_offsets[key_tile], last = g.key_offsets[key_tile + 1];
+  return std::span(g.key_entries).subspan(first, last - first);
+}
+
+AttentionCall::Documents AttentionCall::documents_of(std::int64_t b, std::int64_t query_tile) const {
+  Documents d;
+  if (!document_start) return d;
+  d.start = document_start + b * tokens + query_tile * tile_query;
+  const auto queries = std::min(tile_query, tokens - query_tile * tile_query);
+  const auto [first, last] = std::minmax_element(d.start, d.start + queries);
+  d.first = *first;
+  d.last = *last;
+  return d;
+}
+
+bool AttentionCall::tile(std::int64_t query_tile, std::int64_t key_tile, std::int32_t mask, const Documents& documents, Tile& out) const {
+  out.first_query = query_tile * tile_query;
+  out.queries = std::min(tile_query, tokens - out.first_query);
+  out.first_key = key_tile * tile_key;
+  out.keys = std::min(tile_key, tokens - out.first_key);
+  out.mask_words = map->mask_words;
+  out.mask = mask == TileEntry::kFull ? nullptr : map->masks.data() + static_cast<std::int64_t>(mask) * tile_query * map->mask_words;
+  out.document_start = documents.last > out.first_key ? documents.start : nullptr;
+  return !documents.start || documents.first < out.first_key + out.keys;
+}
+
+float AttentionCall::tau(std::int64_t head, std::int64_t i) const {
+  if (math.gate == Gate::softmax) return 0.0f;
+  if (math.length_beta > 0)
+    return static_cast<float>(math.length_beta * std::sqrt(2.0 * std::log(static_cast<double>(i) + 2.0) / static_cast<double>(size)));
+  return threshold[head];
+}
+
+}  // namespace tessera::cpu

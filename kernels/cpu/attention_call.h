@@ -1,0 +1,99 @@
+#pragma once
+// One call of the CPU attention, taken apart: typed addresses, tile counts, lists, and the checks of what the caller gave.
+
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <span>
+
+#include "kernels/attention.h"
+#include "kernels/cpu/attention_tile.h"
+
+namespace tessera::cpu {
+
+/// A [B, H, T, D] tensor of floats with strides.
+struct Heads {
+  float* data;
+  std::int64_t batch, head, token;
+  float* at(std::int64_t b, std::int64_t h, std::int64_t t) const { return data + b * batch + h * head + t * token; }
+};
+
+struct AttentionCall {
+  /// Checks everything; throws std::logic_error that names `operation` and the argument.
+  AttentionCall(const char* operation, const AttentionForward& a);
+  Heads heads_of(const char* operation, const char* name, const HeadsView& view) const;
+
+  std::int64_t batch, heads, tokens, size;  // size: elements of a head
+  std::int64_t tile_query, tile_key, query_tiles, key_tiles, words;
+  AttentionMath math;
+  bool visit_all;
+  const TileMap* map;
+  Heads q, k, v, o;
+  const float* scale;
+  const float* threshold;              // null where tau is not used
+  const std::int32_t* document_start;  // or null
+  float* z;
+  std::uint32_t* active_tiles;
+  std::uint64_t* counters;  // or null
+
+  std::span<const TileEntry> query_list(std::int64_t head, std::int64_t query_tile) const;
+  std::span<const TileEntry> key_list(std::int64_t head, std::int64_t key_tile) const;
+
+  /// The documents that a query tile's queries lie in.
+  struct Documents {
+    const std::int32_t* start = nullptr;  // of each query, or null without documents
+    std::int32_t first = 0, last = 0;     // least and greatest of them
+  };
+  Documents documents_of(std::int64_t b, std::int64_t query_tile) const;
+
+  /// The tile (query_tile, key_tile), or false when it lies wholly before its queries' documents.
+  bool tile(std::int64_t query_tile, std::int64_t key_tile, std::int32_t mask, const Documents& documents, Tile& out) const;
+
+  /// tau of query i: per head, per query with length_beta, 0 for softmax.
+  float tau(std::int64_t head, std::int64_t i) const;
+
+  /// Word of the bitmap that holds key tile 0 of a query tile.
+  std::uint32_t* bitmap(std::int64_t b, std::int64_t h, std::int64_t query_tile) const {
+    return active_tiles + ((b * heads + h) * query_tiles + query_tile) * words;
+  }
+  bool is_active(std::int64_t b, std::int64_t h, std::int64_t query_tile, std::int64_t key_tile) const {
+    return (bitmap(b, h, query_tile)[key_tile / 32] >> (key_tile % 32)) & 1u;
+  }
+  float* z_of(std::int64_t b, std::int64_t h, std::int64_t query_tile) const { return z + (b * heads + h) * tokens + query_tile * tile_query; }
+};
+
+/// Memory for every thread's tiles, taken in one piece before the threads start, so that none can fail to get it.
+class ThreadScratch {
+ public:
+  /// `elements` floats a thread, zero-filled.
+  ThreadScratch(int threads, std::int64_t elements)
+      : stride_(padded(elements)), data_(static_cast<float*>(::operator new (bytes(threads), std::align_val_t{64}))) {
+    std::fill_n(data_.get(), stride_ * threads, 0.0f);
+  }
+  float* of(int thread) const { return data_.get() + stride_ * thread; }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { ::operator delete (p, std::align_val_t{64}); }
+  };
+  std::size_t bytes(int threads) const { return static_cast<std::size_t>(stride_) * threads * sizeof(float); }
+  std::int64_t stride_;
+  std::unique_ptr<float, Free> data_;
+};
+
+/// Hands out consecutive, cache-line aligned pieces of a thread's scratch.
+class Carver {
+ public:
+  explicit Carver(float* at) : at_(at) {}
+  float* floats(std::int64_t n) {
+    float* p = at_;
+    at_ += padded(n);
+    return p;
+  }
+  std::int32_t* ints(std::int64_t n) { return reinterpret_cast<std::int32_t*>(floats(n)); }
+
+ private:
+  float* at_;
+};
+
+}  // namespace tessera::cpu
