@@ -1,7 +1,8 @@
 #pragma once
 // One interface for talking to the other ranks, with an MPI implementation (host memory) and, later, an NCCL one.
 // Collectives are called by every rank of the communicator in the same order with the same sizes. Results do not depend on timing:
-// sums are taken in rank order 0, 1, 2, ...  A failure (a dead peer, an MPI error) takes the whole job down with one message on
+// sums are taken in rank order 0, 1, 2, ...  Wrong shapes or types throw std::logic_error, failed calls std::runtime_error with MPI's text.
+// A failure (a dead peer, an MPI error) takes the whole job down with one message on
 // stderr: an exception on one rank must end in abort(), never in a hang.
 
 #include <cstdint>
@@ -43,7 +44,11 @@ class Communicator {
 /// One process, no MPI.
 std::unique_ptr<Communicator> make_single_communicator();
 
-/// Initialises MPI (once a process) and wraps MPI_COMM_WORLD; finalises it when the process ends in order. Started without mpirun it has one rank.
+/// Initialises MPI (once a process) and wraps a copy of MPI_COMM_WORLD. Call it, and the communicator, from one thread (MPI_THREAD_FUNNELED).
+/// A process that no launcher started (mpirun, mpiexec and srun set environment variables for MPI: none is there) gets
+/// make_single_communicator() and MPI is not touched.
+/// MPI is finalised when the process ends in order. A communicator destroyed by an exception on its way suppresses that, since the
+/// other ranks may be waiting elsewhere; the launcher then ends them. Still, answer an exception with abort(): it is prompt and says why.
 std::unique_ptr<Communicator> make_mpi_communicator();
 
 }  // namespace tessera
