@@ -1,6 +1,6 @@
 #pragma once
 // The attention operator: what it computes, what goes in, what comes out, for every backend. README.md and docs in
-// this header are the user's definition; the CPU implementation (kernels/cpu/attention.cpp) is the readable reference.
+// this header are the user's definition; the CPU implementation (kernels/cpu/attention*.cpp) is the readable reference.
 //
 //   score     s_ij = <q_i, k_j>   (q, k arrive already unit length for cosine and fidelity: Ops::qk_transform_forward)
 //             x_ij = c s_ij - tau_h                     dot (c = 1/sqrt(D)), cosine (c = scale[h])

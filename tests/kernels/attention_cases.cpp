@@ -133,7 +133,7 @@ std::string name_of(const AttentionMath& math) {
 
 double relative_error(const std::vector<float>& a, const std::vector<double>& b) {
   if (a.size() != b.size()) return std::numeric_limits<double>::infinity();
-  double error = 0, largest = 1e-30;
+  double error = 0, largest = 1;
   for (std::size_t n = 0; n < a.size(); ++n) {
     if (!std::isfinite(a[n])) return std::numeric_limits<double>::infinity();
     error = std::max(error, std::abs(a[n] - b[n]));

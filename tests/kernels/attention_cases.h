@@ -54,7 +54,7 @@ std::vector<std::int32_t> random_documents(const AttentionShape& s, std::int64_t
 /// Names of enum values, for test names and messages.
 std::string name_of(const AttentionMath& math);
 
-/// max |a - b| / max(|b|, 1e-30): how far `a` is from the reference `b`. NaN counts as infinity.
+/// max |a - b| / max(|b|, 1), the size of the inputs: how far `a` is from the reference `b`. What is not finite counts as infinitely far.
 double relative_error(const std::vector<float>& a, const std::vector<double>& b);
 
 }  // namespace tessera::reference
