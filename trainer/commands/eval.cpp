@@ -1,0 +1,130 @@
+// tessera eval: the loss of a checkpoint on a split of prepared data, alone or under mpirun.
+
+#include <fmt/core.h>
+
+#include <iostream>
+#include <memory>
+#include <string>
+
+#include "trainer/collective.h"
+#include "trainer/commands/commands.h"
+#include "trainer/evaluate.h"
+#include "trainer/host_threads.h"
+#include "trainer/open_checkpoint.h"
+#include "trainer/open_data.h"
+
+namespace tessera {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+struct Options {
+  std::string checkpoint, data, split = "validation", visit;
+  std::int64_t batches = 0;
+  int threads = 0;
+  bool json = false;
+};
+
+Json to_json(const Evaluation& e, const OpenCheckpoint& c, const Options& o) {
+  const AttentionConfig& a = c.config.model.attention;
+  const AttentionCounts counts(c.config.model, e.counters, e.sequences, e.sequence_tokens);
+  const AttentionShares all = counts.all();
+  Json layers = Json::array();
+  for (int l = 0; l < c.config.model.layers; ++l) {
+    const AttentionShares s = counts.layer(l);
+    layers.push_back({{"layer", l}, {"edge_sparsity", s.edge_sparsity}, {"tile_skip_rate", s.tile_skip_rate}, {"empty_row_share", s.empty_rows}});
+  }
+  return {{"checkpoint", c.info.directory},
+          {"step", c.info.position.step},
+          {"data", o.data},
+          {"split", o.split},
+          {"loss", e.loss},
+          {"perplexity", e.perplexity()},
+          {"bits_per_byte", e.bits_per_byte},
+          {"tokens", e.tokens},
+          {"bytes", e.bytes},
+          {"sequences", e.sequences},
+          {"sequence_tokens", e.sequence_tokens},
+          {"edge_sparsity", all.edge_sparsity},
+          {"tile_skip_rate", all.tile_skip_rate},
+          {"tile", {a.tile_query, a.tile_key}},
+          {"empty_row_share", all.empty_rows},
+          {"visit", a.visit == Visit::all ? "all" : "active"},
+          {"layers", layers},
+          {"seconds", e.seconds}};
+}
+
+void print(const Json& r) {
+  fmt::print("checkpoint      {} (step {})\n", r["checkpoint"].get<std::string>(), r["step"].get<std::int64_t>());
+  fmt::print("data            {}, {}: {} tokens in {} sequences, {} bytes of text\n", r["data"].get<std::string>(), r["split"].get<std::string>(),
+             r["tokens"].get<std::int64_t>(), r["sequences"].get<std::int64_t>(), r["bytes"].get<std::int64_t>());
+  fmt::print("loss            {:.6f} nats a token\n", r["loss"].get<double>());
+  fmt::print("perplexity      {:.4f}\n", r["perplexity"].get<double>());
+  fmt::print("bits per byte   {:.6f}\n", r["bits_per_byte"].get<double>());
+  const auto shares = [](const std::string& name, const Json& s) {
+    fmt::print("{:<15} edge sparsity {:.4f}, tile skip rate {:.4f}, empty rows {:.4f}\n", name, s["edge_sparsity"].get<double>(),
+               s["tile_skip_rate"].get<double>(), s["empty_row_share"].get<double>());
+  };
+  shares("all layers", r);
+  for (const Json& layer : r["layers"]) shares(fmt::format("  layer {}", layer["layer"].get<int>()), layer);
+  fmt::print("tiles           {} queries x {} keys\n", r["tile"][0].get<int>(), r["tile"][1].get<int>());
+}
+
+void eval(const Options& o, Communicator& comm) {
+  std::unique_ptr<OpenCheckpoint> open;
+  std::unique_ptr<Evaluator> evaluator;
+  const int threads = threads_for_rank(comm, o.threads);
+  agree(comm, [&] {
+    const DatasetInfo data = open_data(o.data);
+    open = std::make_unique<OpenCheckpoint>(o.checkpoint, OpenCheckpoint::Use::evaluate, threads, o.visit);
+    if (open->info.dataset.tokenizer_hash != data.tokenizer_hash)
+      throw ConfigError(
+          fmt::format("--data {}: made with tokenizer {} (hash {}), and {} was trained with {} (hash {}). Prepare the text with the "
+                      "checkpoint's own: --tokenizer bpe:{}/tokenizer.json",
+                      o.data, data.tokenizer_name, data.tokenizer_hash.substr(0, 12), open->info.directory, open->info.dataset.tokenizer_name,
+                      open->info.dataset.tokenizer_hash.substr(0, 12), open->info.directory));
+    const Config& c = open->config;
+    evaluator =
+        std::make_unique<Evaluator>(data, o.split == "train" ? data.train : data.validation, *open->tokenizer, c.model.context, c.train.micro_batch);
+    if (evaluator->batches() == 0) throw ConfigError(fmt::format("--data {}: split {} holds no text to evaluate", o.data, o.split));
+  });
+  const Evaluation e = evaluator->run(*open->model, *open->ops, comm, *open->batch, o.batches);
+  if (comm.rank() != 0) return;
+  const Json result = to_json(e, *open, o);
+  if (o.json) {
+    std::cout << result.dump(2) << "\n";
+  } else {
+    print(result);
+  }
+}
+
+}  // namespace
+
+void add_eval_command(CLI::App& app) {
+  auto o = std::make_shared<Options>();
+  CLI::App* command = app.add_subcommand("eval", "Loss, perplexity, bits per byte and sparsity of a checkpoint on prepared data");
+  command->add_option("CHECKPOINT", o->checkpoint, "A step folder, or a run folder (its newest checkpoint)")->type_name("")->required();
+  command->add_option("--data", o->data, "Folder that tessera prepare wrote")->type_name("DIR")->required();
+  command->add_option("--split", o->split, "Which part of it")->check(CLI::IsMember({"train", "validation"}))->capture_default_str();
+  command->add_option("--batches", o->batches, "Evaluate this many micro-batches from the start of the split; 0: all of it")
+      ->type_name("N")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command->add_option("--visit", o->visit, "Attention tiles to compute: same result, all is slower (default: as in training)")
+      ->check(CLI::IsMember({"all", "active"}));
+  command->add_option("--threads", o->threads, "CPU threads a rank; 0: the host's cores divided by its ranks")
+      ->type_name("N")
+      ->check(CLI::Range(0, 4096))
+      ->capture_default_str();
+  command->add_flag("--json", o->json, "Print JSON");
+  command->footer(
+      "Under mpirun the text is divided among the ranks; the numbers are the same.\n"
+      "Example:\n"
+      "  tessera eval runs/mine --data data/mine --split validation --json");
+  command->callback([o] {
+    const auto comm = make_mpi_communicator();
+    run_on_ranks(*comm, [&] { eval(*o, *comm); });
+  });
+}
+
+}  // namespace tessera

@@ -1,0 +1,40 @@
+#include "trainer/open_checkpoint.h"
+
+#include <fmt/core.h>
+
+#include <stdexcept>
+
+namespace tessera {
+namespace {
+
+std::unique_ptr<Tokenizer> load_own_tokenizer(const std::string& directory) {
+  try {
+    return load_tokenizer("bpe:" + directory + "/tokenizer.json");
+  } catch (const std::invalid_argument& e) {  // not the user's file: a damaged part of the checkpoint
+    throw std::runtime_error(e.what());
+  }
+}
+
+}  // namespace
+
+OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, int threads, const std::string& visit) {
+  info = read_checkpoint_info(resolve_checkpoint(path));
+  config = parse_config(info.config, info.directory + "/model.h5", {});
+  resolve_vocabulary(config, info.dataset.vocabulary, info.directory);
+  if (!visit.empty()) config.model.attention.visit = visit == "all" ? Visit::all : Visit::active;
+  tokenizer = load_own_tokenizer(info.directory);
+  if (tokenizer->hash() != info.dataset.tokenizer_hash)
+    throw std::runtime_error(fmt::format("{}/tokenizer.json is not the tokenizer that the model was trained with (SHA-256 {}, expected {})",
+                                         info.directory, tokenizer->hash(), info.dataset.tokenizer_hash));
+  ops = make_cpu_ops(threads);
+  Gpt::Options options;
+  options.micro_batch = use == Use::evaluate ? config.train.micro_batch : 1;
+  options.training = false;
+  model = std::make_unique<Gpt>(config.model, *ops, plan, options);
+  if (use == Use::evaluate) batch = std::make_unique<BatchBuffer>(plan, config.train.micro_batch, config.model.context);
+  plan.allocate(*ops);
+  model->bind();
+  load_model(info.directory, *model, *ops);
+}
+
+}  // namespace tessera
