@@ -1,12 +1,13 @@
 #include "kernels/cpu/gemm.h"
 
+#include <cblas.h>
 #include <fmt/format.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
-
-#include "kernels/cpu/blas.h"
+#include <string_view>
 
 namespace tessera::cpu {
 
@@ -45,7 +46,6 @@ void gemm(std::int64_t m, std::int64_t n, std::int64_t k, Operand a, Operand b, 
   if (k > kLimit || a.stride > kLimit || b.stride > kLimit || stride > kLimit) {
     throw std::logic_error(fmt::format("gemm: {} x {} x {} is more than OpenBLAS' {}-bit sizes can count", m, n, k, 8 * sizeof(blasint)));
   }
-  const auto sgemm = blas().sgemm;
   const Tiling size = tiling_of(m, n, k);
   const std::int64_t tile_rows = size.rows, tile_columns = size.columns;
   const std::int64_t row_tiles = divide_up(m, tile_rows), column_tiles = divide_up(n, tile_columns);
@@ -58,11 +58,25 @@ void gemm(std::int64_t m, std::int64_t n, std::int64_t k, Operand a, Operand b, 
     const OutputTile out{row, std::min(tile_rows, m - row), column, std::min(tile_columns, n - column)};
     const float* a_tile = a.data + (a.transposed ? row : row * a.stride);
     const float* b_tile = b.data + (b.transposed ? column * b.stride : column);
-    sgemm(CblasRowMajor, a.transposed ? CblasTrans : CblasNoTrans, b.transposed ? CblasTrans : CblasNoTrans, static_cast<blasint>(out.rows),
-          static_cast<blasint>(out.columns), static_cast<blasint>(k), 1.0f, a_tile, static_cast<blasint>(a.stride), b_tile,
-          static_cast<blasint>(b.stride), accumulate ? 1.0f : 0.0f, c + row * stride + column, static_cast<blasint>(stride));
+    cblas_sgemm(CblasRowMajor, a.transposed ? CblasTrans : CblasNoTrans, b.transposed ? CblasTrans : CblasNoTrans, static_cast<blasint>(out.rows),
+                static_cast<blasint>(out.columns), static_cast<blasint>(k), 1.0f, a_tile, static_cast<blasint>(a.stride), b_tile,
+                static_cast<blasint>(b.stride), accumulate ? 1.0f : 0.0f, c + row * stride + column, static_cast<blasint>(stride));
     if (finish) finish(out);
   }
+}
+
+void hold_blas_at_one_thread() {
+  const int threads = omp_get_max_threads();
+  openblas_set_num_threads(1);
+  omp_set_num_threads(threads);  // the openmp build sets OpenMP's number as well
+}
+
+std::string blas_name() {
+  // openblas_get_config() is "OpenBLAS 0.3.21 NO_LAPACKE DYNAMIC_ARCH ...": the first two words name the version.
+  const std::string_view config = openblas_get_config();
+  const std::size_t space = config.find(' ');
+  const std::size_t end = space == std::string_view::npos ? space : config.find(' ', space + 1);
+  return fmt::format("{} {}", config.substr(0, end), openblas_get_corename());
 }
 
 }  // namespace tessera::cpu

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 
 namespace tessera::cpu {
 
@@ -23,5 +24,11 @@ struct OutputTile {
 /// called once for each tile of C, from the thread that made it, while the tile is still in its cache.
 void gemm(std::int64_t m, std::int64_t n, std::int64_t k, Operand a, Operand b, float* c, std::int64_t stride, bool accumulate,
           const std::function<void(const OutputTile&)>& finish = {});
+
+/// Holds OpenBLAS at one thread a call. Called once before the first gemm().
+void hold_blas_at_one_thread();
+
+/// "OpenBLAS 0.3.21 Haswell": version and the kernels chosen for this processor.
+std::string blas_name();
 
 }  // namespace tessera::cpu

@@ -6,8 +6,8 @@
 #include <cstring>
 
 #include "kernels/cpu/attention.h"
-#include "kernels/cpu/blas.h"
 #include "kernels/cpu/check.h"
+#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/parallel.h"
 
 namespace tessera {
@@ -18,7 +18,7 @@ class CpuOps final : public Ops {
  public:
   explicit CpuOps(int threads) : threads_(threads) {}
 
-  std::string device_name() const override { return fmt::format("cpu ({} thread{}, {})", threads_, threads_ == 1 ? "" : "s", cpu::blas().name); }
+  std::string device_name() const override { return fmt::format("cpu ({} thread{}, {})", threads_, threads_ == 1 ? "" : "s", cpu::blas_name()); }
   std::size_t memory_available() const override { return cpu::memory_available(); }
   double peak_flops() const override { return 0; }
 
@@ -77,7 +77,7 @@ class CpuOps final : public Ops {
 
 std::unique_ptr<Ops> make_cpu_ops(int threads) {
   if (threads < 0) throw std::invalid_argument(fmt::format("the number of CPU threads must be 0 (all) or more, and is {}", threads));
-  cpu::blas();  // loaded now, so that what is missing is missed before the run starts
+  cpu::hold_blas_at_one_thread();
   // OpenMP's setting belongs to the calling thread: the one that will call the operations.
   if (threads > 0) omp_set_num_threads(threads);
   return std::make_unique<CpuOps>(omp_get_max_threads());
