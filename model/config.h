@@ -42,6 +42,11 @@ struct AttentionConfig {
   int tile_query = 64;
   int tile_key = 64;
   Visit visit = Visit::active;
+
+  // What has no effect is no part of the model: softmax has neither normalizer nor threshold, a dot score no scale of its own.
+  bool head_norm() const { return normalizer == Normalizer::rms && gate != Gate::softmax; }
+  bool learns_scale() const { return scale_learned && score != Score::dot; }
+  bool learns_threshold() const { return threshold.mode == ThresholdMode::learned && gate != Gate::softmax; }
 };
 
 struct ModelConfig {
@@ -60,5 +65,8 @@ struct ModelConfig {
 
   int head_size() const { return width / heads; }
 };
+
+/// Throws std::invalid_argument when the configuration makes no model; the message has the numbers that do not fit together.
+void check_model(const ModelConfig& config);
 
 }  // namespace tessera

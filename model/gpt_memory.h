@@ -1,0 +1,76 @@
+#pragma once
+// The memory of a GPT: which tensors a step needs, how large they are, and which of them may be the same memory. Internal to the model.
+
+#include <vector>
+
+#include "kernels/memory_plan.h"
+#include "model/config.h"
+#include "model/gpt.h"
+#include "model/parameters.h"
+
+namespace tessera {
+
+/// Parameters of a block, or the gradients of them. Tensors of parameters that the configuration does not have are empty.
+struct BlockTensors {
+  Tensor ln_1, ln_1_bias;
+  Tensor qkv, qkv_bias;    // attn.c_attn
+  Tensor head_gain;        // attn.norm
+  Tensor proj, proj_bias;  // attn.c_proj
+  Tensor scale, threshold;
+  Tensor ln_2, ln_2_bias;
+  Tensor fc, fc_bias;    // mlp.c_fc
+  Tensor out, out_bias;  // mlp.c_proj
+};
+
+struct ModelTensors {
+  Tensor wte, wpe;
+  std::vector<BlockTensors> blocks;
+  Tensor ln_f, ln_f_bias;
+};
+
+/// The named slices of a flat buffer.
+ModelTensors slice_flat(const ParameterLayout& layout, int layers, const Tensor& flat);
+
+/// What a norm remembers of the forward pass: its input (the residual stream at that point), its output, its statistics.
+struct NormSlots {
+  MemoryPlan::Slot stream, y, mean, rstd;
+};
+
+/// What the rest of a block remembers.
+struct BlockSlots {
+  MemoryPlan::Slot qkv;           // [N, 3C], after qk_transform
+  MemoryPlan::Slot inverse_norm;  // [N, 2, H], cosine and fidelity
+  MemoryPlan::Slot attention;     // [N, C], output of the attention
+  MemoryPlan::Slot z;             // [B, H, T]
+  MemoryPlan::Slot active_tiles;  // bitmap
+  MemoryPlan::Slot head_norm;     // [N, C], normalizer rms
+  MemoryPlan::Slot head_rstd;     // [N, H]
+  MemoryPlan::Slot hidden;        // [N, 4C], argument of the gelu
+  MemoryPlan::Slot hidden_gelu;   // [N, 4C]
+};
+
+/// Slots of a model of at most B sequences of at most T tokens, N = B T. -1: not needed.
+struct GptMemory {
+  GptMemory(const ModelConfig& config, const ParameterLayout& layout, const Gpt::Options& options, MemoryPlan& plan);
+
+  MemoryPlan::Slot parameters, gradients = -1;  // flat f32 [padded]
+  MemoryPlan::Slot thresholds;                  // [layers, H]
+  MemoryPlan::Slot counters;                    // u64 [layers, H, kAttentionCounters]
+  MemoryPlan::Slot constant_scale;              // [H], scores without a learned scale
+  MemoryPlan::Slot rotary = -1;                 // [T, D/2, 2]
+
+  // Norm 2l is ln_1 of block l, 2l + 1 its ln_2, 2 layers is ln_f. Without training all norms share their memory, and all blocks theirs.
+  std::vector<NormSlots> norms;
+  std::vector<BlockSlots> blocks;
+
+  MemoryPlan::Slot narrow;         // [N, C]: a branch's output on the way forward, a gradient of that size on the way back
+  MemoryPlan::Slot wide = -1;      // [N, max(3, mlp_ratio) C]: gradients of qkv and of the hidden layer
+  MemoryPlan::Slot d_stream = -1;  // [N, C]: gradient of the residual stream
+  MemoryPlan::Slot d_heads = -1;   // [N, C]: gradient of the attention's output before the head norm
+  MemoryPlan::Slot attention_workspace = -1;
+  MemoryPlan::Slot logits;  // [rows, vocabulary_padded]: chunks of the classifier
+  MemoryPlan::Slot losses, predictions;
+  MemoryPlan::Slot prompt_tokens, prompt_positions, prompt_document;  // [T] i32, for next_logits
+};
+
+}  // namespace tessera
