@@ -1,0 +1,214 @@
+// Every mistake in a configuration has one message with its place, its key and what would be right.
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <random>
+
+#include "tests/trainer/config_testing.h"
+
+namespace tessera {
+namespace {
+
+namespace fs = std::filesystem;
+
+TEST(ConfigErrors, UnknownKeysNameTheNearest) {
+  expect_error(error_of("train:\n  stpes: 5\n"), "x.yaml:2:3: train.stpes: unknown key; nearest valid key \"train.steps\"");
+  expect_error(error_of("optimiser: {lr: 1}\n"), "x.yaml:1:1: optimiser: unknown key; nearest valid key \"optimizer\"");
+  expect_error(error_of("train: {lr: 1}\n"), "x.yaml:1:9: train.lr: unknown key; nearest valid key \"optimizer.lr\"");
+  expect_error(error_of("attention: {tile: {qurey: 16}}\n"), "attention.tile.qurey", "\"attention.tile.query\"");
+  expect_error(error_of("devcie: cpu\n"), "\"device\"");
+  expect_error(error_of("{}", {"train.stpes=5"}), "--set: train.stpes: unknown key; nearest valid key \"train.steps\"");
+  expect_error(error_of("{}", {"layers=5"}), "\"model.layers\"");
+  expect_error(error_of(std::string(1000, 'k') + ": 1\n"), "unknown key");
+  expect_error(error_of("train.steps: 5\n"), "x.yaml:1:1: train.steps: dots are for --set");
+}
+
+TEST(ConfigErrors, WrongTypes) {
+  expect_error(error_of("train: {steps: abc}"), "x.yaml:1:16: train.steps: expected an integer >= 1 and <= 1000000000, found abc");
+  expect_error(error_of("train: {steps: \"5\"}"), "train.steps: expected an integer", "found the text \"5\"");
+  expect_error(error_of("train: {steps: 5.0}"), "train.steps: expected an integer", "found 5.0");
+  expect_error(error_of("train: {steps: 1e3}"), "found 1e3");
+  expect_error(error_of("train: {steps: [1]}"), "found a list");
+  expect_error(error_of("train: {steps: {a: 1}}"), "found a map");
+  expect_error(error_of("train: {steps: !!int 5}"), "found a value tagged");
+  expect_error(error_of("train: {steps: !mine 5}"), "found a value tagged !mine");
+  expect_error(error_of("model: {bias: yes}"), "model.bias: expected true or false, found yes");
+  expect_error(error_of("model: {bias: \"true\"}"), "found the text \"true\"");
+  expect_error(error_of("optimizer: {lr: fast}"), "optimizer.lr: expected a number > 0 and <= 100, found fast");
+  expect_error(error_of("run: {dir: [a]}"), "run.dir: expected a text, found a list");
+  expect_error(error_of("attention: {gate: relu3}"), "attention.gate: expected relu | relu2 | relu4 | softmax, found relu3; nearest is \"relu");
+  expect_error(error_of("train: 5"), "x.yaml:1:8: train: expected a map of keys, found 5");
+  expect_error(error_of("- a\n- b\n"), "x.yaml:1:1: expected a map of keys, found a list");
+  expect_error(error_of("words"), "x.yaml:1:1: expected a map of keys, found words");
+  expect_error(error_of("? [a, b]\n: 1\n"), "expected a key, found a list");
+  expect_error(error_of("optimizer: {betas: 0.9}"), "optimizer.betas: expected a list of two numbers, as [0.9, 0.95], found 0.9");
+  expect_error(error_of("optimizer: {betas: [0.9]}"), "found a list of 1");
+  expect_error(error_of("optimizer: {betas: [0.9, x]}"), "x.yaml:1:26: optimizer.betas[1]: expected a number", "found x");
+}
+
+TEST(ConfigErrors, Ranges) {
+  for (const char* set : {"train.steps=0",
+                          "train.steps=-1",
+                          "train.steps=99999999999999999999",
+                          "run.seed=-1",
+                          "run.seed=18446744073709551616",
+                          "optimizer.lr=0",
+                          "optimizer.lr=nan",
+                          "optimizer.lr=inf",
+                          "optimizer.lr=1e400",
+                          "optimizer.betas=[0.9, 1]",
+                          "attention.threshold.target_edge_sparsity=1",
+                          "attention.threshold.target_edge_sparsity=-0.1",
+                          "attention.tile.query=20",
+                          "attention.tile.key=8",
+                          "attention.tile.key=136",
+                          "model.context=0",
+                          "run.dir=",
+                          "train.steps=0x10",
+                          "train.steps=1_000",
+                          "train.steps=--5"}) {
+    const std::string path = std::string(set).substr(0, std::string(set).find('='));
+    expect_error(error_of("{}", {set}), "--set: " + path, "expected ");
+  }
+}
+
+TEST(ConfigErrors, NullsAndDuplicates) {
+  expect_error(error_of("train:\n  steps:\n"), "x.yaml:2:3: train.steps: expected an integer", "found nothing (null)");
+  expect_error(error_of("run: {dir: ~}"), "run.dir: expected a text, found nothing (null)");
+  expect_error(error_of("train:\n"), "x.yaml:1:1: train: expected a map of keys, found nothing (null)");
+  expect_error(error_of("train:\n  steps: 5\n  steps: 6\n"), "x.yaml:3:3: train.steps: the key stands here a second time");
+  expect_error(error_of("run: {seed: 1}\nrun: {seed: 2}\n"), "x.yaml:2:1: run: the key stands here a second time");
+}
+
+TEST(ConfigErrors, NotYaml) {
+  expect_error(error_of("train: {steps: 5\n"), "x.yaml:2:1: this is not YAML");
+  expect_error(error_of("a: b: c\n"), "x.yaml:1:5: this is not YAML");
+  expect_error(error_of("\tx: 1\n"), "x.yaml:1:", "not YAML");
+  expect_error(error_of("a: *nowhere\n"), "x.yaml:1:", "not YAML");
+  expect_error(error_of(""), "x.yaml: there is no configuration in it");
+  expect_error(error_of("# only a comment\n"), "x.yaml: there is no configuration in it");
+  expect_error(error_of("train: {steps: 5}\n---\nrun: {seed: 1}\n"), "x.yaml:3:1: expected one YAML document, found 2");
+  expect_error(error_of("run: {dir: \xff}\n"), "x.yaml:1:12: byte 0xff is not text");
+  expect_error(error_of(std::string("a: 1\nb\0: 2\n", 10)), "x.yaml:2:2: byte 0x00 is not text");
+  expect_error(error_of("run: {dir: \"a\\0b\"}\n"), "run.dir: expected text in UTF-8 without control characters");
+  expect_error(error_of("run: {seed: " + std::string(3000, '[') + std::string(3000, ']') + "}"), "x.yaml:1:", "nested too deeply");
+  expect_error(error_of(std::string(2 << 20, ' ')), "more than 1048576 bytes");
+}
+
+TEST(ConfigErrors, BadSets) {
+  expect_error(error_of("{}", {"train.steps"}), "--set train.steps: expected key=value");
+  expect_error(error_of("{}", {"=5"}), "expected key=value");
+  expect_error(error_of("{}", {"train.steps="}), "train.steps: expected an integer", "found an empty text");
+  expect_error(error_of("{}", {"train=5"}), "--set: train: expected a map of keys, found 5");
+  expect_error(error_of("{}", {"optimizer.betas=[0.9"}), "--set: optimizer.betas: the value is not YAML");
+  expect_error(error_of("{}", {"train.steps=5\n---\n6"}), "train.steps: expected one YAML value, found 2");
+  expect_error(error_of("{}", {"run.dir=\xff"}), "byte 0xff is not text");
+}
+
+TEST(ConfigErrors, AllAreReportedAtOnce) {
+  const std::string message = error_of("train: {stpes: 5, micro_batch: 0}\nmodel: {width: x}\n", {"foo.bar=1"});
+  expect_error(message, "4 mistakes in the configuration:", "train.stpes", "train.micro_batch", "model.width", "foo.bar");
+  std::string many = "train:\n";
+  for (int i = 0; i < 100; ++i) many += "  unknown" + std::to_string(i) + ": 1\n";
+  expect_error(error_of(many), "100 mistakes", "and 80 more");
+}
+
+TEST(ConfigErrors, CrossChecks) {
+  expect_error(error_of("model:\n  heads: 7\n"), "x.yaml:2:10: model.heads: model.width 512 / model.heads 7 is a head size of 73.14",
+               "heads that fit width 512: 1, 2, 4, 8, 16, 32, 64", "widths that fit 7 heads: 504 or 560");
+  expect_error(error_of("model: {heads: 8, width: 96}"), "head size of 12, which is no multiple of 8", "heads that fit width 96: 1, 2, 3, 4, 6, 12");
+  expect_error(error_of("model: {heads: 1, width: 100}"), "head size of 100", "96 or 104");
+  expect_error(error_of("train: {tokens_per_step: 1000}"), "x.yaml:1:26: train.tokens_per_step",
+               "model.context 1024 x train.micro_batch 4 = 4096; expected 4096");
+  expect_error(error_of("model: {context: 1000}"), "x.yaml:1:18: model.context: train.tokens_per_step 65536", "expected 64000 or 68000");
+  expect_error(error_of("optimizer: {warmup: 50}\ntrain: {steps: 50}"), "optimizer.warmup 50 leaves nothing of train.steps 50");
+  expect_error(error_of("optimizer: {schedule: wsd, decay: 0.95}"), "optimizer.warmup 100 and a decay of 0.95 x 1000 steps overlap", "at most 0.9");
+  expect_error(error_of("device: cuda"), "x.yaml:1:9: device: " + device_problem("cuda"));
+  expect_error(error_of("train: {precision: bf16}"), "train.precision: the cpu computes in fp32");
+  expect_error(error_of("parallel: {sequence: 2}"), "parallel.sequence: expected 1 for now", "found 2");
+  expect_error(error_of("attention: {score: dot, threshold: {mode: length}}"), "attention.threshold.mode: mode length",
+               "expected attention.score cosine");
+  expect_error(error_of("attention: {score: fidelity, threshold: {init: 1}}"), "attention.threshold.init",
+               "expected a threshold >= 0 and < 1, found 1");
+  // Several at once, too.
+  expect_error(error_of("model: {heads: 7}\ntrain: {precision: bf16}"), "2 mistakes", "model.heads", "train.precision");
+  EXPECT_EQ(device_problem("cpu"), "");
+  EXPECT_NE(device_problem("cuda"), "");
+}
+
+class ConfigFiles : public testing::Test {
+ protected:
+  fs::path folder = fs::temp_directory_path() / ("tessera_config_" + std::to_string(::getpid()));
+  void SetUp() override { fs::create_directories(folder); }
+  void TearDown() override { fs::remove_all(folder); }
+  std::string error(const fs::path& file) {
+    try {
+      load_config(file, {});
+    } catch (const ConfigError& e) {
+      return e.what();
+    }
+    return "";
+  }
+  fs::path write(const std::string& text) {
+    std::ofstream(folder / "c.yaml", std::ios::binary) << text;
+    return folder / "c.yaml";
+  }
+};
+
+TEST_F(ConfigFiles, FilesThatAreNoConfiguration) {
+  expect_error(error(folder / "none.yaml"), "none.yaml: there is no such file");
+  expect_error(error(folder), folder.string() + ": this is a folder");
+  expect_error(error(write("")), "c.yaml: there is no configuration in it");
+  expect_error(error(write(std::string("\x7f"
+                                       "ELF\2\1\1\0\0",
+                                       9))),
+               "c.yaml:1:1: byte 0x7f is not text");
+  const fs::path big = write("");
+  fs::resize_file(big, 100'000'000);
+  expect_error(error(big), "c.yaml: more than 1048576 bytes");
+  if (::geteuid() != 0) {
+    const fs::path closed = write("{}");
+    fs::permissions(closed, fs::perms::none);
+    expect_error(error(closed), "c.yaml: cannot be opened: ");
+  }
+}
+
+TEST_F(ConfigFiles, ByteOrderMarkAndWindowsLineEnds) { EXPECT_EQ(load_config(write("\xEF\xBB\xBFtrain:\r\n  steps: 5\r\n"), {}).train.steps, 5); }
+
+// Whatever bytes come in, the answer is a configuration or a ConfigError.
+TEST(ConfigErrors, RandomDamageIsAlwaysAConfigError) {
+  const std::string sound =
+      "run: {dir: &d \"x\", seed: 3}\nmodel:\n  layers: 2\n  heads: 2\n  width: 32\nattention:\n  pattern: {default: causal, per_layer: {0: {any: "
+      "[{window: "
+      "{size: 5}}, {global: {tokens: 2}}]}, \"1\": {bigbird: {window: 1, global: 1, random: 1}}}}\n  threshold: {mode: fixed}\noptimizer: {betas: "
+      "[0.9, 0.95]}\n";
+  ASSERT_EQ(error_of(sound), "");
+  std::mt19937 random(1);
+  const std::string alphabet = "{}[]:,&*!|>'\"%@`-? \n\t#0129.abz\xC3\xA9";
+  for (int round = 0; round < 5000; ++round) {
+    std::string text = sound;
+    for (int n = 1 + static_cast<int>(random() % 4); n > 0; --n) {
+      const std::size_t at = random() % text.size();
+      switch (random() % 4) {
+        case 0: text[at] = alphabet[random() % alphabet.size()]; break;
+        case 1: text.erase(at, 1 + random() % 8); break;
+        case 2: text.insert(at, 1, alphabet[random() % alphabet.size()]); break;
+        default: text.insert(at, text.substr(random() % text.size(), random() % 30)); break;
+      }
+      if (text.empty()) text = " ";
+    }
+    try {
+      parse_config(text, "x.yaml", {});
+    } catch (const ConfigError& e) {
+      ASSERT_STRNE(e.what(), "") << text;
+    } catch (const std::exception& e) {
+      FAIL() << e.what() << "\n" << text;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tessera
