@@ -28,7 +28,7 @@ json parse_json(const std::string& contents, const std::string& file) {
 
 /// A value as it is shown in a message.
 std::string shown(const json& value) {
-  std::string text = value.dump(-1, ' ', true);
+  std::string text = value.dump(-1, ' ', true, json::error_handler_t::replace);  // a broken line may hold any bytes
   return text.size() <= 100 ? text : text.substr(0, 97) + "...";
 }
 
@@ -120,8 +120,7 @@ BpeMerge resolve_merge(const Vocabulary& vocabulary, const std::string& left, co
 BpeMerge parse_merge(const Vocabulary& vocabulary, const std::string& line, const std::string& where) {
   const std::size_t space = line.find(' ');
   if (space == std::string::npos || space == 0 || space + 1 == line.size() || line.find(' ', space + 1) != std::string::npos) {
-    fail(where, fmt::format("expected a merge, two tokens with one space between, found {}",
-                            json(line).dump(-1, ' ', true, json::error_handler_t::replace)));
+    fail(where, fmt::format("expected a merge, two tokens with one space between, found {}", shown(line)));
   }
   return resolve_merge(vocabulary, line.substr(0, space), line.substr(space + 1), where);
 }
@@ -152,9 +151,9 @@ BpeDefinition read_vocabulary_and_merges(const std::string& vocabulary_file, con
 const json& member(const json& object, const std::string& key, json::value_t type, const std::string& file) {
   const std::string name = key.substr(key.rfind('.') + 1);
   const auto found = object.find(name);
-  const char* expected = json(type).type_name();
-  if (found == object.end()) fail(file, fmt::format("{} is missing: expected an {}", key, expected));
-  if (found->type() != type) fail(file, fmt::format("{}: expected an {}, found {}", key, expected, shown(*found)));
+  const std::string expected = type == json::value_t::string ? "a string" : std::string("an ") + json(type).type_name();  // object, array
+  if (found == object.end()) fail(file, fmt::format("{} is missing: expected {}", key, expected));
+  if (found->type() != type) fail(file, fmt::format("{}: expected {}, found {}", key, expected, shown(*found)));
   return *found;
 }
 

@@ -8,7 +8,7 @@
 
 namespace tessera {
 namespace {
-constexpr std::size_t kShort = 128;  // where the heap overtakes the scan (measured: between 100 and 200)
+constexpr std::size_t kShort = 128;  // where the heap overtakes the scan (measured on GPT-2: between 90 and 160)
 }
 
 MergeTable::MergeTable(const std::vector<BpeMerge>& merges) {
