@@ -206,6 +206,8 @@ struct DocumentReader::Impl {
   bool first = true;       // the next piece begins a document
   bool line_start = true;  // `begin` is at the start of a line
   bool dropping = false;   // the line is too long and being skipped
+  std::string long_text;   // the document of a long line, given out piece by piece
+  std::size_t long_used = 0;
 
   std::string_view rest() const { return std::string_view(window).substr(begin); }
   void advance(std::size_t count) {
@@ -233,7 +235,8 @@ struct DocumentReader::Impl {
     ++file;
   }
   void read_more() {
-    if (begin >= kReadBytes) {  // moving what is left costs at most what was read
+    if (window.size() < kLongLine && window.capacity() > 16 * kLongLine) window.shrink_to_fit();  // a long line is over
+    if (begin >= kReadBytes) {                                                                    // moving what is left costs at most what was read
       window.erase(0, begin);
       begin = 0;
     }
@@ -293,6 +296,7 @@ struct DocumentReader::Impl {
   }
 
   bool next_line(std::vector<Entry>& out) {
+    if (long_used < long_text.size()) return next_of_long_line(out);
     const std::string_view text = rest();
     const std::size_t newline = text.find('\n', looked);
     if (newline == std::string_view::npos && !ended) {
@@ -310,11 +314,23 @@ struct DocumentReader::Impl {
     }
     if (!dropping) ++line;
     const bool keep = !dropping && !is_blank(content);
-    if (keep && content.size() <= kLongLine) out.push_back(entry(content, true, true));
-    if (keep && content.size() > kLongLine) take_long_line(content, out);
+    const bool is_long = content.size() > kLongLine;
+    if (keep && !is_long) out.push_back(entry(content, true, true));
+    if (keep && is_long && !parse(content, files[file], line, long_text)) ++skipped, long_text.clear();
     dropping = false;
     advance(length);
-    return keep;
+    return keep && !is_long;
+  }
+  bool next_of_long_line(std::vector<Entry>& out) {
+    const std::string_view left = std::string_view(long_text).substr(long_used);
+    const std::size_t length = piece_length(left);
+    out.push_back(entry(left.substr(0, length), false, long_used == 0));
+    long_used += length;
+    if (long_used == long_text.size()) {
+      std::string().swap(long_text);
+      long_used = 0;
+    }
+    return true;
   }
   void drop_long_line() {
     if (!dropping) ++line;
@@ -324,20 +340,6 @@ struct DocumentReader::Impl {
     if (!dropping) ++skipped;
     dropping = true;
   }
-  void take_long_line(std::string_view content, std::vector<Entry>& out) {
-    std::string text;
-    if (!parse(content, files[file], line, text)) {
-      ++skipped;
-      return;
-    }
-    bool starts = true;
-    for (std::string_view left = text; !left.empty(); starts = false) {
-      const std::size_t length = piece_length(left);
-      out.push_back(entry(left.substr(0, length), false, starts));
-      left.remove_prefix(length);
-    }
-  }
-
   bool parse(std::string_view content, const std::string& name, std::uint64_t number, std::string& text) const {
     const std::string problem = parse_line(content, options.text_key, text);
     if (problem.empty()) return true;
@@ -362,10 +364,8 @@ bool DocumentReader::next(std::vector<Entry>& out, std::size_t bytes) {
   out.clear();
   std::size_t have = 0;
   while (have < bytes && impl_->ready()) {
-    const std::size_t before = out.size();
-    const bool more = impl_->format == TextFormat::jsonl ? impl_->next_line(out) : impl_->next_text(out);
-    if (!more) continue;
-    for (std::size_t i = before; i < out.size(); ++i) have += out[i].bytes.size() + sizeof(Entry);
+    const bool added = impl_->format == TextFormat::jsonl ? impl_->next_line(out) : impl_->next_text(out);
+    if (added) have += out.back().bytes.size() + sizeof(Entry);
   }
   return !out.empty();
 }

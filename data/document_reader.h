@@ -20,7 +20,7 @@
 namespace tessera {
 
 constexpr std::size_t kPieceBytes = 64 << 10;
-constexpr std::size_t kLongestLine = 512 << 20;  // of a .jsonl file; such a line is held in memory
+constexpr std::size_t kLongestLine = 256 << 20;  // of a .jsonl file; such a line is held in memory
 constexpr std::string_view kDocumentMarker = "<|endoftext|>";
 
 enum class TextFormat { automatic, text, jsonl };

@@ -403,6 +403,7 @@ void Hdf5File::write_block(const std::string& name, Hdf5Type type, const Hdf5Sha
 }
 
 void Hdf5File::append_values(const std::string& name, Hdf5Type type, const void* data, std::size_t elements) {
+  if (elements == 0) return;
   Hdf5Shape offset;
   {
     const Session session;

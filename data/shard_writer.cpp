@@ -47,7 +47,10 @@ void SplitWriter::add(std::span<const std::uint32_t> tokens, bool starts_documen
     add_token(end_of_text_);
   }
   for (const std::uint32_t token : tokens) {
-    if (!file_) open_shard();
+    if (!file_) {
+      open_shard();
+      shard_sources_[source];  // the document goes on in it
+    }
     add_token(token);
   }
 }
