@@ -50,12 +50,12 @@ class Trainer {
   StepReport step(std::int64_t t);
   void update_thresholds(std::int64_t t, const AttentionCounts& counts);
   void evaluate(Json& row);
+  Json head_values();
   void log(std::int64_t t, const StepReport& report, const AttentionCounts& counts, Json row);
   void sample(std::int64_t t);
   void save();
   double sum_over_ranks(double value);
   bool due(std::int64_t every, std::int64_t t) const { return every > 0 && t % every == 0; }
-  AttentionCounts take_counts();
 
   Config config_;
   const bool resume_;
@@ -66,7 +66,8 @@ class Trainer {
   RunFolder folder_;
   Start start_;
   RunPosition position_;
-  std::int64_t saved_ = -1;  // step of the newest checkpoint
+  std::int64_t first_step_ = 0;  // steps done before this start
+  std::int64_t saved_ = -1;      // step of the newest checkpoint
   std::int64_t sequences_per_step_ = 0;
 
   DatasetInfo data_;
@@ -119,7 +120,7 @@ void Trainer::prepare() {
       position_ = read_checkpoint_info(start_.checkpoint).position;
       load_model(start_.checkpoint, state_->model, *ops_);
       load_optimizer(start_.checkpoint, state_->model.layout(), state_->optimizer, *ops_);
-      saved_ = position_.step;
+      saved_ = first_step_ = position_.step;
     }
     LoaderOptions o;
     o.context = config_.model.context;
@@ -292,6 +293,25 @@ void Trainer::update_thresholds(std::int64_t t, const AttentionCounts& counts) {
   }
 }
 
+/// Thresholds and learned scales, [layers][heads], those that the configuration has.
+Json Trainer::head_values() {
+  const ModelConfig& m = config_.model;
+  const auto numbers = [&](const Tensor& x) {
+    std::vector<float> host(static_cast<std::size_t>(x.numel()));
+    ops_->download(host.data(), x);
+    return host;
+  };
+  Json values = Json::object();
+  for (int l = 0; l < m.layers; ++l) {
+    if (m.attention.gate != Gate::softmax && m.attention.threshold.mode != ThresholdMode::length) {
+      values["thresholds"].push_back(numbers(m.attention.learns_threshold() ? state_->model.parameter(fmt::format("h.{}.attn.threshold", l))
+                                                                            : state_->model.thresholds().slice(l * m.heads, m.heads)));
+    }
+    if (m.attention.learns_scale()) values["scales"].push_back(numbers(state_->model.parameter(fmt::format("h.{}.attn.scale", l))));
+  }
+  return values;
+}
+
 void Trainer::evaluate(Json& row) {
   const Evaluation e = evaluator_->run(state_->model, *ops_, comm_, state_->batch, config_.eval.batches);
   row["validation_loss"] = e.loss;
@@ -328,17 +348,12 @@ void Trainer::log(std::int64_t t, const StepReport& r, const AttentionCounts& co
   row["skipped_total"] = position_.skipped;
   if (due(config_.log.heads_every, t)) {
     row["active_share"] = counts.active_share();
-    if (a.gate != Gate::softmax && (a.threshold.mode == ThresholdMode::controlled || a.threshold.mode == ThresholdMode::fixed)) {
-      std::vector<float> tau(static_cast<std::size_t>(config_.model.layers) * config_.model.heads);
-      ops_->download(tau.data(), state_->model.thresholds());
-      for (int l = 0; l < config_.model.layers; ++l)
-        row["thresholds"].push_back(std::vector<float>(tau.begin() + l * config_.model.heads, tau.begin() + (l + 1) * config_.model.heads));
-    }
+    row.update(head_values());
   }
   row.update(extra);
   metrics_->append(row);
 
-  const std::int64_t done = t - start_.position.step;
+  const std::int64_t done = t - first_step_;
   const double eta = seconds_since(began_) / static_cast<double>(done) * static_cast<double>(config_.train.steps - t);
   console_.progress(fmt::format("step {}/{}  loss {:.4f}  lr {:.2e}  grad {:.2f}  sparsity {:.4f}  skip {:.3f}  {} tok/s  {:.0f} ms{}  ETA {}", t,
                                 config_.train.steps, r.loss, r.lr, r.grad_norm, shares.edge_sparsity, shares.tile_skip_rate,

@@ -1,0 +1,105 @@
+#pragma once
+// Several ranks in one process, a thread each: enough of a Communicator to test what is built on one, without a launcher.
+
+#include <algorithm>
+#include <barrier>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "kernels/comm/communicator.h"
+
+namespace tessera::testing {
+
+class ThreadRanks {
+ public:
+  /// Runs work(communicator) once on each of `size` ranks and waits.
+  static void run(int size, const std::function<void(Communicator&)>& work) {
+    Shared shared(size);
+    std::vector<std::thread> threads;
+    for (int r = 0; r < size; ++r)
+      threads.emplace_back([&, r] {
+        Rank rank(shared, r);
+        work(rank);
+      });
+    for (auto& t : threads) t.join();
+  }
+
+ private:
+  struct Shared {
+    explicit Shared(int n) : size(n), barrier(n), data(n), text(n), number(n) {}
+    int size;
+    std::barrier<> barrier;
+    std::vector<const void*> data;
+    std::vector<const std::string*> text;
+    std::vector<std::int64_t> number;
+  };
+
+  class Rank final : public Communicator {
+   public:
+    Rank(Shared& shared, int rank) : s_(shared), rank_(rank) {}
+    int rank() const override { return rank_; }
+    int size() const override { return s_.size; }
+    int local_rank() const override { return rank_; }
+    int local_size() const override { return s_.size; }
+    void barrier() override { s_.barrier.arrive_and_wait(); }
+
+    void all_reduce_sum(const Tensor& x) override {
+      if (x.dtype == DType::f64) return sum<double>(x, 0, x.numel(), x);
+      if (x.dtype == DType::u64) return sum<std::uint64_t>(x, 0, x.numel(), x);
+      sum<float>(x, 0, x.numel(), x);
+    }
+    void reduce_scatter_sum(const Tensor& in, const Tensor& out) override { sum<float>(in, rank_ * out.numel(), out.numel(), out); }
+    void all_gather(const Tensor& in, const Tensor& out) override {
+      const std::vector<char> mine(static_cast<const char*>(in.data), static_cast<const char*>(in.data) + in.bytes());
+      share(mine.data());
+      for (int r = 0; r < size(); ++r) std::memcpy(static_cast<char*>(out.data) + r * in.bytes(), s_.data[r], in.bytes());
+      barrier();
+    }
+    void broadcast(const Tensor& x, int root) override {
+      share(x.data);
+      if (rank_ != root) std::memcpy(x.data, s_.data[root], x.bytes());
+      barrier();
+    }
+    std::int64_t max(std::int64_t value) override {
+      s_.number[rank_] = value;
+      barrier();
+      const std::int64_t result = *std::max_element(s_.number.begin(), s_.number.end());
+      barrier();
+      return result;
+    }
+    std::string broadcast(const std::string& text, int root) override {
+      s_.text[rank_] = &text;
+      barrier();
+      std::string result = *s_.text[root];
+      barrier();
+      return result;
+    }
+    std::unique_ptr<Communicator> split(int, int) override { throw std::logic_error("not in this test"); }
+    void abort(int, const std::string& message) override {
+      std::fprintf(stderr, "%s\n", message.c_str());
+      std::abort();
+    }
+
+   private:
+    void share(const void* p) {
+      s_.data[rank_] = p;
+      barrier();
+    }
+    template <class T>
+    void sum(const Tensor& in, std::int64_t first, std::int64_t count, const Tensor& out) {
+      share(in.data);
+      std::vector<T> total(static_cast<std::size_t>(count), T{});
+      for (int r = 0; r < size(); ++r)
+        for (std::int64_t i = 0; i < count; ++i) total[i] += static_cast<const T*>(s_.data[r])[first + i];
+      barrier();
+      std::copy(total.begin(), total.end(), static_cast<T*>(out.data));
+    }
+    Shared& s_;
+    int rank_;
+  };
+};
+
+}  // namespace tessera::testing
