@@ -153,4 +153,15 @@ BpeDefinition BpeTrainer::train(std::int64_t vocabulary, const std::function<voi
   return out;
 }
 
+std::uint64_t BpeTrainer::count_tokens(const Tokenizer& tokenizer) const {
+  std::uint64_t total = 0;
+  std::vector<std::uint32_t> tokens;
+  for (const auto& [piece, count] : counts_) {
+    tokens.clear();
+    tokenizer.encode(piece, tokens);  // a piece alone is one piece again
+    total += count * tokens.size();
+  }
+  return total;
+}
+
 }  // namespace tessera

@@ -26,6 +26,9 @@ class BpeTrainer {
   /// `progress` is called now and then with the number of tokens so far. Throws std::invalid_argument when `vocabulary` is below 257.
   BpeDefinition train(std::int64_t vocabulary, const std::function<void(std::int64_t)>& progress = {}) const;
 
+  /// How many tokens the added texts have under a BPE tokenizer.
+  std::uint64_t count_tokens(const Tokenizer& tokenizer) const;
+
  private:
   struct Hash {
     using is_transparent = void;  // look up a string_view without making a string

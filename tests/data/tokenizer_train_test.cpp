@@ -65,6 +65,7 @@ TEST(BpeTrainer, LearnsWhatHuggingFaceLearns) {
   BpeTrainer trainer;
   trainer.add(read_file(kFixtures + "/alice.txt"));
   const auto learned = make_bpe_tokenizer(trainer.train(600), "bpe", "learned");
+  EXPECT_EQ(trainer.count_tokens(*learned), learned->encode(read_file(kFixtures + "/alice.txt")).size());
   EXPECT_EQ(learned->vocabulary(), 600);
   EXPECT_EQ(learned->end_of_text(), 599u);
   EXPECT_EQ(learned->hash(), load_tokenizer("bpe:" + kFixtures + "/small.json")->hash());
