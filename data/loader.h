@@ -11,7 +11,8 @@
 
 namespace tessera {
 
-/// Host micro-batch, each [B, T].
+/// Host micro-batch, each [B, T]. position: 0 .. T-1. document_start: index in the sequence of the first token of the token's document, 0 when
+/// that lies before the sequence. target: the next token; -1 where there is none (read_sequences at the end of a split).
 struct HostBatch {
   std::int64_t batch = 0, tokens = 0;
   std::vector<std::int32_t> token, target, position, document_start;
@@ -30,9 +31,11 @@ struct LoaderOptions {
 
 class Loader {
  public:
+  /// Throws std::invalid_argument when the split is shorter than a sequence or the sequences cannot be divided among the ranks.
   Loader(const DatasetInfo& info, const SplitInfo& split, const LoaderOptions& options);
   ~Loader();
-  /// The next micro-batch: sequences_per_step / ranks / micro_batch calls make a step. An error of the reading thread is thrown here.
+  /// The next micro-batch: sequences_per_step / ranks / micro_batch calls make a step. It stays valid until the next call. An error of the
+  /// reading thread is thrown here, at the batch that could not be read, and at every call after it.
   const HostBatch& next();
   /// Seconds that next() has waited for data since the last call of this function.
   double take_wait_seconds();
@@ -42,7 +45,9 @@ class Loader {
   std::unique_ptr<Impl> impl_;
 };
 
-/// Validation batches, in order, the same ones on any number of ranks: sequence i of the split starts at token i * context.
+/// Validation batches, in order, the same ones on any number of ranks: sequence i of the split starts at token i * context. Sequences
+/// 0 .. (reader.size() - 1) / context (rounded up) - 1 hold every target of the split once; in the last, targets beyond the end are -1.
+/// Throws std::out_of_range when a sequence starts beyond the end.
 HostBatch read_sequences(TokenReader& reader, std::uint64_t first_sequence, std::int64_t count, std::int64_t context);
 
 }  // namespace tessera

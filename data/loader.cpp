@@ -1,0 +1,156 @@
+#include "data/loader.h"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <span>
+#include <stdexcept>
+#include <thread>
+#include <utility>
+
+namespace tessera {
+namespace {
+
+HostBatch make_batch(std::int64_t batch, std::int64_t context) {
+  const auto size = static_cast<std::size_t>(batch * context);
+  HostBatch out{batch, context, {}, {}, {}, {}, 0};
+  for (auto* row : {&out.token, &out.target, &out.position, &out.document_start}) row->resize(size);
+  return out;
+}
+
+/// Fills row `row` with the sequence that starts at token `first`: tokens, the same ones a place further on as targets, and where each token's
+/// document starts. Where the split ends within the sequence, targets are -1 and tokens repeat the last one.
+void fill(HostBatch& out, std::int64_t row, TokenReader& reader, std::uint64_t first, std::vector<std::int32_t>& scratch) {
+  const auto context = static_cast<std::size_t>(out.tokens), offset = static_cast<std::size_t>(row) * context;
+  const std::size_t have = std::min<std::uint64_t>(context + 1, reader.size() - first);
+  scratch.resize(context + 1);
+  reader.read(first, std::span(scratch).first(have));
+  std::fill(scratch.begin() + static_cast<std::ptrdiff_t>(have), scratch.end(), scratch[have - 1]);
+
+  const std::span starts = std::span(out.document_start).subspan(offset, context);
+  reader.read_document_starts(first, starts.first(std::min(have, context)));
+  for (std::size_t i = 0; i < context; ++i) {
+    const bool real = i + 1 < have;
+    out.token[offset + i] = scratch[i];
+    out.target[offset + i] = real ? scratch[i + 1] : -1;
+    out.position[offset + i] = static_cast<std::int32_t>(i);
+    starts[i] = i < have ? std::max(starts[i], 0) : starts[i - 1];
+    out.target_tokens += real;
+  }
+}
+
+}  // namespace
+
+HostBatch read_sequences(TokenReader& reader, std::uint64_t first_sequence, std::int64_t count, std::int64_t context) {
+  if (count < 1 || context < 1) throw std::invalid_argument("read_sequences: count and context must be at least 1");
+  const std::uint64_t first = first_sequence * static_cast<std::uint64_t>(context);
+  const std::uint64_t last = first + static_cast<std::uint64_t>((count - 1) * context);  // where the last sequence starts
+  if (last >= reader.size())
+    throw std::out_of_range(fmt::format("read_sequences: sequence {} of {} tokens starts beyond the end of the split, {} tokens",
+                                        first_sequence + static_cast<std::uint64_t>(count - 1), context, reader.size()));
+  HostBatch out = make_batch(count, context);
+  std::vector<std::int32_t> scratch;
+  for (std::int64_t row = 0; row < count; ++row) fill(out, row, reader, first + static_cast<std::uint64_t>(row * context), scratch);
+  return out;
+}
+
+struct Loader::Impl {
+  LoaderOptions options;
+  TokenReader reader;
+  Sampler sampler;
+
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::deque<HostBatch> ready, spare;  // spare: used ones, for their memory
+  HostBatch current;
+  std::exception_ptr error;
+  bool stop = false;
+  double waited = 0;
+  std::thread thread;
+
+  Impl(const DatasetInfo& info, const SplitInfo& split, const LoaderOptions& o)
+      : options(o),
+        reader(info, split),
+        sampler(reader.size(), static_cast<std::uint64_t>(o.context), static_cast<std::uint64_t>(o.sequences_per_step), o.seed) {}
+
+  void read_ahead() {
+    const std::int64_t of_rank = options.sequences_per_step / options.ranks;
+    std::vector<std::int32_t> scratch;
+    try {
+      for (std::uint64_t step = options.first_step;; ++step) {
+        for (std::int64_t done = 0; done < of_rank; done += options.micro_batch) {
+          HostBatch batch = take_spare();
+          if (batch.batch == 0) return;
+          batch.target_tokens = 0;
+          for (std::int64_t row = 0; row < options.micro_batch; ++row)
+            fill(batch, row, reader, sampler.first_token(step, static_cast<std::uint64_t>(options.rank * of_rank + done + row)), scratch);
+          const std::lock_guard lock(mutex);
+          ready.push_back(std::move(batch));
+          changed.notify_all();
+        }
+      }
+    } catch (...) {
+      const std::lock_guard lock(mutex);
+      error = std::current_exception();
+      changed.notify_all();
+    }
+  }
+
+  /// Waits until there is room. An empty batch: time to stop.
+  HostBatch take_spare() {
+    std::unique_lock lock(mutex);
+    changed.wait(lock, [&] { return stop || ready.size() < static_cast<std::size_t>(options.prefetch); });
+    if (stop) return {};
+    if (spare.empty()) return make_batch(options.micro_batch, options.context);
+    HostBatch out = std::move(spare.front());
+    spare.pop_front();
+    return out;
+  }
+};
+
+Loader::Loader(const DatasetInfo& info, const SplitInfo& split, const LoaderOptions& o) {
+  if (o.context < 1 || o.micro_batch < 1 || o.sequences_per_step < 1 || o.ranks < 1 || o.rank < 0 || o.rank >= o.ranks || o.prefetch < 1)
+    throw std::invalid_argument("Loader: context, micro_batch, sequences_per_step, ranks and prefetch must be at least 1, and 0 <= rank < ranks");
+  if (o.sequences_per_step % (o.micro_batch * o.ranks) != 0)
+    throw std::invalid_argument(
+        fmt::format("{} sequences a step cannot be divided into micro-batches of {} on {} ranks; make tokens_per_step a "
+                    "multiple of context x micro_batch x ranks",
+                    o.sequences_per_step, o.micro_batch, o.ranks));
+  impl_ = std::make_unique<Impl>(info, split, o);
+  impl_->thread = std::thread([impl = impl_.get()] { impl->read_ahead(); });
+}
+
+Loader::~Loader() {
+  {
+    const std::lock_guard lock(impl_->mutex);
+    impl_->stop = true;
+  }
+  impl_->changed.notify_all();
+  impl_->thread.join();
+}
+
+const HostBatch& Loader::next() {
+  Impl& my = *impl_;
+  std::unique_lock lock(my.mutex);
+  const auto begin = std::chrono::steady_clock::now();
+  my.changed.wait(lock, [&] { return !my.ready.empty() || my.error; });
+  my.waited += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  if (my.ready.empty()) std::rethrow_exception(my.error);  // after everything that was read in order
+  if (my.current.batch > 0) my.spare.push_back(std::move(my.current));
+  my.current = std::move(my.ready.front());
+  my.ready.pop_front();
+  my.changed.notify_all();
+  return my.current;
+}
+
+double Loader::take_wait_seconds() {
+  const std::lock_guard lock(impl_->mutex);
+  return std::exchange(impl_->waited, 0.0);
+}
+
+}  // namespace tessera
