@@ -1,0 +1,182 @@
+// tessera inspect: what a shard, a dataset, a checkpoint or a run is; with --verify, whether every byte of it is as it was written.
+
+#include <fmt/core.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <functional>
+#include <iostream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "data/dataset.h"
+#include "data/hdf5_file.h"
+#include "trainer/checkpoint.h"
+#include "trainer/commands/commands.h"
+#include "trainer/config.h"
+#include "trainer/metrics.h"
+#include "trainer/progress.h"
+#include "trainer/run_folder.h"
+
+namespace tessera {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::ordered_json;
+
+std::uint64_t folder_bytes(const std::string& directory) {
+  std::uint64_t bytes = 0;
+  for (const auto& entry : fs::recursive_directory_iterator(directory))
+    if (entry.is_regular_file()) bytes += entry.file_size();
+  return bytes;
+}
+
+/// The part of a configuration that says what a model is.
+Json highlights(const Config& config) {
+  const Json all = Json::parse(to_json(config));
+  Json some = Json::object();
+  for (const char* section : {"model", "attention"})
+    if (all.contains(section)) some[section] = all[section];
+  return some;
+}
+
+Json describe_checkpoint(const std::string& directory) {
+  const CheckpointInfo info = read_checkpoint_info(directory);
+  const Config config = parse_config(info.config, directory + "/model.h5", {});
+  return {{"kind", "checkpoint"},
+          {"path", directory},
+          {"step", info.position.step},
+          {"updates", info.position.updates},
+          {"tokens", info.position.tokens},
+          {"skipped_steps", info.position.skipped},
+          {"parameters", info.parameters},
+          {"bytes", folder_bytes(directory)},
+          {"optimizer_files", info.ranks},
+          {"created", info.created},
+          {"dataset",
+           {{"path", info.dataset.path},
+            {"tokenizer", info.dataset.tokenizer_name},
+            {"tokenizer_hash", info.dataset.tokenizer_hash},
+            {"vocabulary", info.dataset.vocabulary},
+            {"train_tokens", info.dataset.train_tokens}}},
+          {"config", highlights(config)}};
+}
+
+Json describe_run(const std::string& directory) {
+  const RunFolder folder{directory};
+  Json checkpoints = Json::array(), incomplete = Json::array();
+  for (const CheckpointEntry& e : list_checkpoints(folder.checkpoints())) (e.complete ? checkpoints : incomplete).push_back(e.step);
+  Json run{{"kind", "run"},
+           {"path", directory},
+           {"bytes", folder_bytes(directory)},
+           {"checkpoints", checkpoints},
+           {"incomplete_checkpoints", incomplete},
+           {"last_metrics", MetricsFile::last(folder.metrics())}};
+  if (fs::exists(folder.config())) {
+    const Config config = load_config(folder.config(), {});
+    run["steps"] = config.train.steps;
+    run["data"] = config.data.path;
+    run["config"] = highlights(config);
+  }
+  return run;
+}
+
+/// Nested values as indented "key  value" lines.
+void print(const Json& value, int depth = 0) {
+  for (const auto& [key, v] : value.items()) {
+    const std::string name = std::string(2 * depth, ' ') + key;
+    if (v.is_object() && !v.empty()) {
+      fmt::print("{}\n", name);
+      print(v, depth + 1);
+    } else if (key == "bytes" && v.is_number()) {
+      fmt::print("{:<26}{} ({})\n", name, v.dump(), format_bytes(v.get<double>()));
+    } else {
+      fmt::print("{:<26}{}\n", name, v.is_string() ? v.get<std::string>() : v.dump());
+    }
+  }
+}
+
+struct Subject {
+  std::function<std::string(bool json)> describe;
+  std::function<std::vector<std::string>()> verify;
+};
+
+std::string to_text(const Json& value) { return value.dump(2); }
+
+Subject recognise(const std::string& path) {
+  const auto described = [](auto make) {
+    return [make](bool json) {
+      const Json value = make();
+      if (json) return to_text(value);
+      print(value);
+      return std::string();
+    };
+  };
+  if (!fs::exists(path)) throw ConfigError(path + ": no such file or folder");
+  if (fs::is_regular_file(path)) {
+    if (is_shard(path)) return {[path](bool json) { return describe_shard(path, json); }, [path] { return verify_shard(path); }};
+    throw ConfigError(path + ": not a shard of tokens. Expected a shard (.h5), or the folder of a dataset, a checkpoint or a run");
+  }
+  if (fs::exists(path + "/dataset.json"))
+    return {[path](bool json) { return describe_dataset(path, json); }, [path] { return verify_dataset(path); }};
+  if (fs::exists(path + "/COMPLETE.json") || fs::exists(path + "/model.h5")) {
+    const std::string checkpoint = resolve_checkpoint(path);
+    return {described([checkpoint] { return describe_checkpoint(checkpoint); }), [checkpoint] { return verify_checkpoint(checkpoint); }};
+  }
+  if (RunFolder{path}.holds_run())
+    return {described([path] { return describe_run(path); }), [path] {
+              std::vector<std::string> problems;
+              for (const CheckpointEntry& e : list_checkpoints(RunFolder{path}.checkpoints()))
+                if (e.complete) std::ranges::copy(verify_checkpoint(e.directory), std::back_inserter(problems));
+              return problems;
+            }};
+  const std::string checkpoint = resolve_checkpoint(path);  // a checkpoints folder: its newest; else the error that says what was looked for
+  return {described([checkpoint] { return describe_checkpoint(checkpoint); }), [checkpoint] { return verify_checkpoint(checkpoint); }};
+}
+
+}  // namespace
+
+void add_inspect_command(CLI::App& app) {
+  struct Options {
+    std::string path;
+    bool verify = false, json = false;
+  };
+  auto o = std::make_shared<Options>();
+  CLI::App* command = app.add_subcommand("inspect", "What a shard, a data folder, a checkpoint or a run is");
+  command->add_option("PATH", o->path, "A shard (.h5), or the folder of a dataset, a checkpoint or a run")->type_name("")->required();
+  command->add_flag("--verify", o->verify, "Read everything and compare every checksum; each bad file is named, and the exit code is 1");
+  command->add_flag("--json", o->json, "Print JSON");
+  command->footer(
+      "Examples:\n"
+      "  tessera inspect runs/mine\n"
+      "  tessera inspect data/mine --verify");
+  command->callback([o] {
+    const Subject subject = recognise(o->path);
+    std::vector<std::string> problems;
+    if (o->verify) problems = subject.verify();
+    // What is damaged may be beyond describing: then the list of bad files is the answer.
+    if (problems.empty()) {
+      std::string text = subject.describe(o->json);
+      if (o->json && o->verify) {
+        Json value = Json::parse(text);
+        value["verified"] = true;
+        text = to_text(value);
+      }
+      if (!text.empty()) std::cout << text << (text.ends_with('\n') ? "" : "\n");
+      if (o->verify && !o->json) std::cout << "verified: every checksum matches\n";
+      return;
+    }
+    if (o->json) {
+      std::cout << to_text({{"path", o->path}, {"verified", false}, {"problems", problems}}) << "\n";
+    } else {
+      for (const std::string& problem : problems) std::cout << "bad: " << problem << "\n";
+    }
+    std::cout.flush();
+    throw std::runtime_error(fmt::format("{}: {} problem{} found", o->path, problems.size(), problems.size() == 1 ? "" : "s"));
+  });
+}
+
+}  // namespace tessera
