@@ -1,0 +1,121 @@
+#pragma once
+// A model on the CPU with host vectors in and out.
+
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "kernels/memory_plan.h"
+#include "kernels/ops.h"
+#include "model/gpt.h"
+#include "tests/model/gpt_reference.h"
+
+namespace tessera::test {
+
+/// Two layers of two heads of eight, a vocabulary of 19 in 24 rows, tiles of 16 for a context of 20.
+inline ModelConfig tiny_config() {
+  ModelConfig m;
+  m.layers = 2;
+  m.heads = 2;
+  m.width = 16;
+  m.context = 20;
+  m.mlp_ratio = 2;
+  m.vocabulary = 19;
+  m.vocabulary_padded = 24;
+  m.attention.tile_query = m.attention.tile_key = 16;
+  m.attention.scale_init = 3.0f;
+  m.attention.threshold.mode = ThresholdMode::fixed;
+  m.attention.threshold.init = 0.1f;
+  m.attention.threshold.beta = 0.3f;
+  return m;
+}
+
+/// Random tokens; targets are the next tokens, every seventh is -1; a document ends about every sixth token.
+inline Sequences random_sequences(const ModelConfig& m, std::int64_t B, std::int64_t T, unsigned seed) {
+  std::mt19937 rng(seed);
+  Sequences s{B, T, {}, {}, {}};
+  for (std::int64_t b = 0; b < B; ++b) {
+    std::int32_t start = 0;
+    for (std::int64_t t = 0; t < T; ++t) {
+      if (rng() % 6 == 0) start = static_cast<std::int32_t>(t);
+      s.tokens.push_back(static_cast<std::int32_t>(rng() % static_cast<unsigned>(m.vocabulary)));
+      s.targets.push_back(rng() % 7 == 0 ? -1 : static_cast<std::int32_t>(rng() % static_cast<unsigned>(m.vocabulary)));
+      s.document_start.push_back(start);
+    }
+  }
+  return s;
+}
+
+class TestModel {
+ public:
+  explicit TestModel(const ModelConfig& config, Gpt::Options options = {.micro_batch = 3}, unsigned seed = 1)
+      : ops(make_cpu_ops(1)), gpt(config, *ops, plan, options) {
+    const std::int64_t n = options.micro_batch * (options.tokens ? options.tokens : config.context);
+    for (auto* slot : {&tokens_, &targets_, &positions_, &document_start_})
+      *slot = plan.reserve(MemoryCategory::activations, "batch", DType::i32, {n});
+    plan.allocate(*ops);
+    gpt.bind();
+    fill(seed);
+  }
+
+  /// Every parameter random and large enough that nothing is close to linear: weights normal(0, 0.3), gains, scales and thresholds around
+  /// their first values, biases normal(0, 0.2).
+  void fill(unsigned seed) {
+    std::mt19937 rng(seed);
+    std::normal_distribution<float> normal;
+    for (const auto& p : gpt.layout().parameters) {
+      std::vector<float> values(static_cast<std::size_t>(p.shape.numel()));
+      for (float& v : values) v = p.decayed ? 0.3f * normal(rng) : p.init_value + 0.2f * (p.init_value != 0 ? p.init_value : 1.0f) * normal(rng);
+      ops->upload(gpt.parameter(p.name), values.data());
+    }
+  }
+
+  Batch upload(const Sequences& s) {
+    std::vector<std::int32_t> positions;
+    for (std::int64_t i = 0; i < s.B * s.T; ++i) positions.push_back(static_cast<std::int32_t>(i % s.T));
+    const auto put = [&](MemoryPlan::Slot slot, const std::vector<std::int32_t>& host) {
+      const Tensor t = plan[slot].view({s.B, s.T});
+      ops->upload(t, host.data());
+      return t;
+    };
+    Batch batch;
+    batch.tokens = put(tokens_, s.tokens);
+    batch.targets = put(targets_, s.targets);
+    batch.positions = put(positions_, positions);
+    if (gpt.config().attention.document_mask) batch.document_start = put(document_start_, s.document_start);
+    return batch;
+  }
+
+  template <class T = float>
+  std::vector<T> host(const Tensor& t) {
+    std::vector<T> values(static_cast<std::size_t>(t.numel()));
+    ops->download(values.data(), t);
+    return values;
+  }
+
+  std::vector<float> losses(const Sequences& s) {
+    gpt.forward(upload(s));
+    return host(gpt.losses());
+  }
+  /// The flat gradient of scale * (sum of losses), without padding.
+  std::vector<float> gradients(const Sequences& s, float scale = 1.0f) {
+    gpt.zero_gradients();
+    gpt.forward_backward(upload(s), scale);
+    return host(gpt.gradients().slice(0, gpt.layout().count));
+  }
+
+  std::vector<double> parameters() { return widen(host(gpt.parameters().slice(0, gpt.layout().count))); }
+  std::vector<double> thresholds() { return widen(host(gpt.thresholds())); }
+
+  std::unique_ptr<Ops> ops;
+  MemoryPlan plan;
+  Gpt gpt;
+
+ private:
+  static std::vector<double> widen(const std::vector<float>& v) { return {v.begin(), v.end()}; }
+  MemoryPlan::Slot tokens_, targets_, positions_, document_start_;
+};
+
+}  // namespace tessera::test
