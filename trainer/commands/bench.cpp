@@ -2,6 +2,7 @@
 
 #include "trainer/commands/bench.h"
 
+#include <limits>
 #include <random>
 
 #include "trainer/commands/commands.h"
@@ -35,19 +36,17 @@ std::unique_ptr<Ops> BenchOptions::make_ops() const {
   return make_cpu_ops(threads);
 }
 
-double median_ms(double seconds, const std::function<void()>& work) {
+double best_ms(double seconds, const std::function<void()>& work) {
   using Clock = std::chrono::steady_clock;
   work();
-  std::vector<double> times;
+  double best = std::numeric_limits<double>::infinity();
   const auto start = Clock::now();
-  while (times.size() < 3 || std::chrono::duration<double>(Clock::now() - start).count() < seconds) {
+  for (int runs = 0; runs < 3 || std::chrono::duration<double>(Clock::now() - start).count() < seconds; ++runs) {
     const auto before = Clock::now();
     work();
-    times.push_back(std::chrono::duration<double, std::milli>(Clock::now() - before).count());
+    best = std::min(best, std::chrono::duration<double, std::milli>(Clock::now() - before).count());
   }
-  const auto middle = times.begin() + std::ssize(times) / 2;
-  std::nth_element(times.begin(), middle, times.end());
-  return *middle;
+  return best;
 }
 
 double measure_sgemm_gflops(Ops& ops, double seconds) {
@@ -57,7 +56,7 @@ double measure_sgemm_gflops(Ops& ops, double seconds) {
   product.x = memory.random({n, n}, 1);
   product.w = memory.random({n, n}, 2);
   product.y = memory.zeros(DType::f32, {n, n});
-  const double ms = median_ms(seconds, [&] {
+  const double ms = best_ms(seconds, [&] {
     ops.linear_forward(product);
     ops.synchronize();
   });

@@ -30,8 +30,9 @@ struct BenchOptions {
   std::unique_ptr<Ops> make_ops() const;
 };
 
-/// Runs `work` once to warm up, then until `seconds` have passed and at least three times. Returns the median time of a run in milliseconds.
-double median_ms(double seconds, const std::function<void()>& work);
+/// Runs `work` once to warm up, then until `seconds` have passed and at least three times. Returns the shortest time of a run in milliseconds:
+/// the one that other work on the machine disturbed least.
+double best_ms(double seconds, const std::function<void()>& work);
 
 /// GFLOP/s of one large fp32 matrix product on the device: what a benchmark's own number is to be compared with.
 double measure_sgemm_gflops(Ops& ops, double seconds);

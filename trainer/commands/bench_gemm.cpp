@@ -29,7 +29,7 @@ nlohmann::ordered_json measure(Ops& ops, const GemmBench& options) {
     const Tensor x = memory.random({N, layer.in}, 1), w = memory.random({layer.out, layer.in}, 2), y = memory.random({N, layer.out}, 3);
     const Tensor dx = memory.zeros(DType::f32, {N, layer.in}), dw = memory.zeros(DType::f32, {layer.out, layer.in});
     const auto gflops = [&](auto call) {
-      const double ms = median_ms(options.seconds, [&] {
+      const double ms = best_ms(options.seconds, [&] {
         call();
         ops.synchronize();
       });
