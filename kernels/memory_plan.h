@@ -36,10 +36,11 @@ class MemoryPlan {
   MemoryPlan(const MemoryPlan&) = delete;
   MemoryPlan& operator=(const MemoryPlan&) = delete;
 
-  /// Reserves memory for a tensor. Throws std::logic_error after allocate().
+  /// Reserves memory for a tensor (none for one without elements, whose data is null). Throws std::logic_error after allocate(), and
+  /// std::invalid_argument when the bytes cannot be counted in 64 bits.
   Slot reserve(MemoryCategory category, std::string name, DType dtype, Shape shape);
 
-  /// Allocates one arena a category from `ops`, zero-filled; the arenas live as long as the plan.
+  /// Allocates one arena a category from `ops`, zero-filled; the arenas live as long as the plan, and `ops` must live longer.
   /// Throws std::runtime_error that lists the bytes of every category when memory does not suffice.
   void allocate(Ops& ops);
   bool allocated() const { return ops_ != nullptr; }

@@ -22,94 +22,94 @@ enum class Activation { none, gelu };  // gelu: the tanh form of GPT-2 (Hendryck
 
 struct NormForward {
   NormKind kind = NormKind::rmsnorm;
-  Tensor x;             // in [N, C]
-  Tensor residual;      // in, optional [N, C]: the input of the norm is x + residual
-  Tensor residual_out;  // out [N, C], with `residual`: x + residual (may be the same memory as residual)
-  Tensor gain;          // in [C]
-  Tensor bias;          // in, optional [C] (layernorm)
-  Tensor y;             // out [N, C]
-  Tensor mean;          // out [N] f32 (layernorm)
-  Tensor rstd;          // out [N] f32: 1/sqrt(var + eps), rmsnorm: 1/sqrt(mean square + eps)
+  Tensor x{};             // in [N, C]
+  Tensor residual{};      // in, optional [N, C]: the input of the norm is x + residual
+  Tensor residual_out{};  // out [N, C], with `residual`: x + residual (may be the same memory as residual)
+  Tensor gain{};          // in [C]
+  Tensor bias{};          // in, optional [C] (layernorm)
+  Tensor y{};             // out [N, C]
+  Tensor mean{};          // out [N] f32 (layernorm)
+  Tensor rstd{};          // out [N] f32: 1/sqrt(var + eps), rmsnorm: 1/sqrt(mean square + eps)
   float epsilon = 1e-5f;
 };
 
 struct NormBackward {
   NormKind kind = NormKind::rmsnorm;
-  Tensor dy;          // in [N, C]
-  Tensor x;           // in [N, C]: what was normalised (residual_out, or x)
-  Tensor gain;        // in [C]
-  Tensor mean, rstd;  // in [N] f32
-  Tensor dx;          // added to [N, C]
-  Tensor dgain;       // added to [C] f32
-  Tensor dbias;       // added to, optional [C] f32
+  Tensor dy{};            // in [N, C]
+  Tensor x{};             // in [N, C]: what was normalised (residual_out, or x)
+  Tensor gain{};          // in [C]
+  Tensor mean{}, rstd{};  // in [N] f32
+  Tensor dx{};            // added to [N, C]
+  Tensor dgain{};         // added to [C] f32
+  Tensor dbias{};         // added to, optional [C] f32
 };
 
 struct LinearForward {  // y = act(x w^T + bias)
-  Tensor x;             // in [N, K]
-  Tensor w;             // in [M, K]
-  Tensor bias;          // in, optional [M]
-  Tensor y;             // out [N, M]
+  Tensor x{};           // in [N, K]
+  Tensor w{};           // in [M, K]
+  Tensor bias{};        // in, optional [M]
+  Tensor y{};           // out [N, M]
   Activation activation = Activation::none;
-  Tensor pre_activation;  // out [N, M], with gelu: the argument of the activation
+  Tensor pre_activation{};  // out [N, M], with gelu: the argument of the activation
 };
 
 struct LinearBackward {
-  Tensor dy;             // in [N, M]: gradient of x w^T + bias (after the activation's own backward)
-  Tensor x;              // in [N, K]
-  Tensor w;              // in [M, K]
-  Tensor dx;             // out, optional [N, K]: dy w, times gelu'(gelu_argument) where that is given
-  Tensor gelu_argument;  // in, optional [N, K]: pre_activation of the layer that made x
-  Tensor dw;             // added to, optional [M, K] f32
-  Tensor dbias;          // added to, optional [M] f32
+  Tensor dy{};             // in [N, M]: gradient of x w^T + bias (after the activation's own backward)
+  Tensor x{};              // in [N, K]
+  Tensor w{};              // in [M, K]
+  Tensor dx{};             // out, optional [N, K]: dy w, times gelu'(gelu_argument) where that is given
+  Tensor gelu_argument{};  // in, optional [N, K]: pre_activation of the layer that made x
+  Tensor dw{};             // added to, optional [M, K] f32
+  Tensor dbias{};          // added to, optional [M] f32
 };
 
 struct QkTransform {
   // On the packed projection [N, 3, H, D] in place: q and k are (unit) divided by their length and (rotary) rotated by position.
-  Tensor qkv;  // in/out [N, 3*H*D]
+  Tensor qkv{};  // in/out [N, 3*H*D]
   std::int64_t heads = 0;
   bool unit = false;
-  Tensor inverse_norm;  // with unit: [N, 2, H] f32 (q then k): out of forward, in to backward. 1/|q|, and 0 where |q| < 1e-6: such a
-                        // vector becomes zero, with a zero gradient
-  Tensor rotary;        // optional [P, D/2, 2] f32: cos, sin of position * base^(-2i/D); pairs are (d, d + D/2) (GPT-NeoX order)
-  Tensor positions;     // with rotary: [N] i32
+  Tensor inverse_norm{};  // with unit: [N, 2, H] f32 (q then k): out of forward, in to backward. 1/|q|, and 0 where |q| < 1e-6: such a
+                          // vector becomes zero, with a zero gradient
+  Tensor rotary{};        // optional [P, D/2, 2] f32: cos, sin of position * base^(-2i/D); pairs are (d, d + D/2) (GPT-NeoX order)
+  Tensor positions{};     // with rotary: [N] i32
 };
 
 struct HeadNorm {  // o = rms norm over each head's D elements, times gain
-  Tensor x;        // in [N, H, D]
-  Tensor gain;     // in [H, D]
-  Tensor y;        // out [N, H, D]
-  Tensor rstd;     // [N, H] f32: out of forward, in to backward
+  Tensor x{};      // in [N, H, D]
+  Tensor gain{};   // in [H, D]
+  Tensor y{};      // out [N, H, D]
+  Tensor rstd{};   // [N, H] f32: out of forward, in to backward
   float epsilon = 1e-5f;
 };
 struct HeadNormBackward {
-  Tensor dy, x, gain, rstd;  // in
-  Tensor dx;                 // out [N, H, D]
-  Tensor dgain;              // added to [H, D] f32
+  Tensor dy{}, x{}, gain{}, rstd{};  // in
+  Tensor dx{};                       // out [N, H, D]
+  Tensor dgain{};                    // added to [H, D] f32
 };
 
 struct Classifier {
   // Fused linear + cross-entropy: loss_n = ln sum_v exp(x_n.w_v) - x_n.w_t(n), over v < vocabulary. Logits live only in
   // chunks of rows (workspace), never for the whole batch.
-  Tensor x;                     // in [N, C]
-  Tensor w;                     // in [V, C]; rows >= vocabulary are padding and take no part
+  Tensor x{};                   // in [N, C]
+  Tensor w{};                   // in [V, C]; rows >= vocabulary are padding and take no part
   std::int64_t vocabulary = 0;  // <= V
-  Tensor targets;               // in [N] i32; -1: the row counts for nothing (loss 0, gradient 0)
-  Tensor losses;                // out [N] f32, nats
-  Tensor predictions;           // out, optional [N] i32: argmax over the vocabulary (lowest index wins a tie)
-  Tensor dx;                    // out, optional [N, C]: gradient_scale * sum_n dloss_n/dx
-  Tensor dw;                    // added to, with dx [V, C] f32
+  Tensor targets{};             // in [N] i32; -1: the row counts for nothing (loss 0, gradient 0)
+  Tensor losses{};              // out [N] f32, nats
+  Tensor predictions{};         // out, optional [N] i32: argmax over the vocabulary (lowest index wins a tie)
+  Tensor dx{};                  // out, optional [N, C]: gradient_scale * sum_n dloss_n/dx
+  Tensor dw{};                  // added to, with dx [V, C] f32
   float gradient_scale = 1.0f;  // 1 / tokens of the whole step
-  Tensor workspace;             // [chunk_rows, V]: sets the chunk
+  Tensor workspace{};           // [chunk_rows, V]: sets the chunk
 };
 
 struct AdamW {               // Loshchilov & Hutter, arXiv 1711.05101; on this rank's shard of the flat parameters
-  Tensor parameter;          // in/out [n] f32 (master)
-  Tensor gradient;           // in [n] f32
-  Tensor m, v;               // in/out [n] f32
+  Tensor parameter{};        // in/out [n] f32 (master)
+  Tensor gradient{};         // in [n] f32
+  Tensor m{}, v{};           // in/out [n] f32
   std::int64_t decayed = 0;  // the first `decayed` elements of the shard take weight decay
   float lr = 0, beta1 = 0.9f, beta2 = 0.95f, epsilon = 1e-8f, weight_decay = 0;
   std::int64_t update = 1;  // 1-based number of this update, for bias correction
-  Tensor gradient_sumsq;    // in [1] f64: squared global norm of the whole gradient
+  Tensor gradient_sumsq{};  // in [1] f64: squared global norm of the whole gradient
   float clip = 0;           // > 0: the gradient is scaled by min(1, clip / norm)
   // A gradient_sumsq that is not finite makes the whole call do nothing.
 };
@@ -117,8 +117,8 @@ struct AdamW {               // Loshchilov & Hutter, arXiv 1711.05101; on this r
 struct ThresholdUpdate {
   // tau_h += rate * clamp(ln(measured / wanted), -1, 1), then clamped to [low, high]; measured = active edges / causal edges of
   // the step. A head with no active edge counts as clamp -1.
-  Tensor threshold;         // in/out [R] f32, R = layers x heads
-  Tensor counters;          // in [R, kAttentionCounters] u64, of the whole step over all ranks
+  Tensor threshold{};       // in/out [R] f32, R = layers x heads
+  Tensor counters{};        // in [R, kAttentionCounters] u64, of the whole step over all ranks
   double causal_edges = 0;  // of the whole step over all ranks, a row (layer and head)
   double wanted_density = 0;
   float rate = 0, low = 0, high = 0;

@@ -22,8 +22,8 @@ namespace tessera {
 
 namespace {
 
-constexpr std::size_t kLargestMessage = std::size_t{1} << 30;  // bytes
-constexpr std::size_t kPartsBytes = std::size_t{1} << 25;      // of other ranks' parts held at a time
+constexpr std::size_t kLargestMessage = std::size_t{1} << 24;  // bytes: far below the range of int, far above where speed depends on it
+constexpr std::size_t kPartsBytes = std::size_t{1} << 23;      // of other ranks' parts held at a time
 constexpr std::size_t kSmallBytes = std::size_t{1} << 16;      // all ranks' parts together: up to here one all-gather is quicker
 constexpr int kTag = 0;
 
