@@ -122,9 +122,13 @@ std::string read_input(const std::string& file) {
 void encode(const ConvertOptions& options) {
   const auto tokenizer = load_tokenizer(options.tokenizer);
   const std::string text = read_input(options.file);
+  const auto start = std::chrono::steady_clock::now();
   const auto tokens = tokenizer->encode(text);
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   if (options.json) {
-    std::cout << Json{{"tokenizer", tokenizer->name()}, {"hash", tokenizer->hash()}, {"bytes", text.size()}, {"tokens", tokens}}.dump() << "\n";
+    std::cout << Json{{"tokenizer", tokenizer->name()}, {"hash", tokenizer->hash()}, {"bytes", text.size()}, {"seconds", seconds}, {"tokens", tokens}}
+                     .dump()
+              << "\n";
     return;
   }
   std::string line;
