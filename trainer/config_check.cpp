@@ -1,7 +1,7 @@
 // What no key can check alone: values that follow from others, and values that do not go together.
 
 #include <algorithm>
-#include <numeric>
+#include <cmath>
 
 #include "trainer/schema_values.h"
 
@@ -31,6 +31,33 @@ std::string neighbours(std::int64_t value, std::int64_t unit) {
   return below > 0 ? fmt::format("{} or {}", below, below + unit) : fmt::format("{}", below + unit);
 }
 
+/// At most so many tiles hold a visible edge (an upper bound, near enough to tell thousands from billions).
+double most_tiles(const PatternSpec& p, std::int64_t tokens, int tile_query, int tile_key) {
+  const double rows = std::ceil(static_cast<double>(tokens) / tile_query), columns = std::ceil(static_cast<double>(tokens) / tile_key);
+  const double causal = (rows + 1) * (columns + 1) / 2;
+  const auto spanning = [&](double keys) { return std::min(causal, rows * ((keys + tile_query) / tile_key + 2)); };  // `keys` in a row a query
+  const auto of = [](std::int64_t n) { return static_cast<double>(n); };
+  switch (p.kind) {
+    case PatternSpec::Kind::window: return spanning(of(p.size));
+    case PatternSpec::Kind::dilated: return spanning(of(p.size) * of(p.width));
+    case PatternSpec::Kind::global: return spanning(of(p.size));
+    case PatternSpec::Kind::bigbird:  // a query tile meets tile_query / block + 2 query blocks, each with its random ones
+      return std::min(causal, spanning(of(p.size + 1) * of(p.block)) + spanning(of(p.width) * of(p.block)) +
+                                  rows * (tile_query / of(p.block) + 2) * of(p.random) * (of(p.block) / tile_key + 2));
+    case PatternSpec::Kind::any: {
+      double sum = 0;
+      for (const auto& child : p.children) sum += most_tiles(child, tokens, tile_query, tile_key);
+      return std::min(causal, sum);
+    }
+    case PatternSpec::Kind::all: {
+      double least = causal;
+      for (const auto& child : p.children) least = std::min(least, most_tiles(child, tokens, tile_query, tile_key));
+      return least;
+    }
+    default: return causal;
+  }
+}
+
 class Resolver {
  public:
   Resolver(Config& config, const Places& places, Problems& problems) : c_(config), places_(places), problems_(problems) {}
@@ -41,6 +68,7 @@ class Resolver {
     softmax();
     threshold();
     check_pattern(c_.model.attention.pattern, c_.model.layers, c_.model.heads, place({"attention.pattern"}), problems_);
+    tiles();
     step();
     schedule();
     device();
@@ -81,17 +109,18 @@ class Resolver {
   }
 
   void heads() {
+    constexpr int kMostHeadSize = 256;
     const int width = c_.model.width, heads = c_.model.heads;
-    if (width % heads == 0 && (width / heads) % 8 == 0) return;
+    const auto fits = [&](int h) { return width % (8 * h) == 0 && width / h <= kMostHeadSize; };
+    if (fits(heads)) return;
     std::string fitting;
     for (int h = 1; h <= width / 8; ++h)
-      if (width % (8 * h) == 0) fitting += fmt::format("{}{}", fitting.empty() ? "" : ", ", h);
-    const std::string size = width % heads == 0 ? fmt::format("{}, which is no multiple of 8", width / heads)
-                                                : fmt::format("{:.2f}, which is no whole number", double(width) / heads);
-    const std::string hint = fitting.empty() ? fmt::format("a width of {} fits {} heads", neighbours(width, 8 * heads), heads)
-                                             : fmt::format("heads that fit width {}: {}; widths that fit {} heads: {}", width, fitting, heads,
-                                                           neighbours(width, 8 * heads));
-    fail({"model.heads", "model.width"}, fmt::format("model.width {} / model.heads {} is a head size of {}; {}", width, heads, size, hint));
+      if (fits(h)) fitting += fmt::format("{}{}", fitting.empty() ? "heads that fit this width: " : ", ", h);
+    if (!fitting.empty()) fitting += "; ";
+    const std::string widths = width > kMostHeadSize * heads ? fmt::format("at most {}", kMostHeadSize * heads) : neighbours(width, 8 * heads);
+    fail({"model.heads", "model.width"},
+         fmt::format("model.width {} / model.heads {} is a head size of {:.6g}; expected a multiple of 8 up to {}; {}widths that fit {} head{}: {}",
+                     width, heads, static_cast<double>(width) / heads, kMostHeadSize, fitting, heads, heads == 1 ? "" : "s", widths));
   }
 
   void softmax() {
@@ -113,6 +142,20 @@ class Resolver {
     if (a.score == Score::fidelity && uses_init && !(a.threshold.init >= 0 && a.threshold.init < 1))
       fail({"attention.threshold.init", "attention.score"},
            fmt::format("score fidelity is a squared cosine: expected a threshold >= 0 and < 1, found {}", a.threshold.init));
+  }
+
+  /// Each pattern's tile lists are held in memory, an entry a tile and direction.
+  void tiles() {
+    constexpr double kMostTiles = 1e8;
+    const AttentionConfig& a = c_.model.attention;
+    double tiles = most_tiles(a.pattern.base, c_.model.context, a.tile_query, a.tile_key);
+    for (const auto& o : a.pattern.overrides) tiles = std::max(tiles, most_tiles(o.pattern, c_.model.context, a.tile_query, a.tile_key));
+    if (tiles <= kMostTiles) return;
+    fail({"model.context", "attention.pattern", "attention.tile.query", "attention.tile.key"},
+         fmt::format(
+             "attention.pattern over model.context {} has up to {:.2g} tiles of {} x {}, whose lists take {:.3g} GB; expected at most {:.0e}: larger "
+             "attention.tile.query and attention.tile.key (up to 128), a narrower pattern (window), or a shorter context",
+             c_.model.context, tiles, a.tile_query, a.tile_key, tiles * 2 * sizeof(TileEntry) / 1e9, kMostTiles));
   }
 
   void step() {

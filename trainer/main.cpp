@@ -11,8 +11,10 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "trainer/commands/commands.h"
+#include "trainer/schema_nearest.h"
 
 namespace {
 
@@ -39,6 +41,12 @@ int report(ExitCode code, const std::string& message) {
 int finish_output() {
   std::cout.flush();
   return std::cout && std::fflush(stdout) == 0 && std::ferror(stdout) == 0 ? kDone : report(kFailed, "the output could not be written to stdout");
+}
+
+std::string unknown_command(const CLI::App& app, const std::string& name) {
+  std::vector<std::string> names;
+  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) names.push_back(command->get_name());
+  return fmt::format("there is no command \"{}\"; nearest is \"{}\" (see tessera --help)", name, tessera::nearest(name, names));
 }
 
 int print(const std::string& text) {
@@ -77,6 +85,7 @@ int main(int argc, char** argv) {
     return print(e.what());
   } catch (const CLI::ParseError& e) {
     const auto chosen = app.get_subcommands();
+    if (chosen.empty() && argc > 1 && argv[1][0] != '-') return report(kUsage, unknown_command(app, argv[1]));
     return report(kUsage, fmt::format("{} (see tessera {}--help)", e.what(), chosen.empty() ? "" : chosen.front()->get_name() + " "));
   } catch (const std::invalid_argument& e) {
     return report(kUsage, e.what());

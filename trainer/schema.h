@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "trainer/config.h"
+#include "trainer/schema_nearest.h"
 
 namespace tessera {
 
@@ -55,8 +56,6 @@ const Key* find_key(const std::string& path);
 bool is_section(const std::string& path);
 /// The valid key or section most like `path`, for error messages.
 std::string nearest_key(const std::string& path);
-/// The word of `words` most like `word`.
-std::string nearest(const std::string& word, const std::vector<std::string>& words);
 
 /// "file:line:column" of a node (columns and lines from 1), or `origin` alone where YAML knows no place.
 std::string place_of(const std::string& origin, const YAML::Mark& mark);

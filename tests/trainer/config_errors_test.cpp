@@ -117,10 +117,12 @@ TEST(ConfigErrors, AllAreReportedAtOnce) {
 }
 
 TEST(ConfigErrors, CrossChecks) {
-  expect_error(error_of("model:\n  heads: 7\n"), "x.yaml:2:10: model.heads: model.width 512 / model.heads 7 is a head size of 73.14",
-               "heads that fit width 512: 1, 2, 4, 8, 16, 32, 64", "widths that fit 7 heads: 504 or 560");
-  expect_error(error_of("model: {heads: 8, width: 96}"), "head size of 12, which is no multiple of 8", "heads that fit width 96: 1, 2, 3, 4, 6, 12");
-  expect_error(error_of("model: {heads: 1, width: 100}"), "head size of 100", "96 or 104");
+  expect_error(error_of("model:\n  heads: 7\n"),
+               "x.yaml:2:10: model.heads: model.width 512 / model.heads 7 is a head size of 73.1429; expected a multiple of 8 up to 256",
+               "heads that fit this width: 2, 4, 8, 16, 32, 64", "widths that fit 7 heads: 504 or 560");
+  expect_error(error_of("model: {heads: 8, width: 96}"), "head size of 12", "heads that fit this width: 1, 2, 3, 4, 6, 12;", "64 or 128");
+  expect_error(error_of("model: {heads: 1, width: 100}"), "head size of 100; expected a multiple of 8 up to 256; widths that fit 1 head: 96 or 104");
+  expect_error(error_of("model: {heads: 1, width: 512}"), "head size of 512", "widths that fit 1 head: at most 256");
   expect_error(error_of("train: {tokens_per_step: 1000}"), "x.yaml:1:26: train.tokens_per_step",
                "model.context 1024 x train.micro_batch 4 = 4096; expected 4096");
   expect_error(error_of("model: {context: 1000}"), "x.yaml:1:18: model.context: train.tokens_per_step 65536", "expected 64000 or 68000");
@@ -133,6 +135,15 @@ TEST(ConfigErrors, CrossChecks) {
                "expected attention.score cosine");
   expect_error(error_of("attention: {score: fidelity, threshold: {init: 1}}"), "attention.threshold.init",
                "expected a threshold >= 0 and < 1, found 1");
+  const std::vector<std::string> longest = {"model.context=1048576", "train.tokens_per_step=4194304", "attention.tile.query=16",
+                                            "attention.tile.key=16"};
+  expect_error(error_of("{}", longest), "--set: model.context: attention.pattern over model.context 1048576 has up to 2.1e+09 tiles of 16 x 16");
+  auto windowed = longest;
+  for (const char* narrow : {"{window: {size: 512}}", "{any: [{dilated: {window: 64, dilation: 4}}, {global: {tokens: 4}}]}",
+                             "{all: [causal, {window: {size: 512}}]}", "{bigbird: {window: 3, global: 1, random: 3}}"}) {
+    windowed.push_back(std::string("attention.pattern=") + narrow);
+    EXPECT_EQ(error_of("{}", windowed), "");
+  }
   // Several at once, too.
   expect_error(error_of("model: {heads: 7}\ntrain: {precision: bf16}"), "2 mistakes", "model.heads", "train.precision");
   EXPECT_EQ(device_problem("cpu"), "");
@@ -198,7 +209,7 @@ TEST(ConfigErrors, RandomDamageIsAlwaysAConfigError) {
         case 2: text.insert(at, 1, alphabet[random() % alphabet.size()]); break;
         default: text.insert(at, text.substr(random() % text.size(), random() % 30)); break;
       }
-      if (text.empty()) text = " ";
+      if (text.empty()) text.push_back(' ');
     }
     try {
       parse_config(text, "x.yaml", {});

@@ -242,7 +242,7 @@ TEST(Config, JsonHasEveryKey) {
   const auto tree = nlohmann::json::parse(to_json(load_config("", {"attention.pattern={global: {tokens: 4}}"})));
   const auto keys = nlohmann::json::parse(schema_json());
   for (const auto& key : keys) {
-    std::string pointer = "/" + key["path"].get<std::string>();
+    std::string pointer = fmt::format("/{}", key["path"].get<std::string>());
     std::replace(pointer.begin(), pointer.end(), '.', '/');
     EXPECT_TRUE(tree.contains(nlohmann::json::json_pointer(pointer))) << pointer;
   }
@@ -316,7 +316,7 @@ class RandomConfig {
   }
   std::string text() {
     const std::string alphabet = "abc:#{}[],&*!|>%@`~ -01.\\/\t";
-    std::string s = "x";
+    std::string s(1, 'x');
     for (int n = pick(12); n > 0; --n) s += alphabet[static_cast<std::size_t>(pick(static_cast<int>(alphabet.size())))];
     return s;
   }

@@ -1,0 +1,200 @@
+// The command line as a contract: subcommands, help, exit codes, one clear line for an error.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "tests/cli/run_tessera.h"
+
+namespace tessera {
+namespace {
+
+using Json = nlohmann::json;
+
+const std::string kTiny = TESSERA_CONFIGS "/tiny.yaml";
+constexpr const char* kCommands[] = {"prepare", "tokenizer", "train", "eval", "generate", "inspect", "plan", "config", "attention", "bench"};
+
+bool has(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+/// A usage error: exit code 2, nothing on stdout, "tessera: error: ..." on stderr with each of `parts`.
+template <class... Parts>
+void expect_usage_error(const Outcome& outcome, const Parts&... parts) {
+  EXPECT_EQ(outcome.code, 2) << outcome.err;
+  EXPECT_EQ(outcome.out, "");
+  EXPECT_TRUE(outcome.err.starts_with("tessera: error: ")) << outcome.err;
+  EXPECT_TRUE(outcome.err.ends_with("\n"));
+  for (const std::string& part : {std::string(parts)...}) EXPECT_TRUE(has(outcome.err, part)) << "expected: " << part << "\nfound: " << outcome.err;
+}
+
+TEST(CommandLine, HelpNamesEveryCommand) {
+  const Outcome help = run_tessera("--help");
+  EXPECT_EQ(help.code, 0);
+  EXPECT_EQ(help.err, "");
+  for (const char* command : kCommands) EXPECT_TRUE(has(help.out, std::string("\n  ") + command + " ")) << command << "\n" << help.out;
+  EXPECT_TRUE(has(help.out, "Exit codes: 0 done, 1 failed while running, 2 bad usage or configuration"));
+}
+
+TEST(CommandLine, EveryCommandHasHelpWithAnExample) {
+  for (const char* command : kCommands) {
+    const Outcome help = run_tessera(std::string(command) + " --help");
+    EXPECT_EQ(help.code, 0) << command;
+    EXPECT_EQ(help.err, "") << command;
+    EXPECT_TRUE(has(help.out, "Example")) << help.out;
+    EXPECT_TRUE(has(help.out, std::string("tessera ") + command + " ")) << help.out;
+    EXPECT_TRUE(help.out.ends_with("\n")) << command;
+  }
+}
+
+TEST(CommandLine, OptionsOfTheContract) {
+  const struct {
+    const char* command;
+    std::vector<std::string> options;
+  } contract[] = {
+      {"prepare", {"--input", "--tokenizer", "--output", "--validation-fraction", "--shard-tokens", "--threads"}},
+      {"train", {"CONFIG", "--set", "--resume"}},
+      {"eval", {"CHECKPOINT", "--data", "--split", "--json"}},
+      {"generate", {"CHECKPOINT", "--prompt", "--tokens", "--temperature", "--top-k", "--seed"}},
+      {"inspect", {"PATH", "--verify"}},
+      {"plan", {"CONFIG", "--ranks", "--json"}},
+      {"config", {"CONFIG", "--schema", "--set"}},
+      {"attention", {"IN", "OUT", "--set", "--visit"}},
+      {"bench", {"--json"}},
+  };
+  for (const auto& [command, options] : contract) {
+    const Outcome help = run_tessera(std::string(command) + " --help");
+    for (const auto& option : options) EXPECT_TRUE(has(help.out, option)) << command << " " << option << "\n" << help.out;
+  }
+}
+
+TEST(CommandLine, Version) {
+  const Outcome version = run_tessera("--version");
+  EXPECT_EQ(version.code, 0);
+  EXPECT_TRUE(version.out.starts_with("tessera ")) << version.out;
+}
+
+TEST(CommandLine, BadUsageIsTwo) {
+  expect_usage_error(run_tessera(""), "subcommand is required", "tessera --help");
+  expect_usage_error(run_tessera("trian"), "trian", "train");
+  expect_usage_error(run_tessera("config --sett x=1"), "--sett", "tessera config --help");
+  expect_usage_error(run_tessera("plan"), "required", "tessera plan --help");
+  expect_usage_error(run_tessera("train"), "required");
+  expect_usage_error(run_tessera("eval"), "required");
+  expect_usage_error(run_tessera("generate"), "required");
+  expect_usage_error(run_tessera("prepare"), "required");
+  expect_usage_error(run_tessera("attention"), "required");
+  expect_usage_error(run_tessera("inspect"), "required");
+  expect_usage_error(run_tessera("plan " + kTiny + " --ranks 0"), "--ranks");
+  expect_usage_error(run_tessera("plan " + kTiny + " --ranks two"), "--ranks");
+  expect_usage_error(run_tessera("config --schema --set a=1"), "--schema");
+}
+
+TEST(CommandLine, BadConfigurationIsTwo) {
+  expect_usage_error(run_tessera("config /no/such.yaml"), "/no/such.yaml: there is no such file");
+  expect_usage_error(run_tessera("config " + kTiny + " --set train.stpes=5"), "--set: train.stpes: unknown key; nearest valid key \"train.steps\"");
+  expect_usage_error(run_tessera("train " + kTiny + " --set train.steps=x"), "--set: train.steps: expected an integer");
+  expect_usage_error(run_tessera("train " + kTiny + " --set data.path=/no/such"), "/no/such");
+  expect_usage_error(run_tessera("plan " + kTiny + " --set data.path=/no/such"), "the vocabulary is not known", "/no/such/dataset.json",
+                     "model.vocabulary");
+  expect_usage_error(run_tessera("plan " + kTiny + " --set model.vocabulary=99 --ranks 3"), "3 ranks", "1, 2, 4 ranks");
+  expect_usage_error(run_tessera("eval /no/such --data /no/such"), "/no/such");
+  expect_usage_error(run_tessera("inspect /no/such"), "/no/such");
+}
+
+TEST(CommandLine, OnlyRankZeroReportsWhatAllRanksFind) {
+  for (const std::string name : {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"}) {
+    // Another rank keeps still until the launcher has had the time to end it.
+    const Outcome other = run_tessera("config /no/such.yaml", name + "=1 timeout 1");
+    EXPECT_EQ(other.code, 124) << name;
+    EXPECT_EQ(other.err, "") << name;
+    expect_usage_error(run_tessera("config /no/such.yaml", name + "=0"), "/no/such.yaml");
+  }
+  // Nobody ended it: what it found is its own, and it says so.
+  const Outcome alone = run_tessera("config /no/such.yaml", "OMPI_COMM_WORLD_RANK=3");
+  EXPECT_EQ(alone.code, 2);
+  EXPECT_TRUE(alone.err.starts_with("tessera: rank 3: error: ")) << alone.err;
+}
+
+TEST(CommandLine, OutputThatCannotBeWrittenIsOne) {
+  if (!std::filesystem::exists("/dev/full")) GTEST_SKIP() << "no /dev/full here";
+  for (const std::string arguments : {"config --schema", "config", "--help", "--version"}) {
+    const int status = std::system(("'" TESSERA_BINARY "' " + arguments + " >/dev/full 2>/dev/null").c_str());
+    EXPECT_EQ(WEXITSTATUS(status), 1) << arguments;
+  }
+}
+
+TEST(ConfigCommand, PrintsWhatLoadsAgain) {
+  const Outcome first = run_tessera("config " + kTiny + " --set 'attention.pattern={window: {size: 32}}' --set train.steps=5");
+  ASSERT_EQ(first.code, 0) << first.err;
+  EXPECT_TRUE(has(first.out, "  pattern: {window: {size: 32}}\n")) << first.out;
+  EXPECT_TRUE(has(first.out, "  steps: 5\n")) << first.out;
+  const auto file = std::filesystem::temp_directory_path() / ("tessera_cli_config_" + std::to_string(::getpid()) + ".yaml");
+  std::ofstream(file) << first.out;
+  EXPECT_EQ(run_tessera("config " + file.string()).out, first.out);
+  std::filesystem::remove(file);
+  const Json json = Json::parse(run_tessera("config " + kTiny + " --json").out);
+  EXPECT_EQ(json["model"]["width"], 32);
+}
+
+TEST(ConfigCommand, NoticesGoToStderr) {
+  const Outcome outcome = run_tessera("config " + kTiny + " --set attention.gate=softmax");
+  EXPECT_EQ(outcome.code, 0);
+  EXPECT_TRUE(has(outcome.err, "tessera: note: attention.gate softmax")) << outcome.err;
+  EXPECT_TRUE(has(outcome.out, "normalizer: none"));
+}
+
+TEST(ConfigCommand, Schema) {
+  const Outcome text = run_tessera("config --schema");
+  EXPECT_EQ(text.code, 0);
+  const Json keys = Json::parse(run_tessera("config --schema --json").out);
+  for (const auto& key : keys) EXPECT_TRUE(has(text.out, key["path"].get<std::string>() + "  (")) << key["path"];
+}
+
+TEST(PlanCommand, CountsWhatIsKnownOfGpt2) {
+  const std::string gpt2 =
+      " --set model.size=gpt2 --set model.context=1024 --set train.tokens_per_step=65536 --set data.tokenizer=gpt2 --set model.positions=learned "
+      "--set model.norm=layernorm --set model.bias=true --set model.vocabulary_multiple=1 --set attention.gate=softmax --set attention.score=dot";
+  const Outcome outcome = run_tessera("plan " + kTiny + gpt2 + " --ranks 2 --json");
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  const Json plan = Json::parse(outcome.out);
+  EXPECT_EQ(plan["parameters"], 124439808);  // as published for GPT-2 small
+  EXPECT_EQ(plan["checkpoint_bytes"], 124439808ll * 12);
+  EXPECT_EQ(plan["vocabulary"], 50257);
+  EXPECT_EQ(plan["ranks"], 2);
+  EXPECT_EQ(plan["tokens_per_step"], 65536);
+  EXPECT_EQ(plan["micro_batches_per_step_and_rank"], 16);
+  const Json& bytes = plan["bytes_per_rank"];
+  EXPECT_GE(bytes["parameters"], 124439808ll * 4);
+  EXPECT_GE(bytes["gradients"], 124439808ll * 4);
+  EXPECT_NEAR(bytes["optimizer"].get<double>(), 124439808.0 * 8 / 2, 1e5);  // two moments, shared by two ranks
+  std::int64_t sum = 0;
+  for (const auto& [name, value] : bytes.items())
+    if (name != "total") sum += value.get<std::int64_t>();
+  EXPECT_EQ(bytes["total"], sum);
+  // 6 x matrix parameters, and attention's 12 x layers x width x (context + 1) / 2 over causal edges.
+  const double dense = 6.0 * (12 * 12 * 768.0 * 768.0 + 50257 * 768.0), causal = 12.0 * 12 * 768 * 1025 / 2;
+  EXPECT_NEAR(plan["flops_per_token"]["dense_equivalent"].get<double>(), dense + causal, 1e-3 * dense);
+  EXPECT_EQ(plan["flops_per_token"]["dense_equivalent"], plan["flops_per_token"]["pattern_visible"]);
+}
+
+TEST(PlanCommand, PatternsShowInTheFlops) {
+  const std::string common = "plan " + kTiny + " --set model.vocabulary=300 --json";
+  const Json causal = Json::parse(run_tessera(common).out);
+  const Json window = Json::parse(run_tessera(common + " --set 'attention.pattern={window: {size: 8}}'").out);
+  EXPECT_EQ(causal["flops_per_token"]["dense_equivalent"], window["flops_per_token"]["dense_equivalent"]);
+  // Mean visible keys over 64 queries: causal 32.5, window (1 + ... + 8 + 56 x 8) / 64 = 7.5625; 12 x width 32 x 2 layers each.
+  EXPECT_NEAR(causal["flops_per_token"]["pattern_visible"].get<double>() - window["flops_per_token"]["pattern_visible"].get<double>(),
+              12.0 * 32 * 2 * (32.5 - 7.5625), 1e-6);
+}
+
+TEST(PlanCommand, TextForPeople) {
+  const Outcome outcome = run_tessera("plan " + kTiny + " --set data.tokenizer=bytes");
+  EXPECT_EQ(outcome.code, 0) << outcome.err;
+  for (const char* part : {"parameters", "optimizer", "activations", "total", "checkpoint bytes", "dense-equivalent", "pattern-visible",
+                           "tokens a step", "vocabulary 257"})
+    EXPECT_TRUE(has(outcome.out, part)) << part << "\n" << outcome.out;
+}
+
+}  // namespace
+}  // namespace tessera
