@@ -29,6 +29,10 @@ void expect_matches_reference(const ModelConfig& config, unsigned seed = 1) {
   TestModel model(config, {.micro_batch = 2}, seed);
   const Sequences batch = random_sequences(config, 2, config.context - 1, seed);  // one short of the longest: T is no multiple of the tile
   const GptReference reference(config, model.gpt.layout());
+  // The controller gives every layer and head a threshold of its own.
+  auto own = model.host(model.gpt.thresholds());
+  for (std::size_t r = 0; r < own.size(); ++r) own[r] *= 1 + 0.3f * static_cast<float>(r);
+  model.ops->upload(model.gpt.thresholds(), own.data());
   const auto parameters = model.parameters(), thresholds = model.thresholds();
   const auto expected = reference.run(parameters, thresholds, batch);
   const double largest = *std::max_element(expected.losses.begin(), expected.losses.end());

@@ -103,18 +103,24 @@ TEST(Gpt, LossesAndGradientsDoNotDependOnBatchMates) {
 
 TEST(Gpt, VisitingAllTilesGivesTheSameBits) {
   for (auto config : variants()) {
-    config.context = 70;
+    config.context = 100;
     config.attention.document_mask = true;
-    config.attention.threshold.init = 1.5f;  // high enough that whole tiles are empty
-    config.attention.scale_learned = true;
+    config.attention.tile_query = config.attention.tile_key = 8;
+    // High enough that whole tiles are empty, not so high that all are.
+    config.attention.threshold.init = config.attention.score == Score::fidelity ? 0.75f : 0.8f * config.attention.scale_init;
+    config.attention.threshold.beta = 0.8f;
     config.attention.visit = Visit::active;
     TestModel active(config);
     config.attention.visit = Visit::all;
     TestModel all(config);
-    const Sequences batch = random_sequences(config, 3, 70, 6);
+    const Sequences batch = random_sequences(config, 3, 99, 6);
     EXPECT_EQ(active.gradients(batch, 0.01f), all.gradients(batch, 0.01f));
     EXPECT_EQ(active.host(active.gpt.losses()), all.host(all.gpt.losses()));
-    EXPECT_EQ(active.host<std::uint64_t>(active.gpt.counters()), all.host<std::uint64_t>(all.gpt.counters()));
+    const auto counters = active.host<std::uint64_t>(active.gpt.counters());
+    EXPECT_EQ(counters, all.host<std::uint64_t>(all.gpt.counters()));
+    if (config.attention.gate == Gate::softmax) continue;
+    EXPECT_GT(counters[kActiveTiles], 0u);
+    EXPECT_LT(counters[kActiveTiles], counters[kVisibleTiles]);
   }
 }
 
