@@ -106,12 +106,12 @@ TEST_F(AttentionCommand, EveryScoreGateAndNormalizerAgreesWithTheReference) {
         });
         const auto settings = std::string("--set attention.score=") + scores[score] + " --set attention.gate=" + gates[gate] +
                               " --set attention.normalizer=" + normalizers[normalizer] +
-                              " --set attention.epsilon=0.05 --set attention.tile.query=16 --set attention.tile.key=8" +
+                              " --set attention.epsilon=0.05 --set attention.tile.query=16 --set attention.tile.key=24" +
                               " --set 'attention.pattern={window: {size: 30}}'";
         SCOPED_TRACE(settings);
         const auto outcome = run(settings);
         ASSERT_EQ(outcome.code, 0) << outcome.err;
-        EXPECT_EQ(outcome.err, "");
+        if (gate != 3) EXPECT_EQ(outcome.err, "");  // softmax: a note that it has no threshold
 
         AttentionInputs inputs;
         inputs.shape = {.batch = B, .heads = H, .tokens = T, .head_size = D};
@@ -127,7 +127,7 @@ TEST_F(AttentionCommand, EveryScoreGateAndNormalizerAgreesWithTheReference) {
         inputs.visible = [](auto, auto, auto i, auto j) { return i - j < 30; };
         const auto expected = reference::attention_forward(inputs);
         auto gradients = reference::attention_backward(inputs, expected, widen(d_o));
-        const auto tiles = reference::attention_tiles(inputs, 16, 8);
+        const auto tiles = reference::attention_tiles(inputs, 16, 24);
         if (unit) {
           gradients.dq = through_unit_rows(raw_q, inputs.q, gradients.dq);
           gradients.dk = through_unit_rows(raw_k, inputs.k, gradients.dk);
@@ -147,9 +147,9 @@ TEST_F(AttentionCommand, EveryScoreGateAndNormalizerAgreesWithTheReference) {
         EXPECT_EQ(file.read<std::uint64_t>("empty_rows"), expected.empty_rows);
         EXPECT_EQ(file.read<std::uint64_t>("active_tiles"), tiles.active_tiles);
         EXPECT_EQ(file.read<std::uint64_t>("visible_tiles"), tiles.visible_tiles);
-        EXPECT_EQ(file.info("tile_map").shape, (Hdf5Shape{B, H, 3, 6}));
+        EXPECT_EQ(file.info("tile_map").shape, (Hdf5Shape{B, H, 3, 2}));
         const auto tile_map = file.read<std::uint8_t>("tile_map");
-        for (std::size_t n = 0; n < tile_map.size(); ++n) EXPECT_EQ(tile_map[n], (tiles.bitmap[n / 6] >> (n % 6)) & 1u) << n;
+        for (std::size_t n = 0; n < tile_map.size(); ++n) EXPECT_EQ(tile_map[n], (tiles.bitmap[n / 2] >> (n % 2)) & 1u) << n;
       }
 }
 
@@ -210,7 +210,7 @@ TEST_F(AttentionCommand, VisitAllAndActiveGiveTheSameFileContents) {
     for (std::size_t n = 0; n < start.size(); ++n) start[n] = static_cast<std::int32_t>(n % T < 20 ? 0 : n % T < 21 ? 20 : 21);
     file.write<std::int32_t>("document_start", {B, T}, start);
   });
-  const std::string settings = "--document-mask --set attention.threshold.init=4 --set attention.tile.query=8 --set attention.tile.key=8 --visit ";
+  const std::string settings = "--document-mask --set attention.threshold.init=6 --set attention.tile.query=16 --set attention.tile.key=16 --visit ";
   ASSERT_EQ(run(settings + "all").code, 0);
   std::filesystem::rename(out(), folder + "/all.h5");
   ASSERT_EQ(run(settings + "active").code, 0);

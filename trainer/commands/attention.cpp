@@ -347,6 +347,8 @@ void run(const AttentionOptions& options) {
     throw std::invalid_argument(fmt::format("{}: IN.h5 and OUT.h5 are the same file", options.out));
   if (std::filesystem::is_directory(options.out, ignored))
     throw std::invalid_argument(fmt::format("{}: expected a file to write, found a folder", options.out));
+  if (!std::filesystem::is_directory(folder_of(options.out), ignored))
+    throw std::invalid_argument(fmt::format("{}: the folder {} does not exist; make it first", options.out, folder_of(options.out)));
   const Input in(options.in, config.model.attention);
   for (const auto& name : in.unused()) fmt::print(stderr, "tessera: note: {}: dataset {} has no effect here\n", options.in, name);
   const Output out = compute(in, config, options.layer);

@@ -66,10 +66,10 @@ void add_bench_gemm(CLI::App& bench) {
     const double large = measure_sgemm_gflops(*ops, options->seconds);
     const auto rows = measure(*ops, *options);
     if (options->json) {
-      std::cout << nlohmann::ordered_json{{"device", ops->device_name()}, {"square_2048_gflops", large}, {"layers", rows}}.dump(2) << '\n';
+      std::cout << nlohmann::ordered_json{{"device", ops->device_name()}, {"sgemm_gflops", large}, {"layers", rows}}.dump(2) << '\n';
       return;
     }
-    std::cout << fmt::format("{}; a 2048 x 2048 x 2048 product: {:.0f} GFLOP/s\n\n", ops->device_name(), large);
+    std::cout << fmt::format("{}; a large sgemm: {:.0f} GFLOP/s\n\n", ops->device_name(), large);
     std::cout << fmt::format("{:<16}{:>8}{:>8}{:>8}{:>12}{:>12}{:>12}  GFLOP/s\n", "layer", "rows", "in", "out", "forward", "d input", "d weight");
     for (const auto& r : rows)
       std::cout << fmt::format("{:<16}{:>8}{:>8}{:>8}{:>12.0f}{:>12.0f}{:>12.0f}\n", r["layer"].get<std::string>(), r["rows"].get<std::int64_t>(),
