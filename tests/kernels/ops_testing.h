@@ -67,9 +67,9 @@ inline void expect_close(const std::vector<float>& got, const std::vector<double
   }
 }
 
-/// d f / d x by central differences in double. With h = 1e-4 of values near 1 the error is about h^2 f''' / 6 + 1e-16 f / h: some 1e-8.
+/// d f / d x by central differences in double. With h = 1e-5 the error is about h^2 f''' / 6 + 1e-16 f / h: some 1e-9 of f.
 inline std::vector<double> numeric_gradient(const std::function<double(const std::vector<double>&)>& f, std::vector<double> x) {
-  constexpr double kStep = 1e-4;
+  constexpr double kStep = 1e-5;
   std::vector<double> gradient(x.size());
   for (std::size_t i = 0; i < x.size(); ++i) {
     const double at = x[i];
