@@ -162,7 +162,7 @@ bool is_shard(const std::string& file) {
   try {
     const Hdf5File open = Hdf5File::open(file);
     return open.contains("tokens") && open.contains("documents");
-  } catch (const std::exception&) {
+  } catch (const std::invalid_argument&) {
     return false;
   }
 }

@@ -91,7 +91,7 @@ struct ShardHeader {
   std::uint64_t tokens = 0, documents = 0, text_bytes = 0;
 };
 
-/// Whether the file is HDF5 with `tokens` and `documents`.
+/// Whether the file is HDF5 with `tokens` and `documents`. Throws std::runtime_error when it is HDF5 but damaged.
 bool is_shard(const std::string& file);
 /// Throws std::invalid_argument when the file is no shard, std::runtime_error when it is damaged.
 ShardHeader read_shard_header(const std::string& file);

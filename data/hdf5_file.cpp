@@ -272,7 +272,9 @@ Hdf5File Hdf5File::create(const std::string& path) {
   const Handle access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose);
   const bool ready = access.ok() && use_tessera_driver(access, &impl->failure) >= 0 &&
                      H5Pset_libver_bounds(access, H5F_LIBVER_V110, H5F_LIBVER_V110) >= 0 && H5Pset_fclose_degree(access, H5F_CLOSE_STRONG) >= 0;
-  if (ready) impl->file = Handle(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access), H5Fclose);
+  const Handle creation(H5Pcreate(H5P_FILE_CREATE), H5Pclose);
+  H5Pset_obj_track_times(creation, false);  // equal contents, equal bytes
+  if (ready) impl->file = Handle(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, creation, access), H5Fclose);
   if (!impl->file.ok() || impl->failure.error) {
     impl->fail("", "cannot be created");
   }
@@ -362,6 +364,7 @@ void Hdf5File::create_dataset(const std::string& name, Hdf5Type type, const Hdf5
   const Handle links(H5Pcreate(H5P_LINK_CREATE), H5Pclose);
   const Handle properties(H5Pcreate(H5P_DATASET_CREATE), H5Pclose);
   H5Pset_create_intermediate_group(links, 1);
+  H5Pset_obj_track_times(properties, false);
   // A scalar lies in the object header, which has a checksum of its own. An empty dataset has no data to check, and no chunk fits it.
   if (shape.empty()) {
     H5Pset_layout(properties, H5D_COMPACT);

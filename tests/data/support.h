@@ -52,6 +52,17 @@ inline void flip_bit(const std::string& path, std::size_t offset, int bit = 0) {
   file.put(byte);
 }
 
+/// The message of the exception that `body` throws; "" when it throws none.
+template <typename Body>
+std::string message_of(Body body) {
+  try {
+    body();
+  } catch (const std::exception& e) {
+    return e.what();
+  }
+  return "";
+}
+
 /// Runs `body` in a child process in which no file can grow beyond `bytes`, as on a full disk, and returns the child's wait status.
 /// The child ends by exit(body()), so that exit handlers run as in any process.
 template <typename Body>

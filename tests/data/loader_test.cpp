@@ -1,0 +1,158 @@
+#include "data/loader.h"
+
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <set>
+#include <thread>
+
+#include "tests/data/corpus.h"
+
+namespace tessera {
+namespace {
+
+using namespace test;
+
+constexpr std::int64_t kContext = 50;
+
+class LoaderTest : public testing::Test {
+ protected:
+  LoaderTest() {
+    put(folder / "a.jsonl", jsonl(60, 1));
+    info = prepare({folder / "a.jsonl"}, folder / "d", 0.1, 1000).dataset;
+    tokens = all_tokens(info, info.train);
+  }
+
+  LoaderOptions options(int rank = 0, int ranks = 1, std::int64_t micro_batch = 2) const {
+    LoaderOptions out;
+    out.context = kContext;
+    out.micro_batch = micro_batch;
+    out.sequences_per_step = 8;
+    out.rank = rank;
+    out.ranks = ranks;
+    out.seed = 5;
+    return out;
+  }
+
+  /// Row `row` of a batch, against the definition.
+  void expect_sequence(const HostBatch& batch, std::int64_t row, std::uint64_t first) const {
+    std::int32_t document = 0;
+    for (std::int64_t i = 0; i < kContext; ++i) {
+      const auto at = static_cast<std::size_t>(row * kContext + i), source = static_cast<std::size_t>(first) + static_cast<std::size_t>(i);
+      if (tokens[source] == 256) document = static_cast<std::int32_t>(i);
+      ASSERT_EQ(batch.token[at], tokens[source]);
+      ASSERT_EQ(batch.target[at], tokens[source + 1]);
+      ASSERT_EQ(batch.position[at], i);
+      ASSERT_EQ(batch.document_start[at], document);
+    }
+  }
+
+  TemporaryFolder folder;
+  DatasetInfo info;
+  std::vector<std::int32_t> tokens;
+};
+
+TEST_F(LoaderTest, EqualsDirectComputation) {
+  Loader loader(info, info.train, options());
+  const Sampler sampler(tokens.size(), kContext, 8, 5);
+  for (std::uint64_t step = 0; step < 60; ++step)  // several epochs
+    for (std::uint64_t micro = 0; micro < 4; ++micro) {
+      const HostBatch& batch = loader.next();
+      ASSERT_EQ(batch.batch, 2);
+      ASSERT_EQ(batch.tokens, kContext);
+      ASSERT_EQ(batch.target_tokens, 100u);
+      for (std::int64_t row = 0; row < 2; ++row) expect_sequence(batch, row, sampler.first_token(step, micro * 2 + static_cast<std::uint64_t>(row)));
+    }
+  EXPECT_GE(loader.take_wait_seconds(), 0.0);
+}
+
+TEST_F(LoaderTest, TheSameGlobalBatchesOnAnyNumberOfRanksAndAfterResuming) {
+  constexpr int kSteps = 7;
+  const auto global = [&](int ranks, std::int64_t micro_batch, std::uint64_t first_step) {
+    std::vector<std::unique_ptr<Loader>> loaders;
+    for (int rank = 0; rank < ranks; ++rank) {
+      auto o = options(rank, ranks, micro_batch);
+      o.first_step = first_step;
+      o.prefetch = 1 + rank;
+      loaders.push_back(std::make_unique<Loader>(info, info.train, o));
+    }
+    std::vector<std::vector<std::int32_t>> steps;
+    for (std::uint64_t step = first_step; step < kSteps; ++step) {
+      steps.emplace_back();
+      for (auto& loader : loaders)
+        for (std::int64_t i = 0; i < 8 / ranks / micro_batch; ++i) {
+          const HostBatch& batch = loader->next();
+          for (const auto* row : {&batch.token, &batch.target, &batch.document_start})
+            steps.back().insert(steps.back().end(), row->begin(), row->end());
+        }
+    }
+    return steps;
+  };
+  // Equal layout needs equal micro-batches; the order of sequences within the step is the same in any case.
+  const auto expected = global(1, 2, 0);
+  EXPECT_EQ(global(2, 2, 0), expected);
+  EXPECT_EQ(global(4, 2, 0), expected);
+  EXPECT_EQ(global(4, 2, 3), (std::vector(expected.begin() + 3, expected.end())));
+  EXPECT_EQ(global(8, 1, 0), global(1, 1, 0));
+}
+
+TEST_F(LoaderTest, ErrorsOfTheThreadSurfaceInNext) {
+  const std::string path = folder / "d/" + info.train.shards[0].file;
+  for (std::size_t i = 0; i < file_bytes(path); i += 64) flip_bit(path, i);
+  Loader loader(info, info.train, options());
+  const auto drain = [&] {
+    for (int i = 0; i < 1000; ++i) loader.next();
+  };
+  const std::string message = message_of(drain);
+  EXPECT_NE(message.find("shard_00000.h5"), std::string::npos) << message;
+  EXPECT_EQ(message_of(drain), message);  // and again
+}
+
+TEST_F(LoaderTest, RefusesWhatCannotBeDivided) {
+  auto o = options(0, 3);
+  EXPECT_THROW(Loader(info, info.train, o), std::invalid_argument);
+  o = options();
+  o.micro_batch = 3;
+  EXPECT_THROW(Loader(info, info.train, o), std::invalid_argument);
+  o = options();
+  o.context = static_cast<std::int64_t>(tokens.size());
+  EXPECT_THROW(Loader(info, info.train, o), std::invalid_argument);
+  o = options(2, 2);
+  EXPECT_THROW(Loader(info, info.train, o), std::invalid_argument);
+  EXPECT_THROW(Loader(info, SplitInfo{}, options()), std::invalid_argument);
+}
+
+TEST_F(LoaderTest, StopsWhileTheThreadIsBusyOrWaits) {
+  for (int i = 0; i < 20; ++i) {
+    Loader loader(info, info.train, options());
+    if (i % 2) loader.next();
+    if (i % 4 > 1) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+}
+
+TEST_F(LoaderTest, ReadSequencesCoversTheSplitOnce) {
+  TokenReader reader(info, info.train);
+  const std::uint64_t sequences = (tokens.size() - 1 + kContext - 1) / kContext;
+  std::uint64_t targets = 0;
+  for (std::uint64_t first = 0; first < sequences; first += 3) {
+    const auto count = static_cast<std::int64_t>(std::min<std::uint64_t>(3, sequences - first));
+    const HostBatch batch = read_sequences(reader, first, count, kContext);
+    for (std::int64_t row = 0; row < count; ++row)
+      if ((first + static_cast<std::uint64_t>(row) + 1) * kContext < tokens.size())
+        expect_sequence(batch, row, (first + static_cast<std::uint64_t>(row)) * kContext);
+    targets += batch.target_tokens;
+  }
+  EXPECT_EQ(targets, tokens.size() - 1);
+  const HostBatch last = read_sequences(reader, sequences - 1, 1, kContext);
+  const std::size_t have = tokens.size() - (sequences - 1) * kContext;
+  for (std::size_t i = 0; i < kContext; ++i) {
+    EXPECT_EQ(last.target[i], i + 1 < have ? tokens[(sequences - 1) * kContext + i + 1] : -1);
+    EXPECT_GE(last.token[i], 0);
+    EXPECT_LE(last.document_start[i], static_cast<std::int32_t>(i));
+  }
+  EXPECT_THROW(read_sequences(reader, tokens.size() / kContext + 1, 1, kContext), std::out_of_range);
+  EXPECT_THROW(read_sequences(reader, 0, 0, kContext), std::invalid_argument);
+}
+
+}  // namespace
+}  // namespace tessera

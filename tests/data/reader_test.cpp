@@ -1,0 +1,277 @@
+#include <gtest/gtest.h>
+#include <zlib.h>
+#include <zstd.h>
+
+#include <filesystem>
+#include <random>
+#include <regex>
+
+#include "data/byte_source.h"
+#include "data/document_reader.h"
+#include "tests/data/support.h"
+
+namespace tessera {
+namespace {
+
+using test::message_of;
+using test::put;
+using test::TemporaryFolder;
+
+std::string gzip(const std::string& text) {
+  z_stream stream{};
+  deflateInit2(&stream, 6, Z_DEFLATED, 15 + 16, 8, Z_DEFAULT_STRATEGY);
+  std::string out(deflateBound(&stream, text.size()) + 64, '\0');
+  stream.next_in = reinterpret_cast<Bytef*>(const_cast<char*>(text.data()));
+  stream.avail_in = static_cast<uInt>(text.size());
+  stream.next_out = reinterpret_cast<Bytef*>(out.data());
+  stream.avail_out = static_cast<uInt>(out.size());
+  deflate(&stream, Z_FINISH);
+  out.resize(stream.total_out);
+  deflateEnd(&stream);
+  return out;
+}
+
+std::string zstd(const std::string& text) {
+  std::string out(ZSTD_compressBound(text.size()), '\0');
+  out.resize(ZSTD_compress(out.data(), out.size(), text.data(), text.size(), 3));
+  return out;
+}
+
+/// Documents of the files, each put together from its pieces.
+std::vector<std::string> documents(const std::vector<std::string>& files, const ReaderOptions& options = {}, std::size_t batch = 10'000) {
+  DocumentReader reader(files, options);
+  std::vector<std::string> out;
+  std::vector<Entry> entries;
+  while (reader.next(entries, batch))
+    for (const Entry& entry : entries)
+      reader.pieces(entry, [&](std::string_view piece, bool first) {
+        EXPECT_LE(piece.size(), kPieceBytes);
+        EXPECT_FALSE(piece.empty());
+        if (first) out.emplace_back();
+        out.back() += piece;
+      });
+  EXPECT_EQ(reader.consumed_bytes(), reader.total_bytes());
+  return out;
+}
+
+using Texts = std::vector<std::string>;
+
+std::string words(std::size_t bytes, unsigned seed) {
+  std::mt19937 random(seed);
+  std::string out;
+  while (out.size() < bytes) {
+    out.append(1 + random() % 9, static_cast<char>('a' + random() % 26));
+    out += random() % 12 ? " " : random() % 3 ? "\n" : "\n\n";
+  }
+  out.resize(bytes);
+  return out;
+}
+
+TEST(DocumentReader, TextFilesAndMarkers) {
+  const TemporaryFolder folder;
+  const std::string file = folder / "a.txt";
+  const auto read = [&](const std::string& text) {
+    put(file, text);
+    return documents({file});
+  };
+  EXPECT_EQ(read("one document\n\nwith paragraphs"), Texts{"one document\n\nwith paragraphs"});
+  EXPECT_EQ(read("one\n<|endoftext|>\ntwo\n<|endoftext|>\n"), (Texts{"one\n", "two\n"}));
+  EXPECT_EQ(read("<|endoftext|>\none\r\n<|endoftext|>\r\ntwo<|endoftext|>"), (Texts{"one\r\n", "two<|endoftext|>"}));  // only whole lines count
+  EXPECT_EQ(read("a <|endoftext|>\nb\n<|endoftext|> c"), Texts{"a <|endoftext|>\nb\n<|endoftext|> c"});
+  EXPECT_EQ(read("one\n<|endoftext|>"), Texts{"one\n"});
+  EXPECT_EQ(read("<|endoftext|>\n<|endoftext|>\n<|endoftext|>"), Texts{});
+  EXPECT_EQ(read(""), Texts{});
+  EXPECT_EQ(read(std::string("\xff\xfe\0 not UTF-8 \x80", 15)), (Texts{std::string("\xff\xfe\0 not UTF-8 \x80", 15)}));
+}
+
+TEST(DocumentReader, MarkersAtEveryPlaceOfTheBuffer) {
+  const TemporaryFolder folder;
+  const std::string file = folder / "a.txt";
+  for (std::size_t length = (256 << 10) - 20; length < (256 << 10) + 4; ++length) {
+    const Texts expected = {words(length, 1) + "x\n", "two"};
+    put(file, expected[0] + "<|endoftext|>\n" + expected[1]);
+    ASSERT_EQ(documents({file}), expected) << length;
+  }
+}
+
+TEST(DocumentReader, LongDocumentsComeInThePiecesThatPieceLengthSays) {
+  const TemporaryFolder folder;
+  const std::string text = words(1'000'000, 2);
+  put(folder / "a.txt", text + "\n<|endoftext|>\n" + text);
+  put(folder / "b.jsonl", "{\"text\": \"" + std::regex_replace(text, std::regex("\n"), "\\n") + "\"}\n");
+  std::vector<std::string> expected;
+  for (std::string_view left = text; !left.empty();) {
+    const std::size_t length = piece_length(left);
+    expected.emplace_back(left.substr(0, length));
+    left.remove_prefix(length);
+  }
+  const auto pieces = [](const std::string& file) {
+    DocumentReader reader({file}, {});
+    std::vector<std::string> out;
+    std::vector<Entry> entries;
+    while (reader.next(entries, 1))
+      for (const Entry& entry : entries) reader.pieces(entry, [&](std::string_view piece, bool) { out.emplace_back(piece); });
+    return out;
+  };
+  EXPECT_EQ(pieces(folder / "b.jsonl"), expected);
+  auto from_text = pieces(folder / "a.txt");
+  ASSERT_EQ(from_text.size(), 2 * expected.size());
+  EXPECT_EQ(std::vector(from_text.begin() + static_cast<std::ptrdiff_t>(expected.size()), from_text.end()), expected);
+  EXPECT_EQ(documents({folder / "a.txt"}), (Texts{text + "\n", text}));
+}
+
+TEST(PieceLength, CutsWhereTheNextWordBeginsAnyway) {
+  EXPECT_EQ(piece_length(std::string(kPieceBytes, ' ')), kPieceBytes);
+  std::string text(2 * kPieceBytes, 'x');
+  EXPECT_EQ(piece_length(text), kPieceBytes);  // nowhere better
+  text.replace(40'000, 4, " \n y");
+  EXPECT_EQ(piece_length(text), 40'002u);  // before the last space of the run
+  text.replace(50'000, 1, "\t");
+  EXPECT_EQ(piece_length(text), 50'000u);  // the last one
+  text.replace(45'000, 1, "\n");
+  EXPECT_EQ(piece_length(text), 45'000u);  // a line before a word
+  text.replace(42'000, 3, ".\n\n");
+  EXPECT_EQ(piece_length(text), 42'002u);  // a paragraph before a line
+  text = std::string(kPieceBytes - 1, 'x') + "\xc3\xa4" + std::string(100, 'x');
+  EXPECT_EQ(piece_length(text), kPieceBytes - 1);  // not within a character
+  text = std::string(40'000, 'x') + "\n\xc2\xa0" + std::string(40'000, 'x');
+  EXPECT_EQ(piece_length(text), kPieceBytes);  // a no-break space goes on with the run
+  EXPECT_EQ(piece_length(std::string(2 * kPieceBytes, '\x80')), kPieceBytes);
+}
+
+TEST(DocumentReader, JsonLines) {
+  const TemporaryFolder folder;
+  const std::string file = folder / "a.jsonl";
+  put(file,
+      "{\"id\": 1, \"text\": \"gr\\u00fc\\u00dfe\\n\", \"meta\": {\"text\": \"inner\"}}\n\n  \r\n{\"text\":\"\"}\r\n{\"meta\": [{\"text\": \"x\"}], "
+      "\"text\": \"last\"}");
+  EXPECT_EQ(documents({file}), (Texts{"grüße\n", "last"}));
+  put(file, "{\"body\": \"b\", \"text\": \"t\"}");
+  EXPECT_EQ(documents({file}, {.text_key = "body"}), Texts{"b"});
+}
+
+TEST(DocumentReader, BadLinesAreNamedOrSkipped) {
+  const TemporaryFolder folder;
+  const std::string file = folder / "a.jsonl";
+  const std::vector<std::pair<std::string, std::string>> cases = {
+      {"{\"text\": \"cut", ":2:"},
+      {"{\"text\": 5}", "\"text\" is a number, expected text"},
+      {"{\"text\": {\"text\": \"x\"}}", "\"text\" is an object, expected text"},
+      {"{\"text\": null}", "\"text\" is null, expected text"},
+      {"{\"body\": \"x\", \"id\": 1}", "no key \"text\" in this object; it has \"body\", \"id\""},
+      {"{}", "it has none"},
+      {"[\"text\"]", "expected a JSON object"},
+      {"\"text\"", "expected a JSON object"},
+      {"{\"text\": \"bad \xff utf-8\"}", "broken JSON"},
+      {"{\"text\": \"a\"} {\"text\": \"b\"}", "broken JSON"},
+      {"{\"text\": \"" + std::string(2'000'000, 'x'), "broken JSON"},  // a long one, which the reader parses itself
+  };
+  for (const auto& [line, expected] : cases) {
+    put(file, "{\"text\": \"first\"}\n" + line + "\n{\"text\": \"third\"}\n");
+    const std::string message = message_of([&] { documents({file}); });
+    EXPECT_NE(message.find(file + ":2:"), std::string::npos) << message;
+    EXPECT_NE(message.find(expected), std::string::npos) << message;
+    EXPECT_LT(message.size(), 500u);
+    EXPECT_EQ(documents({file}, {.skip_bad = true}), (Texts{"first", "third"})) << line.substr(0, 100);
+  }
+}
+
+TEST(DocumentReader, CompressedFilesByContent) {
+  const TemporaryFolder folder;
+  const std::string text = words(700'000, 3);
+  const std::string first = text.substr(0, 300'000), second = text.substr(300'000);
+  put(folder / "a.txt.gz", gzip(text));
+  put(folder / "two.txt.gz", gzip(first) + gzip(second));
+  put(folder / "b.txt.zst", zstd(text));
+  put(folder / "two.txt.zst", zstd(first) + zstd("") + zstd(second));
+  put(folder / "skip.txt.zst", std::string("\x50\x2a\x4d\x18\x03\0\0\0abc", 11) + zstd(text));
+  put(folder / "wrong_name.txt", zstd(text));
+  for (const char* name : {"a.txt.gz", "two.txt.gz", "b.txt.zst", "two.txt.zst", "skip.txt.zst", "wrong_name.txt"})
+    EXPECT_EQ(documents({folder / name}), Texts{text}) << name;
+  put(folder / "empty.txt.gz", gzip(""));
+  put(folder / "empty.txt.zst", zstd(""));
+  EXPECT_EQ(documents({folder / "empty.txt.gz", folder / "empty.txt.zst"}), Texts{});
+}
+
+TEST(DocumentReader, DamagedCompressedFilesAreNamed) {
+  const TemporaryFolder folder;
+  const std::string text = words(700'000, 4);
+  const auto fails = [&](const std::string& name, std::string bytes) {
+    put(folder / name, bytes);
+    const std::string message = message_of([&] { documents({folder / name}); });
+    EXPECT_NE(message.find(name), std::string::npos) << message;
+    EXPECT_NE(message.find("offset"), std::string::npos) << message;
+  };
+  const std::string gz = gzip(text), zst = zstd(text);
+  for (const double share : {0.01, 0.3, 0.9}) {
+    fails("cut.txt.gz", gz.substr(0, static_cast<std::size_t>(share * static_cast<double>(gz.size()))));
+    fails("cut.txt.zst", zst.substr(0, static_cast<std::size_t>(share * static_cast<double>(zst.size()))));
+  }
+  std::string flipped = gz;
+  flipped[gz.size() - 6] ^= 1;  // the checksum
+  fails("flip.txt.gz", flipped);
+  fails("tail.txt.gz", gz + "junk");
+  fails("tail.txt.zst", zst + "junk");
+}
+
+// 100 MB in one line of JSON, from a file of some kilobytes.
+TEST(DocumentReader, A100MegabyteLineWorks) {
+  const TemporaryFolder folder;
+  const std::string unit = "many words again and again ";
+  std::string line = "{\"text\": \"";
+  line.reserve(105'000'000);
+  while (line.size() < 100'000'000) line += unit;
+  put(folder / "a.jsonl.zst", zstd(line + "\"}\n{\"text\": \"after\"}\n"));
+  line.clear();
+  line.shrink_to_fit();
+
+  DocumentReader reader({folder / "a.jsonl.zst"}, {});
+  std::vector<Entry> entries;
+  std::size_t bytes = 0, documents = 0, at = 0;
+  while (reader.next(entries, 256 << 10)) {
+    std::size_t batch = 0;
+    for (const Entry& entry : entries)
+      reader.pieces(entry, [&](std::string_view piece, bool first) {
+        batch += piece.size();
+        documents += first;
+        if (documents == 1) {
+          for (std::size_t i = 0; i < piece.size(); i += 97) ASSERT_EQ(piece[i], unit[(at + i) % unit.size()]);
+          at += piece.size();
+        }
+      });
+    EXPECT_LT(batch, std::size_t{400'000});
+    bytes += batch;
+  }
+  EXPECT_EQ(documents, 2u);
+  EXPECT_GE(bytes, 99'999'000u);
+}
+
+TEST(DocumentReader, LinesBeyondTheLimitAreReportedOrSkipped) {
+  const TemporaryFolder folder;
+  const std::string file = folder / "a.jsonl.zst";
+  put(file, zstd("{\"text\": \"first\"}\n") + zstd("{\"text\": \"" + std::string(kLongestLine + 1'000'000, 'x') + "\"}\n") +
+                zstd("{\"text\": \"third\"}\n"));
+  const std::string message = message_of([&] { documents({file}); });
+  EXPECT_NE(message.find(file + ":2: the line is longer than 268435456 bytes"), std::string::npos) << message;
+  EXPECT_EQ(documents({file}, {.skip_bad = true}), (Texts{"first", "third"}));
+}
+
+TEST(ExpandInputs, FilesFoldersAndPatterns) {
+  const TemporaryFolder folder;
+  std::filesystem::create_directories(folder / "d/sub");
+  for (const char* name : {"d/b.txt", "d/a.jsonl.gz", "d/sub/c.md", "d/ignored.bin", "plain"}) put(folder / name, "x");
+  EXPECT_EQ(expand_inputs({folder / "plain", folder / "d"}),
+            (Texts{folder / "plain", folder / "d/a.jsonl.gz", folder / "d/b.txt", folder / "d/sub/c.md"}));
+  EXPECT_EQ(expand_inputs({folder / "d/*.[tj]*", "-"}), (Texts{folder / "d/a.jsonl.gz", folder / "d/b.txt", "-"}));
+  EXPECT_THROW(expand_inputs({folder / "missing.txt"}), std::invalid_argument);
+  EXPECT_THROW(expand_inputs({folder / "*.none"}), std::invalid_argument);
+  std::filesystem::create_directories(folder / "empty");
+  EXPECT_THROW(expand_inputs({folder / "empty"}), std::invalid_argument);
+  EXPECT_THROW(DocumentReader({folder / "d/ignored.bin"}, {}), std::invalid_argument);  // what is it?
+  EXPECT_NO_THROW(DocumentReader({folder / "d/ignored.bin"}, {.format = TextFormat::text}));
+  EXPECT_THROW(open_source(folder / "missing.txt"), std::invalid_argument);
+  EXPECT_THROW(open_source(folder / "d"), std::invalid_argument);
+}
+
+}  // namespace
+}  // namespace tessera
