@@ -101,11 +101,14 @@ std::vector<float> initial_values(const ParameterInfo& p, std::uint64_t seed) {
   // Box & Muller (1958): two normals from two uniforms, the first in (0, 1] for the logarithm's sake.
   const std::uint64_t key = stream_key(seed, p.name);
   const auto uniform = [&](std::uint64_t index) { return static_cast<double>(random_bits(key, index) >> 11) * 0x1p-53; };
-  for (std::size_t i = 0; i < values.size(); i += 2) {
-    const double radius = std::sqrt(-2.0 * std::log(1.0 - uniform(i))) * p.init_std;
-    const double angle = 2.0 * std::numbers::pi * uniform(i + 1);
-    values[i] += static_cast<float>(radius * std::cos(angle));
-    if (i + 1 < values.size()) values[i + 1] += static_cast<float>(radius * std::sin(angle));
+  const auto count = static_cast<std::int64_t>(values.size());
+#pragma omp parallel for schedule(static)
+  for (std::int64_t i = 0; i < count; i += 2) {
+    const double radius = std::sqrt(-2.0 * std::log(1.0 - uniform(static_cast<std::uint64_t>(i)))) * p.init_std;
+    const double angle = 2.0 * std::numbers::pi * uniform(static_cast<std::uint64_t>(i + 1));
+    float* pair = values.data() + i;
+    pair[0] += static_cast<float>(radius * std::cos(angle));
+    if (i + 1 < count) pair[1] += static_cast<float>(radius * std::sin(angle));
   }
   return values;
 }
