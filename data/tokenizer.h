@@ -1,5 +1,6 @@
 #pragma once
-// Text <-> tokens. All tokenizers work on bytes: any input, valid UTF-8 or not, encodes, and decode(encode(x)) == x.
+// Text <-> tokens. All tokenizers work on bytes: any input, valid UTF-8 or not, encodes, and decode(encode(x)) == x. In a BPE a byte that is not
+// part of a valid character is the token of that byte; the valid stretches between such bytes are encoded as texts of their own.
 
 #include <cstdint>
 #include <memory>
