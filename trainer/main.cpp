@@ -43,10 +43,23 @@ int finish_output() {
   return std::cout && std::fflush(stdout) == 0 && std::ferror(stdout) == 0 ? kDone : report(kFailed, "the output could not be written to stdout");
 }
 
-std::string unknown_command(const CLI::App& app, const std::string& name) {
-  std::vector<std::string> names;
-  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) names.push_back(command->get_name());
-  return fmt::format("there is no command \"{}\"; nearest is \"{}\" (see tessera --help)", name, tessera::nearest(name, names));
+/// What is wrong with the command line: a command that is not there, or else what the parser says.
+std::string usage_error(const CLI::App& app, int argc, char** argv, const CLI::ParseError& error) {
+  const CLI::App* command = &app;
+  std::string path = "tessera";
+  for (int i = 1; i < argc && argv[i][0] != '-'; ++i) {
+    const CLI::App* found = nullptr;
+    std::vector<std::string> names;
+    for (const CLI::App* sub : command->get_subcommands([](const CLI::App*) { return true; })) {
+      names.push_back(sub->get_name());
+      if (names.back() == argv[i]) found = sub;
+    }
+    if (names.empty()) break;
+    if (!found) return fmt::format("there is no command \"{}\"; nearest is \"{}\" (see {} --help)", argv[i], tessera::nearest(argv[i], names), path);
+    command = found;
+    path += fmt::format(" {}", argv[i]);
+  }
+  return fmt::format("{} (see {} --help)", error.what(), path);
 }
 
 int print(const std::string& text) {
@@ -84,9 +97,7 @@ int main(int argc, char** argv) {
   } catch (const CLI::CallForVersion& e) {
     return print(e.what());
   } catch (const CLI::ParseError& e) {
-    const auto chosen = app.get_subcommands();
-    if (chosen.empty() && argc > 1 && argv[1][0] != '-') return report(kUsage, unknown_command(app, argv[1]));
-    return report(kUsage, fmt::format("{} (see tessera {}--help)", e.what(), chosen.empty() ? "" : chosen.front()->get_name() + " "));
+    return report(kUsage, usage_error(app, argc, argv, e));
   } catch (const std::invalid_argument& e) {
     return report(kUsage, e.what());
   } catch (const std::bad_alloc&) {

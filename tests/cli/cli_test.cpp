@@ -76,7 +76,8 @@ TEST(CommandLine, Version) {
 
 TEST(CommandLine, BadUsageIsTwo) {
   expect_usage_error(run_tessera(""), "subcommand is required", "tessera --help");
-  expect_usage_error(run_tessera("trian"), "trian", "train");
+  expect_usage_error(run_tessera("trian"), "there is no command \"trian\"; nearest is \"train\"");
+  expect_usage_error(run_tessera("tokenizer trian"), "there is no command \"trian\"; nearest is \"train\" (see tessera tokenizer --help)");
   expect_usage_error(run_tessera("config --sett x=1"), "--sett", "tessera config --help");
   expect_usage_error(run_tessera("plan"), "required", "tessera plan --help");
   expect_usage_error(run_tessera("train"), "required");
@@ -152,10 +153,11 @@ TEST(ConfigCommand, Schema) {
 }
 
 TEST(PlanCommand, CountsWhatIsKnownOfGpt2) {
-  const std::string gpt2 =
-      " --set model.size=gpt2 --set model.context=1024 --set train.tokens_per_step=65536 --set data.tokenizer=gpt2 --set model.positions=learned "
-      "--set model.norm=layernorm --set model.bias=true --set model.vocabulary_multiple=1 --set attention.gate=softmax --set attention.score=dot";
-  const Outcome outcome = run_tessera("plan " + kTiny + gpt2 + " --ranks 2 --json");
+  const auto file = std::filesystem::temp_directory_path() / ("tessera_cli_gpt2_" + std::to_string(::getpid()) + ".yaml");
+  std::ofstream(file) << "model: {size: gpt2, context: 1024, positions: learned, norm: layernorm, bias: true, vocabulary_multiple: 1}\n"
+                         "attention: {gate: softmax, score: dot, normalizer: none, threshold: {mode: fixed}}\ndata: {tokenizer: gpt2}\n";
+  const Outcome outcome = run_tessera("plan " + file.string() + " --ranks 2 --json");
+  std::filesystem::remove(file);
   ASSERT_EQ(outcome.code, 0) << outcome.err;
   const Json plan = Json::parse(outcome.out);
   EXPECT_EQ(plan["parameters"], 124439808);  // as published for GPT-2 small
@@ -163,7 +165,7 @@ TEST(PlanCommand, CountsWhatIsKnownOfGpt2) {
   EXPECT_EQ(plan["vocabulary"], 50257);
   EXPECT_EQ(plan["ranks"], 2);
   EXPECT_EQ(plan["tokens_per_step"], 65536);
-  EXPECT_EQ(plan["micro_batches_per_step_and_rank"], 16);
+  EXPECT_EQ(plan["micro_batches_per_step_and_rank"], 8);  // 64 sequences, 4 a micro-batch, 2 ranks
   const Json& bytes = plan["bytes_per_rank"];
   EXPECT_GE(bytes["parameters"], 124439808ll * 4);
   EXPECT_GE(bytes["gradients"], 124439808ll * 4);
