@@ -22,6 +22,7 @@ Result run(const std::string& command) {
   const std::string line =
       "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 "
       "PRTE_ALLOW_RUN_AS_ROOT=1 PRTE_ALLOW_RUN_AS_ROOT_CONFIRM=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMP_NUM_THREADS=1 "
+      "ASAN_OPTIONS=detect_leaks=0 "  // of the MPI library, when the address sanitizer is on
       "timeout -k 5 120 " +
       command + " 2>&1";
   FILE* pipe = popen(line.c_str(), "r");
