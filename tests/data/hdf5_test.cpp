@@ -1,3 +1,4 @@
+#include <fmt/core.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -116,7 +117,7 @@ TEST(Hdf5File, Attributes) {
     file.set_attribute("count", std::int64_t{-5});
     file.set_attribute("count", 7u);  // replaces
     file.set_attribute("rate", 0.1);
-    for (int i = 0; i < 20; ++i) file.set_attribute("n" + std::to_string(i), i, "a/b");
+    for (int i = 0; i < 20; ++i) file.set_attribute(fmt::format("n{}", i), i, "a/b");
     file.close();
   }
   const Hdf5File file = Hdf5File::open(path);
@@ -174,7 +175,7 @@ void write_sample(const std::string& path) {
   for (int i = 0; i < 40; ++i) file.append<std::uint32_t>("row", counting<std::uint32_t>(1000));
   file.write<float>("m/x", {100, 300}, counting<float>(30'000));
   file.write<double>("scalar", {}, std::vector<double>{1});
-  for (int i = 0; i < 30; ++i) file.set_attribute("a" + std::to_string(i), i);
+  for (int i = 0; i < 30; ++i) file.set_attribute(fmt::format("a{}", i), i);
   file.close();
 }
 
