@@ -163,7 +163,8 @@ std::string resolve_checkpoint(const std::string& path) {
 std::vector<std::string> verify_checkpoint(const std::string& directory) {
   std::vector<std::string> problems;
   try {
-    for (const Json& file : read_marker(directory).at("files")) {
+    const Json marker = read_marker(directory);
+    for (const Json& file : marker.at("files")) {
       const std::string path = directory + "/" + file.at("name").get<std::string>();
       const auto bytes = file.at("bytes").get<std::uint64_t>();
       if (!fs::exists(path)) {

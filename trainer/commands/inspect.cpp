@@ -92,9 +92,9 @@ void print(const Json& value, int depth = 0) {
       fmt::print("{}\n", name);
       print(v, depth + 1);
     } else if (key == "bytes" && v.is_number()) {
-      fmt::print("{:<26}{} ({})\n", name, v.dump(), format_bytes(v.get<double>()));
+      fmt::print("{:<30}{} ({})\n", name, v.dump(), format_bytes(v.get<double>()));
     } else {
-      fmt::print("{:<26}{}\n", name, v.is_string() ? v.get<std::string>() : v.dump());
+      fmt::print("{:<30}{}\n", name, v.is_string() ? v.get<std::string>() : v.dump());
     }
   }
 }

@@ -1,0 +1,234 @@
+// tessera train, eval, generate and inspect, as a user runs them.
+
+#include <csignal>
+
+#include "tests/trainer/run_support.h"
+#include "trainer/signals.h"
+
+namespace tessera {
+namespace {
+
+using testing::Json;
+using testing::Result;
+using testing::RunTest;
+namespace fs = std::filesystem;
+
+TEST_F(RunTest, LearnsAndLeavesAWholeRunFolder) {
+  const Result r = tessera("train tiny.yaml --set run.dir=runs/a --set sample.every=12 --set sample.tokens=5 --set run.peak_tflops=1");
+  ASSERT_EQ(r.code, 0) << r;
+  const auto rows = metrics("a");
+  ASSERT_EQ(rows.size(), 24u);
+  EXPECT_LT(rows[23]["loss"].get<double>(), rows[0]["loss"].get<double>() - 0.5);
+  EXPECT_NEAR(rows[0]["loss"].get<double>(), std::log(257.0), 0.1);  // an untrained model guesses evenly
+  for (const char* key : {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "step_ms", "mfu", "edge_sparsity", "tile_skip_rate", "tile",
+                          "empty_row_share", "data_wait_share", "skipped"})
+    EXPECT_TRUE(rows[5].contains(key)) << key;
+  EXPECT_EQ(rows[5]["tokens"], 6 * 256);
+  EXPECT_EQ(rows[3]["active_share"].size(), 2u);
+  EXPECT_EQ(rows[3]["thresholds"][1].size(), 2u);
+  EXPECT_FALSE(rows[4].contains("active_share"));
+  for (std::size_t i = 0; i < rows.size(); ++i) EXPECT_EQ(rows[i].contains("validation_loss"), (i + 1) % 8 == 0) << i;
+  EXPECT_EQ(names("runs/a"), (std::vector<std::string>{"checkpoints", "config.yaml", "metrics.jsonl", "samples"}));
+  EXPECT_EQ(names("runs/a/checkpoints"), (std::vector<std::string>{"step_00000020", "step_00000024"}));  // keep: 2
+  EXPECT_EQ(names("runs/a/samples"), (std::vector<std::string>{"step_00000012.txt", "step_00000024.txt"}));
+  EXPECT_EQ(r.count("\nstep "), 24 + 3 + 5);  // plain lines: no terminal here
+
+  // The resolved configuration makes the same run.
+  ASSERT_EQ(tessera("train runs/a/config.yaml --set run.dir=runs/again").code, 0);
+  expect_same_bits("a", "again", 24);
+}
+
+// Ranks add up the same gradients in another order, so sums differ by a few 2^-24 of themselves. How much of that reaches the loss is the model's
+// affair. Softmax is smooth: differences stay at rounding. A gate is not: an edge that one rounding makes active and another does not changes a row
+// that has hardly any other by up to 1/epsilon, and such rows come up within some ten steps. So softmax is held to rounding over the whole run,
+// the default attention over its first steps, and with a larger epsilon, which bounds that factor, over the whole run again.
+TEST_F(RunTest, SameLossesOnOneTwoAndFourRanks) {
+  struct Case {
+    const char *name, *sets;
+    std::size_t steps;
+    double tolerance;
+  };
+  for (const Case& c :
+       {Case{"softmax", "--set attention.gate=softmax --set attention.document_mask=true", 24, 1e-6},
+        Case{"default", "--set train.steps=5 --set optimizer.warmup=4", 5, 1e-6}, Case{"epsilon", "--set attention.epsilon=0.1", 24, 1e-4}}) {
+    const auto name = [&](int ranks) { return c.name + std::to_string(ranks); };
+    for (const int ranks : {1, 2, 4}) {
+      const Result r = tessera_on(ranks, std::string("train tiny.yaml ") + c.sets + " --set run.dir=runs/" + name(ranks));
+      ASSERT_EQ(r.code, 0) << r;
+      EXPECT_EQ(r.count("\nstep 3/"), 1) << r;  // only rank 0 speaks
+    }
+    const auto one = metrics(name(1));
+    for (const int ranks : {2, 4}) {
+      const auto more = metrics(name(ranks));
+      ASSERT_EQ(more.size(), c.steps);
+      EXPECT_EQ(more[0]["edge_sparsity"], one[0]["edge_sparsity"]);  // counters are integers, and the first step's parameters the same
+      for (std::size_t i = 0; i < c.steps; ++i) {
+        EXPECT_NEAR(more[i]["loss"].get<double>(), one[i]["loss"].get<double>(), c.tolerance) << name(ranks) << " step " << i + 1;
+        EXPECT_EQ(more[i]["tokens"], one[i]["tokens"]);
+      }
+    }
+  }
+}
+
+TEST_F(RunTest, VisitingAllTilesChangesNothing) {
+  for (const char* visit : {"all", "active"}) {
+    const Result r = tessera(std::string("train tiny.yaml --set attention.visit=") + visit + " --set run.dir=runs/" + visit);
+    ASSERT_EQ(r.code, 0) << r;
+  }
+  expect_same_bits("all", "active", 24);
+}
+
+TEST_F(RunTest, EvalGivesTheSameNumberOnAnyNumberOfRanks) {
+  ASSERT_EQ(tessera("train tiny.yaml --set run.dir=runs/a").code, 0);
+  const auto numbers = [](const Result& r) {
+    EXPECT_EQ(r.code, 0) << r;
+    Json j = Json::parse(r.output.substr(r.output.find('{')));
+    j.erase("seconds");
+    j.erase("visit");
+    return j;
+  };
+  const Json one = numbers(tessera("eval runs/a --data data --json --threads 1"));
+  for (const int ranks : {2, 3}) EXPECT_EQ(numbers(tessera_on(ranks, "eval runs/a --data data --json --threads 1")).dump(), one.dump()) << ranks;
+  EXPECT_EQ(numbers(tessera("eval runs/a/checkpoints --data data --json --visit all")).dump(), one.dump());
+  EXPECT_EQ(one["layers"].size(), 2u);
+  EXPECT_NEAR(one["perplexity"].get<double>(), std::exp(one["loss"].get<double>()), 1e-9);
+  // Bytes are tokens here, and only the end-of-text token has none.
+  const double bytes = one["bytes"].get<double>(), tokens = one["tokens"].get<double>();
+  EXPECT_LE(tokens - bytes, 20);
+  EXPECT_NEAR(one["bits_per_byte"].get<double>(), one["loss"].get<double>() / std::log(2.0) * tokens / bytes, 1e-9);
+
+  // The first batches are those that the run evaluated last.
+  const Json some = numbers(tessera("eval runs/a/checkpoints/step_00000024 --data data --batches 3 --json"));
+  EXPECT_EQ(some["loss"].dump(), metrics("a")[23]["validation_loss"].dump());
+  EXPECT_EQ(numbers(tessera("eval runs/a --data data --split train --batches 2 --json"))["tokens"], 64);
+  EXPECT_TRUE(tessera("eval runs/a --data data").says("bits per byte"));
+}
+
+TEST_F(RunTest, GeneratesTheSameTextForTheSameSeed) {
+  ASSERT_EQ(tessera("train tiny.yaml --set run.dir=runs/a").code, 0);
+  const std::string command = "generate runs/a --prompt 'the model' --tokens 40 ";
+  const Result greedy = tessera(command + "--temperature 0");
+  ASSERT_EQ(greedy.code, 0) << greedy;
+  EXPECT_EQ(greedy.output.substr(0, 9), "the model");
+  EXPECT_EQ(tessera(command + "--temperature 0 --seed 5").output, greedy.output);
+  EXPECT_EQ(tessera(command + "--temperature 2 --top-k 1").output, greedy.output);
+  const Result drawn = tessera(command + "--temperature 1 --seed 1");
+  EXPECT_EQ(tessera(command + "--temperature 1 --seed 1").output, drawn.output);
+  EXPECT_NE(tessera(command + "--temperature 1 --seed 2").output, drawn.output);
+  const Json j = Json::parse(tessera(command + "--temperature 0 --ignore-end --json").output);
+  EXPECT_EQ(j["tokens"].size(), 40u);
+  EXPECT_EQ(j["step"], 24);
+  EXPECT_EQ(tessera("generate runs/a --prompt '' --tokens 3").code, 0);
+  EXPECT_EQ(tessera("generate runs/a --prompt x --tokens 0").code, 2);
+}
+
+TEST_F(RunTest, InspectsEveryKindOfThing) {
+  ASSERT_EQ(tessera("train tiny.yaml --set run.dir=runs/a").code, 0);
+  const auto kind = [&](const std::string& path) {
+    const Result r = tessera("inspect " + path + " --json --verify");
+    EXPECT_EQ(r.code, 0) << path << r;
+    return Json::parse(r.output);
+  };
+  EXPECT_EQ(kind("runs/a")["kind"], "run");
+  EXPECT_EQ(kind("runs/a")["last_metrics"]["step"], 24);
+  EXPECT_EQ(kind("runs/a/checkpoints/step_00000020")["step"], 20);
+  EXPECT_EQ(kind("runs/a/checkpoints")["step"], 24);
+  EXPECT_EQ(kind("data")["verified"], true);
+  EXPECT_EQ(kind("data/train/shard_00000.h5")["verified"], true);
+  EXPECT_TRUE(tessera("inspect runs/a").says("runs/a"));
+  EXPECT_EQ(tessera("inspect tiny.yaml").code, 2);
+  EXPECT_EQ(tessera("inspect nowhere").code, 2);
+}
+
+TEST_F(RunTest, StopsInOrderAtASignal) {
+  const Result r = tessera_on(2, "train tiny.yaml --set run.dir=runs/a", "TESSERA_FAULT=stop@1:7");  // one rank gets it, all agree
+  ASSERT_EQ(r.code, 0) << r;
+  EXPECT_TRUE(r.says("after step 7. Continue: tessera train runs/a/config.yaml --resume")) << r;
+  EXPECT_EQ(names("runs/a/checkpoints"), (std::vector<std::string>{"step_00000005", "step_00000007"}));
+  ASSERT_EQ(tessera_on(2, "train runs/a/config.yaml --resume").code, 0);
+  ASSERT_EQ(tessera_on(2, "train tiny.yaml --set run.dir=runs/b").code, 0);
+  expect_same_bits("a", "b", 24);
+}
+
+TEST(StopSignals, SecondOneEndsTheProcess) {
+  EXPECT_EXIT(
+      {
+        StopSignals signals;
+        std::raise(SIGINT);
+        if (!signals.requested() || std::string(signals.name()) != "SIGINT") _exit(1);
+        std::raise(SIGTERM);
+        _exit(2);
+      },
+      ::testing::ExitedWithCode(128 + SIGTERM), "");
+}
+
+TEST_F(RunTest, SkipsStepsThatAreNotFinite) {
+  const Result r = tessera_on(2, "train tiny.yaml --set run.dir=runs/a", "TESSERA_FAULT=nan@1:6");
+  ASSERT_EQ(r.code, 0) << r;
+  const auto rows = metrics("a");
+  ASSERT_EQ(rows.size(), 24u);
+  EXPECT_EQ(rows[5]["skipped"], true);
+  EXPECT_TRUE(rows[5]["grad_norm"].is_null());
+  EXPECT_EQ(rows[6]["skipped"], false);
+  EXPECT_EQ(rows[23]["skipped_total"], 1);
+  EXPECT_LT(rows[23]["loss"].get<double>(), rows[0]["loss"].get<double>() - 0.5);
+}
+
+TEST_F(RunTest, StopsAfterTooManyStepsThatAreNotFinite) {
+  const std::string command = "train tiny.yaml --set run.dir=runs/a --set train.max_nonfinite=1";
+  const Result r = tessera(command, "TESSERA_FAULT=nan@0:8");
+  EXPECT_EQ(r.code, 1) << r;
+  EXPECT_TRUE(r.says("last good checkpoint is runs/a/checkpoints/step_00000005")) << r;
+  EXPECT_EQ(tessera(command + " --resume").code, 0);
+  EXPECT_EQ(metrics("a").size(), 24u);
+  const Result none = tessera_on(2, "train tiny.yaml --set run.dir=runs/b --set train.max_nonfinite=1", "TESSERA_FAULT=nan@1:3");
+  EXPECT_EQ(none.code, 1) << none;
+  EXPECT_EQ(none.count("in a row"), 1) << none;
+}
+
+TEST_F(RunTest, AnExceptionOnOneRankEndsTheJob) {
+  const Result r = tessera_on(3, "train tiny.yaml --set train.tokens_per_step=192 --set run.dir=runs/a", "TESSERA_FAULT=exception@2:4");
+  EXPECT_NE(r.code, 0) << r;
+  EXPECT_EQ(r.count("TESSERA_FAULT: exception on rank 2 at step 4"), 1) << r;
+  EXPECT_FALSE(r.says("step 5/24")) << r;
+}
+
+TEST_F(RunTest, MistakesAreNamedWithTheirRemedy) {
+  const auto expect = [&](const Result& r, std::vector<std::string> words) {
+    EXPECT_EQ(r.code, 2) << r;
+    for (const auto& word : words) EXPECT_TRUE(r.says(word)) << word << "\n" << r;
+    EXPECT_EQ(r.count("error: "), 1) << r;
+  };
+  expect(tessera("train tiny.yaml --set data.path=''"), {"data.path", "tessera prepare"});
+  expect(tessera("train tiny.yaml --set data.path=nowhere"), {"nowhere", "tessera prepare"});
+  expect(tessera("train tiny.yaml --set data.tokenizer=gpt2"), {"gpt2", "bytes"});
+  expect(tessera("train tiny.yaml --set model.vocabulary=100"), {"model.vocabulary", "100", "257"});
+  expect(tessera("train tiny.yaml --set model.context=16384 --set train.tokens_per_step=16384 --set data.path=short"), {"short"});
+  expect(tessera("train tiny.yaml", "TESSERA_FAULT=nonsense"), {"KIND@RANK:STEP"});
+  expect(tessera("train nowhere.yaml"), {"nowhere.yaml"});
+  expect(tessera("train tiny.yaml --set run.dir=text.txt/run"), {"text.txt/run"});
+  expect(tessera("eval nowhere --data data"), {"nowhere"});
+  expect(tessera("eval data --data data"), {"no complete checkpoint"});
+  EXPECT_FALSE(fs::exists(folder / "runs"));  // nothing was begun
+
+  const Result ranks = tessera_on(3, "train tiny.yaml");
+  EXPECT_EQ(ranks.code, 2) << ranks;
+  EXPECT_EQ(ranks.count("What would do"), 1) << ranks;
+
+  ASSERT_EQ(tessera("train tiny.yaml --set run.dir=runs/a --set train.steps=6").code, 0);
+  expect(tessera("train tiny.yaml --set run.dir=runs/a"), {"already holds a run", "--resume", "run.dir="});
+  expect(tessera("train tiny.yaml --set run.dir=runs/a --set model.layers=3 --set optimizer.clip=2 --resume"),
+         {"model.layers: 2 in the checkpoint, 3 now", "optimizer.clip"});
+  EXPECT_TRUE(tessera("train tiny.yaml --set run.dir=runs/a --set train.steps=6 --resume").says("nothing to do"));
+
+  write("other.txt", text() + "More text, which makes other data of it.\n");
+  ASSERT_EQ(tessera("prepare --input other.txt --tokenizer bytes --output other --validation-fraction 0.1").code, 0);
+  expect(tessera("train tiny.yaml --set run.dir=runs/a --set data.path=other --resume"), {"other training text"});
+  EXPECT_EQ(tessera("eval runs/a --data other").code, 0);  // other text with the same tokenizer is fine to evaluate
+  ASSERT_EQ(tessera("tokenizer train --input text.txt --vocabulary 300 --output bpe.json").code, 0);
+  ASSERT_EQ(tessera("prepare --input text.txt --tokenizer bpe:bpe.json --output bpe --validation-fraction 0.1").code, 0);
+  expect(tessera("eval runs/a --data bpe"), {"tokenizer", "tokenizer.json"});
+}
+
+}  // namespace
+}  // namespace tessera
