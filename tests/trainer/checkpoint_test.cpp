@@ -1,0 +1,203 @@
+// Checkpoints in one process: what is read back is what was written, on any number of ranks; what does not fit is refused by name.
+
+#include "trainer/checkpoint.h"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+
+#include "data/files.h"
+#include "data/hdf5_file.h"
+#include "data/tokenizer.h"
+#include "tests/trainer/thread_ranks.h"
+#include "trainer/train_state.h"
+
+namespace tessera {
+namespace {
+
+namespace fs = std::filesystem;
+
+Config small_config() {
+  Config c = load_config("", {"model.layers=1", "model.heads=2", "model.width=16", "model.context=16", "train.tokens_per_step=16",
+                              "train.micro_batch=1", "attention.tile.query=16", "attention.tile.key=16"});
+  resolve_vocabulary(c, 50, "the test");
+  return c;
+}
+
+/// A model on one rank of several, allocated; the moments filled with what rank-independent functions of the flat offset say.
+struct Rank {
+  Rank(const Config& config, Communicator& comm) : ops(make_cpu_ops(1)), state(config, *ops, comm.rank(), comm.size()) {
+    state.plan.allocate(*ops);
+    state.model.bind();
+  }
+  void fill() {
+    state.model.initialize(7);
+    std::vector<float> m, v;
+    for (std::int64_t i = 0; i < state.optimizer.count(); ++i) {
+      m.push_back(0.5f + static_cast<float>(state.optimizer.first() + i));
+      v.push_back(0.25f * static_cast<float>(state.optimizer.first() + i));
+    }
+    ops->upload(state.optimizer.m(), m.data());
+    ops->upload(state.optimizer.v(), v.data());
+    const std::vector<float> tau{0.125f, -3.5f};
+    ops->upload(state.model.thresholds(), tau.data());
+  }
+  std::unique_ptr<Ops> ops;
+  TrainState state;
+};
+
+class CheckpointTest : public ::testing::Test {
+ protected:
+  CheckpointTest() : folder(fs::temp_directory_path() / ("tessera_checkpoint_" + std::to_string(getpid()))) {
+    fs::remove_all(folder);
+    fs::create_directories(folder);
+    load_tokenizer("bytes")->save(folder / "tokenizer.json");
+  }
+  ~CheckpointTest() override { fs::remove_all(folder); }
+
+  CheckpointRequest request(std::int64_t step, int keep = 0) const {
+    CheckpointRequest r;
+    r.checkpoints = folder / "checkpoints";
+    r.position = {step, step - 2, 16 * step, 2, 1};
+    r.config = to_yaml(config);
+    r.dataset = {"data/x", "bytes", "00ff", "1234", 257, 99};
+    r.tokenizer_file = folder / "tokenizer.json";
+    r.keep = keep;
+    return r;
+  }
+  std::string save(int ranks, std::int64_t step, int keep = 0) const {
+    testing::ThreadRanks::run(ranks, [&](Communicator& comm) {
+      Rank rank(config, comm);
+      rank.fill();
+      save_checkpoint(request(step, keep), rank.state.model, rank.state.optimizer, *rank.ops, comm);
+    });
+    return folder / "checkpoints" / checkpoint_name(step);
+  }
+
+  fs::path folder;
+  Config config = small_config();
+};
+
+TEST_F(CheckpointTest, ComesBackExactlyOnAnyNumberOfRanks) {
+  for (const int wrote : {1, 2, 3}) {
+    const std::string directory = save(wrote, 10 + wrote);
+    EXPECT_TRUE(verify_checkpoint(directory).empty());
+    for (const int reads : {1, 2, 3, 5}) {
+      testing::ThreadRanks::run(reads, [&](Communicator& comm) {
+        Rank expected(config, comm), rank(config, comm);
+        expected.fill();
+        load_model(directory, rank.state.model, *rank.ops);
+        load_optimizer(directory, rank.state.model.layout(), rank.state.optimizer, *rank.ops);
+        const auto same = [&](const Tensor& a, const Tensor& b) { return std::memcmp(a.data, b.data, a.bytes()) == 0; };
+        EXPECT_TRUE(same(rank.state.model.parameters(), expected.state.model.parameters())) << wrote << " to " << reads;
+        EXPECT_TRUE(same(rank.state.model.thresholds(), expected.state.model.thresholds()));
+        EXPECT_TRUE(same(rank.state.optimizer.m(), expected.state.optimizer.m())) << wrote << " to " << reads;
+        EXPECT_TRUE(same(rank.state.optimizer.v(), expected.state.optimizer.v()));
+      });
+    }
+  }
+}
+
+TEST_F(CheckpointTest, SaysWhatItIs) {
+  const std::string directory = save(2, 12);
+  const CheckpointInfo info = read_checkpoint_info(directory);
+  EXPECT_EQ(info.position.step, 12);
+  EXPECT_EQ(info.position.updates, 10);
+  EXPECT_EQ(info.position.tokens, 192);
+  EXPECT_EQ(info.position.skipped, 2);
+  EXPECT_EQ(info.position.nonfinite_in_a_row, 1);
+  EXPECT_EQ(info.ranks, 2);
+  EXPECT_EQ(info.dataset.fingerprint, "1234");
+  EXPECT_EQ(to_yaml(parse_config(info.config, "test", {})), to_yaml(config));
+  // Others read the model without us: each parameter under its name and in its shape.
+  const Hdf5File h5 = Hdf5File::open(directory + "/model.h5");
+  EXPECT_EQ(h5.info("parameters/wte.weight").shape, (Hdf5Shape{64, 16}));
+  EXPECT_EQ(h5.info("parameters/h.0.attn.c_attn.weight").shape, (Hdf5Shape{48, 16}));
+  EXPECT_EQ(h5.read<float>("thresholds"), (std::vector<float>{0.125f, -3.5f}));
+}
+
+TEST_F(CheckpointTest, KeepsTheNewestAndNeverCountsIncompleteOnes) {
+  for (const int step : {5, 10, 15}) save(1, step);
+  fs::remove(folder / "checkpoints/step_00000010/COMPLETE.json");
+  fs::create_directories(folder / "checkpoints/step_00000099.tmp");
+  fs::create_directories(folder / "checkpoints/notes");
+  auto entries = list_checkpoints(folder / "checkpoints");
+  ASSERT_EQ(entries.size(), 3u);
+  EXPECT_FALSE(entries[1].complete);
+  save(1, 20, 2);
+  entries = list_checkpoints(folder / "checkpoints");
+  std::vector<std::int64_t> complete;
+  for (const auto& e : entries)
+    if (e.complete) complete.push_back(e.step);
+  EXPECT_EQ(complete, (std::vector<std::int64_t>{15, 20}));
+
+  EXPECT_EQ(resolve_checkpoint(folder), (folder / "checkpoints/step_00000020").string());
+  EXPECT_EQ(resolve_checkpoint(folder / "checkpoints"), (folder / "checkpoints/step_00000020").string());
+  EXPECT_EQ(resolve_checkpoint(folder / "checkpoints/step_00000015"), (folder / "checkpoints/step_00000015").string());
+  EXPECT_THROW(resolve_checkpoint(folder / "checkpoints/step_00000010"), std::invalid_argument);
+  EXPECT_THROW(resolve_checkpoint(folder / "checkpoints/notes"), std::invalid_argument);
+  EXPECT_THROW(resolve_checkpoint(folder / "none"), std::invalid_argument);
+  EXPECT_TRUE(list_checkpoints(folder / "none").empty());
+}
+
+TEST_F(CheckpointTest, EachKindOfDamageIsNamed) {
+  const std::string directory = save(2, 5);
+  const auto says = [&](const std::string& text) {
+    const auto problems = verify_checkpoint(directory);
+    return std::any_of(problems.begin(), problems.end(), [&](const std::string& p) { return p.find(text) != std::string::npos; });
+  };
+  fs::remove(directory + "/tokenizer.json");
+  EXPECT_TRUE(says("tokenizer.json: missing"));
+  fs::resize_file(directory + "/optimizer_0001_of_0002.h5", 77);
+  EXPECT_TRUE(says("optimizer_0001_of_0002.h5: 77 bytes"));
+  std::string bytes = read_file(directory + "/model.h5");
+  bytes[bytes.size() / 3] ^= 1;
+  write_file(directory + "/model.h5", bytes);
+  EXPECT_TRUE(says("model.h5: the contents do not match"));
+  EXPECT_EQ(verify_checkpoint(directory).size(), 3u);
+  for (const char* marker : {"", "{", "{\"format\": 1}", "{\"format\": 9, \"ranks\": 1, \"files\": []}", "[1]"}) {
+    write_file(directory + "/COMPLETE.json", marker);
+    EXPECT_EQ(verify_checkpoint(directory).size(), 1u) << marker;
+    EXPECT_THROW(read_checkpoint_info(directory), std::runtime_error) << marker;
+  }
+}
+
+TEST_F(CheckpointTest, OtherModelsAreRefused) {
+  const std::string directory = save(1, 5);
+  Config wider = config;
+  wider.model.width = 32;
+  const auto alone = make_single_communicator();
+  Rank rank(wider, *alone);
+  try {
+    load_model(directory, rank.state.model, *rank.ops);
+    ADD_FAILURE() << "nothing was thrown";
+  } catch (const std::runtime_error& e) {
+    EXPECT_NE(std::string(e.what()).find("model.h5: dataset parameters/"), std::string::npos) << e.what();
+  }
+  EXPECT_THROW(load_optimizer(directory, rank.state.model.layout(), rank.state.optimizer, *rank.ops), std::runtime_error);
+}
+
+TEST_F(CheckpointTest, AFailureOnOneRankLeavesNothing) {
+  save(2, 5);
+  testing::ThreadRanks::run(2, [&](Communicator& comm) {
+    Rank rank(config, comm);
+    rank.fill();
+    CheckpointRequest r = request(6, 1);
+    r.between_files = [&] {
+      if (comm.rank() == 1) throw std::runtime_error("the disk is full");
+    };
+    EXPECT_THROW(save_checkpoint(r, rank.state.model, rank.state.optimizer, *rank.ops, comm), std::runtime_error);
+    r.between_files = [] {};
+    r.tokenizer_file = folder / "none";  // rank 0 fails
+    EXPECT_THROW(save_checkpoint(r, rank.state.model, rank.state.optimizer, *rank.ops, comm), std::runtime_error);
+  });
+  const auto entries = list_checkpoints(folder / "checkpoints");
+  ASSERT_EQ(entries.size(), 1u);
+  EXPECT_TRUE(entries[0].complete && verify_checkpoint(entries[0].directory).empty());
+  EXPECT_EQ(std::distance(fs::directory_iterator(folder / "checkpoints"), fs::directory_iterator()), 1);
+}
+
+}  // namespace
+}  // namespace tessera
