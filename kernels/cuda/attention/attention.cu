@@ -1,0 +1,158 @@
+// The host's side of the operator: checks the descriptors, describes the tensors to the copy engine, launches.
+
+#include "kernels/cuda/attention/attention.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels/cuda/attention/kernels.h"
+#include "kernels/cuda/attention/tiles.h"
+
+namespace tessera {
+namespace cuda_attention {
+namespace {
+
+void check(cudaError_t e, const char* what) {
+  if (e != cudaSuccess) throw std::runtime_error(std::string("CUDA attention: ") + what + ": " + cudaGetErrorString(e));
+}
+void require(bool ok, const std::string& what) {
+  if (!ok) throw std::logic_error("CUDA attention: " + what);
+}
+
+View view_of(const HeadsView& v, const char* name) {
+  const auto aligned = [](std::int64_t elements) { return elements % 8 == 0; };
+  require(v.data != nullptr && v.dtype == DType::bf16, std::string(name) + " must be bf16 device memory");
+  require(reinterpret_cast<std::uintptr_t>(v.data) % 16 == 0 && aligned(v.batch) && aligned(v.head) && aligned(v.token),
+          std::string(name) + ": address and strides must be multiples of 16 bytes");
+  return {static_cast<bf16*>(v.data), v.batch, v.head, v.token};
+}
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+EncodeTiled encode_tiled() {
+  static const EncodeTiled found = [] {
+    void* p = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &p, 12000, cudaEnableDefault, &result), "looking up cuTensorMapEncodeTiled");
+    if (result != cudaDriverEntryPointSuccess)
+      throw std::runtime_error("CUDA attention: the driver has no cuTensorMapEncodeTiled; it needs CUDA 12 or later");
+    return reinterpret_cast<EncodeTiled>(p);
+  }();
+  return found;
+}
+
+/// The [B, H, T, D] tensor in boxes of 64 columns x 64 rows.
+CUtensorMap tensor_map(const View& v, const AttentionShape& s) {
+  CUtensorMap map;
+  const cuuint64_t extents[4] = {static_cast<cuuint64_t>(s.head_size), static_cast<cuuint64_t>(s.tokens), static_cast<cuuint64_t>(s.heads),
+                                 static_cast<cuuint64_t>(s.batch)};
+  const auto bytes = [&](std::int64_t extent, std::int64_t stride) {  // a stride along an extent of one is never used, and must still be valid
+    return static_cast<cuuint64_t>(extent > 1 ? stride : s.head_size) * sizeof(bf16);
+  };
+  const cuuint64_t strides[3] = {bytes(s.tokens, v.token), bytes(s.heads, v.head), bytes(s.batch, v.batch)};
+  const cuuint32_t box[4] = {64, 64, 1, 1}, step[4] = {1, 1, 1, 1};
+  const CUresult r = encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, v.data, extents, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                    CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  require(r == CUDA_SUCCESS, "cuTensorMapEncodeTiled returned " + std::to_string(static_cast<int>(r)));
+  return map;
+}
+
+bool choose_path(CudaAttentionPath path) {
+  static const bool has_hopper = runs_hopper_code();
+  if (path == CudaAttentionPath::hopper && !has_hopper) throw std::runtime_error("CUDA attention: this GPU or build has no Hopper path (sm_90a)");
+  return path == CudaAttentionPath::portable ? false : has_hopper;
+}
+
+Args arguments(const AttentionForward& f, bool hopper) {
+  const AttentionShape& s = f.shape;
+  require(s.batch >= 1 && s.heads >= 1 && s.tokens >= 1, "an empty shape");
+  require(s.head_size == 64 || s.head_size == 128, "head size " + std::to_string(s.head_size) + "; the kernels have 64 and 128");
+  const auto* tiles = dynamic_cast<const CudaTiles*>(f.tiles);
+  require(tiles != nullptr, "tiles must come from upload_tiles_cuda");
+  const TileMap& map = tiles->host();
+  require(s.tokens <= map.tokens, "more tokens than the tile map serves");
+  require(static_cast<std::int64_t>(map.group_of_head.size()) == s.heads, "the tile map is made for another number of heads");
+  require(f.math.length_beta <= 0 || f.math.score == Score::cosine, "length_beta goes with score cosine");
+  const std::int64_t rows = s.batch * s.heads * s.tokens;
+
+  Args a{};
+  a.q = view_of(f.q, "q"), a.k = view_of(f.k, "k"), a.v = view_of(f.v, "v"), a.o = view_of(f.o, "o");
+  a.batch = static_cast<int>(s.batch), a.heads = static_cast<int>(s.heads), a.tokens = static_cast<int>(s.tokens);
+  a.query_tiles = a.key_tiles = static_cast<int>((s.tokens + 63) / 64);
+  a.words = static_cast<int>(bitmap_words(a.key_tiles));
+  constexpr std::int64_t kSectionBytes = 24 << 20;  // keys and values that should stay in the L2 cache (50 MB on an H100, 60 on an H200)
+  a.section = static_cast<int>(std::max<std::int64_t>(1, kSectionBytes / (s.tokens * s.head_size * 4)));
+  a.scale = f.scale.as<float>(), a.threshold = f.threshold.as<float>(), a.z = f.z.as<float>(), a.active = f.active_tiles.as<std::uint32_t>();
+  require(f.scale.numel() >= s.heads && f.threshold.numel() >= s.heads && f.scale && f.threshold, "scale and threshold need one value a head");
+  require(f.z && f.z.numel() >= rows, "z is too small");
+  require(f.active_tiles && f.active_tiles.numel() >= s.batch * s.heads * a.query_tiles * a.words, "active_tiles is too small");
+  if (f.document_start) {
+    require(f.document_start.numel() >= s.batch * s.tokens, "document_start is too small");
+    a.document_start = f.document_start.as<std::int32_t>();
+  }
+  if (f.counters) {
+    require(f.counters.numel() >= s.heads * kAttentionCounters, "counters is too small");
+    a.counters = reinterpret_cast<unsigned long long*>(f.counters.as<std::uint64_t>());
+  }
+  a.group_of_head = tiles->group_of_head(), a.masks = tiles->masks(), a.masks_by_key = tiles->masks_by_key();
+  a.by_key = tiles->by_key();
+  a.mask0_is_causal = map.mask0_is_causal, a.visit_all = f.visit == Visit::all;
+  a.fidelity = f.math.score == Score::fidelity, a.softmax = f.math.gate == Gate::softmax, a.power = gate_power(f.math.gate);
+  a.normalize_sum = !a.softmax && f.math.normalizer == Normalizer::sum;
+  a.normalize_length = !a.softmax && f.math.normalizer == Normalizer::length;
+  a.epsilon = f.math.epsilon, a.length_alpha = f.math.length_alpha, a.length_beta = a.softmax ? 0.f : f.math.length_beta;
+  if (hopper) a.map_q = tensor_map(a.q, s), a.map_k = tensor_map(a.k, s), a.map_v = tensor_map(a.v, s);
+  return a;
+}
+
+template <int D>
+void forward(Args& a, const CudaTiles& tiles, bool hopper, cudaStream_t stream) {
+  a.by_query = tiles.by_query(forward_groups<D>());
+  check(launch_forward<D>(a, hopper, stream), "forward kernel");
+}
+
+template <int D>
+void backward(Args& a, const CudaTiles& tiles, bool hopper, cudaStream_t stream) {
+  a.by_query = tiles.by_query(backward_q_groups<D>());
+  check(launch_row_info(a, D, stream), "row kernel");
+  check(launch_backward_kv<D>(a, hopper, stream), "dk, dv kernel");
+  check(launch_backward_q<D>(a, hopper, stream), "dq kernel");
+}
+
+}  // namespace
+}  // namespace cuda_attention
+
+using namespace cuda_attention;
+
+bool cuda_attention_has_hopper_path() { return runs_hopper_code(); }
+
+void cuda_attention_forward(const AttentionForward& f, cudaStream_t stream, CudaAttentionPath path) {
+  const bool hopper = choose_path(path);
+  Args a = arguments(f, hopper);
+  const auto& tiles = static_cast<const CudaTiles&>(*f.tiles);
+  f.shape.head_size == 64 ? forward<64>(a, tiles, hopper, stream) : forward<128>(a, tiles, hopper, stream);
+}
+
+void cuda_attention_backward(const AttentionBackward& g, cudaStream_t stream, CudaAttentionPath path) {
+  const bool hopper = choose_path(path);
+  const AttentionForward& f = g.forward;
+  Args a = arguments(f, hopper);
+  a.counters = nullptr;
+  a.d_o = view_of(g.d_o, "d_o"), a.dq = view_of(g.dq, "dq"), a.dk = view_of(g.dk, "dk"), a.dv = view_of(g.dv, "dv");
+  if (hopper) a.map_do = tensor_map(a.d_o, f.shape);
+  require(g.workspace && g.workspace.numel() >= attention_backward_workspace(f.shape, 64), "the workspace is too small");
+  float* workspace = g.workspace.as<float>();
+  require(reinterpret_cast<std::uintptr_t>(workspace) % 16 == 0, "the workspace must be 16-byte aligned");
+  const std::int64_t tiles_total = f.shape.batch * f.shape.heads * a.query_tiles;
+  a.rows = reinterpret_cast<RowInfo*>(workspace);
+  a.partial_scale = workspace + tiles_total * 64 * 4;
+  a.partial_threshold = a.partial_scale + tiles_total;
+
+  const auto& tiles = static_cast<const CudaTiles&>(*f.tiles);
+  f.shape.head_size == 64 ? backward<64>(a, tiles, hopper, stream) : backward<128>(a, tiles, hopper, stream);
+
+  float* dscale = g.dscale ? g.dscale.as<float>() : nullptr;
+  float* dthreshold = g.dthreshold && !a.softmax && a.length_beta <= 0 ? g.dthreshold.as<float>() : nullptr;
+  if (dscale || dthreshold) check(launch_head_sums(a, dscale, dthreshold, stream), "head sums kernel");
+}
+
+}  // namespace tessera

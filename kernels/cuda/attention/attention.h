@@ -1,0 +1,37 @@
+#pragma once
+// The attention operator of kernels/attention.h on NVIDIA GPUs: bf16 in and out, fp32 accumulation.
+//
+// All calls are asynchronous on `stream`: they return before the work is done, launch kernels only (no allocation, no
+// synchronisation), and can be captured in a CUDA graph. Every pointer in the descriptors is device memory.
+//
+//   q, k, v, o, d_o, dq, dk, dv   bf16; head sizes 64 and 128; address and strides multiples of 16 bytes
+//   tiles                         of 64 x 64, from upload_tiles_cuda; up to 131,072 tokens and beyond (64-bit offsets)
+//   workspace                     16-byte aligned, attention_backward_workspace() elements
+//
+// Errors: std::logic_error for descriptors that break the contract, std::runtime_error for what CUDA reports.
+// Deterministic: no atomics on values, every sum in a fixed order; visit all and visit active give the same bits.
+// Document masks expect documents in one piece: document_start never falls from one token to the next.
+
+#include <cuda_runtime_api.h>
+
+#include <memory>
+
+#include "kernels/attention.h"
+
+namespace tessera {
+
+/// Which implementation runs. automatic: Hopper's (TMA and wgmma) where the library holds code for the GPU's compute capability 9.0,
+/// else the portable one (sm_80 and later). The others are for tests and measurements.
+enum class CudaAttentionPath { automatic, portable, hopper };
+
+/// Does the current device run the Hopper path?
+bool cuda_attention_has_hopper_path();
+
+/// Copies the lists to the current device as the kernels walk them: neighbouring tiles in pairs. Throws std::invalid_argument unless
+/// tiles are 64 x 64.
+std::unique_ptr<DeviceTiles> upload_tiles_cuda(std::shared_ptr<const TileMap> tiles);
+
+void cuda_attention_forward(const AttentionForward& a, cudaStream_t stream, CudaAttentionPath path = CudaAttentionPath::automatic);
+void cuda_attention_backward(const AttentionBackward& a, cudaStream_t stream, CudaAttentionPath path = CudaAttentionPath::automatic);
+
+}  // namespace tessera

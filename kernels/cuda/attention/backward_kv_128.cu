@@ -1,0 +1,14 @@
+#include "kernels/cuda/attention/backward_kv.cuh"
+#include "kernels/cuda/attention/kernels.h"
+
+namespace tessera::cuda_attention {
+
+template <>
+cudaError_t launch_backward_kv<128>(const Args& a, bool hopper, cudaStream_t stream) {
+  using Shared = BackwardKvShared<128>;
+  if (a.softmax)
+    return launch<Shared>(hopper ? backward_kv_kernel<128, true, true> : backward_kv_kernel<128, true, false>, a, a.key_tiles, hopper, stream);
+  return launch<Shared>(hopper ? backward_kv_kernel<128, false, true> : backward_kv_kernel<128, false, false>, a, a.key_tiles, hopper, stream);
+}
+
+}  // namespace tessera::cuda_attention

@@ -1,0 +1,17 @@
+#include "kernels/cuda/attention/backward_q.cuh"
+#include "kernels/cuda/attention/kernels.h"
+
+namespace tessera::cuda_attention {
+
+template <>
+cudaError_t launch_backward_q<128>(const Args& a, bool hopper, cudaStream_t stream) {
+  using Shared = BackwardQShared<128>;
+  if (a.softmax)
+    return launch<Shared>(hopper ? backward_q_kernel<128, true, true> : backward_q_kernel<128, true, false>, a, a.query_tiles, hopper, stream);
+  return launch<Shared>(hopper ? backward_q_kernel<128, false, true> : backward_q_kernel<128, false, false>, a, a.query_tiles, hopper, stream);
+}
+template <>
+int backward_q_groups<128>() {
+  return BackwardQShared<128>::kGroups;
+}
+}  // namespace tessera::cuda_attention

@@ -1,0 +1,205 @@
+#pragma once
+// Scores to weights and back, on a warp's share of a 64 x 64 product in registers: masks, gates, their derivatives.
+//
+// A masked edge is a NaN score: every relu gate and derivative below sends NaN to exactly 0 (fmaxf(NaN, 0) = 0, NaN > 0 is
+// false), so that full tiles pay nothing for masks. Softmax turns it into exp(-inf).
+
+#include <type_traits>
+
+#include "kernels/cuda/attention/pipeline.cuh"
+
+namespace tessera::cuda_attention {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+/// x = scale f(s) + offset of query row i; for softmax scale and offset are 0-based exponents of two instead (offset: -z, backward).
+__device__ __forceinline__ float row_offset(const Args& a, int h, int64_t i, int head_size) {
+  const float c = a.scale[h];
+  if (a.length_beta > 0) return -c * a.length_beta * sqrtf(2.f * logf(static_cast<float>(i) + 2.f) / static_cast<float>(head_size));
+  return a.fidelity ? -c * a.threshold[h] : -a.threshold[h];
+}
+
+// -- Masks -----------------------------------------------------------------------------------------------------------
+
+/// Bit k: key first_key + k is visible to query i, row r of its tile. `document` is the first visible key.
+__device__ __forceinline__ uint64_t query_mask(const Args& a, int mask, int r, int64_t i, int64_t first_key, int64_t document) {
+  if (mask == kHidden) return 0;
+  uint64_t m = mask < 0 ? ~0ull : mask == 0 && a.mask0_is_causal ? (2ull << r) - 1 : __ldg(a.masks + mask * 64ll + r);
+  const int64_t keys = a.tokens - first_key, hidden = document - first_key;
+  if (keys < 64) m &= (1ull << keys) - 1;
+  if (hidden > 0) m &= hidden >= 64 ? 0 : ~0ull << hidden;
+  return i < a.tokens ? m : 0;
+}
+
+/// Bit q: query first_query + q sees key j, row r of its tile. Document starts come from `rows`, the query tile's.
+__device__ __forceinline__ uint64_t key_mask(const Args& a, int mask, int r, int64_t j, int64_t first_query, const RowInfo* rows, bool documents) {
+  if (mask == kHidden) return 0;
+  uint64_t m = mask < 0 ? ~0ull : mask == 0 && a.mask0_is_causal ? ~0ull << r : __ldg(a.masks_by_key + mask * 64ll + r);
+  const int64_t queries = a.tokens - first_query;
+  if (queries < 64) m &= (1ull << queries) - 1;
+  if (documents) {
+    for (int q = 0; q < 64; ++q) {
+      if (rows[q].document_start > j) m &= ~(1ull << q);
+    }
+  }
+  return j < a.tokens ? m : 0;
+}
+
+/// Hides what the masks of this thread's two rows do not show.
+__device__ __forceinline__ void hide(Acc& s, uint64_t row0, uint64_t row8, int lane) {
+  const float nan = __int_as_float(0x7fffffff);
+  row0 >>= 2 * (lane & 3), row8 >>= 2 * (lane & 3);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t m0 = static_cast<uint32_t>(row0 >> (32 * half)), m8 = static_cast<uint32_t>(row8 >> (32 * half));
+#pragma unroll
+    for (int jj = 0; jj < 4; ++jj) {
+      const int j = half * 4 + jj;
+      if (!(m0 & (1u << (8 * jj)))) s[j][0] = nan;
+      if (!(m0 & (2u << (8 * jj)))) s[j][1] = nan;
+      if (!(m8 & (1u << (8 * jj)))) s[j][2] = nan;
+      if (!(m8 & (2u << (8 * jj)))) s[j][3] = nan;
+    }
+  }
+}
+
+// -- Gates -----------------------------------------------------------------------------------------------------------
+
+template <int P>
+__device__ __forceinline__ float power(float r) {
+  if constexpr (P == 1) return r;
+  if constexpr (P == 2) return r * r;
+  const float r2 = r * r;
+  return r2 * r2;
+}
+/// r^(P-1) where r = max(0, x), 0 where r is 0: the factor P is left to the end.
+template <int P>
+__device__ __forceinline__ float slope(float r) {
+  if constexpr (P == 1) return r > 0.f ? 1.f : 0.f;
+  if constexpr (P == 2) return r;
+  return r * r * r;
+}
+
+/// Calls f(integral_constant<P>, bool_constant<fidelity>) for the arguments' gate: one branch a tile, none an edge.
+template <bool Softmax = false, class F>
+__device__ __forceinline__ void with_gate(const Args& a, F&& f) {
+  if constexpr (Softmax) {  // P plays no part
+    if (a.fidelity)
+      f(std::integral_constant<int, 1>{}, std::true_type{});
+    else
+      f(std::integral_constant<int, 1>{}, std::false_type{});
+  } else if (a.fidelity) {
+    if (a.power == 2)
+      f(std::integral_constant<int, 2>{}, std::true_type{});
+    else if (a.power == 1)
+      f(std::integral_constant<int, 1>{}, std::true_type{});
+    else
+      f(std::integral_constant<int, 4>{}, std::true_type{});
+  } else {
+    if (a.power == 2)
+      f(std::integral_constant<int, 2>{}, std::false_type{});
+    else if (a.power == 1)
+      f(std::integral_constant<int, 1>{}, std::false_type{});
+    else
+      f(std::integral_constant<int, 4>{}, std::false_type{});
+  }
+}
+
+/// Rounds a product to bf16 as the left operand of the next one: fragment [kk] is columns 16kk .. 16kk+15.
+__device__ __forceinline__ void round_fragment(Frag& to, const Acc& from) {
+#pragma unroll
+  for (int kk = 0; kk < 4; ++kk) {
+    to[kk][0] = pack(from[2 * kk][0], from[2 * kk][1]);
+    to[kk][1] = pack(from[2 * kk][2], from[2 * kk][3]);
+    to[kk][2] = pack(from[2 * kk + 1][0], from[2 * kk + 1][1]);
+    to[kk][3] = pack(from[2 * kk + 1][2], from[2 * kk + 1][3]);
+  }
+}
+
+/// Does any of this thread's scores make an active edge? Needs scale > 0: x rises with f(s), and rounding keeps the order.
+__device__ __forceinline__ bool any_active(const Args& a, const Acc& s, float scale, float offset0, float offset8) {
+  float top0 = -INFINITY, top8 = -INFINITY;
+  if (a.fidelity) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      top0 = fmaxf(top0, fmaxf(fabsf(s[j][0]), fabsf(s[j][1])));
+      top8 = fmaxf(top8, fmaxf(fabsf(s[j][2]), fabsf(s[j][3])));
+    }
+    top0 *= top0, top8 *= top8;
+    if (isinf(top0)) top0 = -INFINITY;  // every edge hidden
+    if (isinf(top8)) top8 = -INFINITY;
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      top0 = fmaxf(top0, fmaxf(s[j][0], s[j][1]));
+      top8 = fmaxf(top8, fmaxf(s[j][2], s[j][3]));
+    }
+  }
+  return fmaf(scale, top0, offset0) > 0.f || fmaf(scale, top8, offset8) > 0.f;
+}
+
+/// Weights of a tile: s becomes a = max(0, x)^P in fp32. Returns the two rows' sums over this thread's columns.
+template <int P, bool Fidelity>
+__device__ __forceinline__ float2 weigh(Acc& s, float scale, float offset0, float offset8) {
+  float2 sum{0.f, 0.f};
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float f = Fidelity ? s[j][e] * s[j][e] : s[j][e];
+      s[j][e] = power<P>(fmaxf(fmaf(scale, f, e < 2 ? offset0 : offset8), 0.f));
+    }
+    sum.x += s[j][0], sum.x += s[j][1];
+    sum.y += s[j][2], sum.y += s[j][3];
+  }
+  return sum;
+}
+
+/// What a tile of the backward pass needs besides its products. Without fidelity, s becomes the gate's slope (softmax: the
+/// weight), and with fidelity it stays, to be used again by edge_gradients.
+template <bool Softmax, bool Fidelity, int P>
+__device__ __forceinline__ float edge_weight(float s, float scale, float offset, float& slope_or_s) {
+  const float x = fmaf(scale, Fidelity ? s * s : s, offset);
+  if constexpr (Softmax) {
+    const float w = isnan(x) ? 0.f : exp2f(x);
+    if (!Fidelity) slope_or_s = w;
+    return w;
+  } else {
+    const float r = fmaxf(x, 0.f);
+    if (!Fidelity) slope_or_s = slope<P>(r);
+    return power<P>(r);
+  }
+}
+/// dx / P from the value edge_weight left, and the gradient of s / (c P), in which fidelity has half its factor 2 s.
+template <bool Softmax, bool Fidelity, int P>
+__device__ __forceinline__ float edge_gradient(float kept, float scale, float offset, float da, float& ds) {
+  if constexpr (!Fidelity) {
+    ds = kept * da;
+    return ds;
+  } else {
+    float factor;
+    if constexpr (Softmax) {
+      const float x = fmaf(scale, kept * kept, offset);
+      factor = isnan(x) ? 0.f : exp2f(x);
+    } else {
+      factor = slope<P>(fmaxf(fmaf(scale, kept * kept, offset), 0.f));
+    }
+    const float dx = factor * da;
+    ds = factor != 0.f ? dx * kept : 0.f;  // a hidden score is NaN
+    return dx;
+  }
+}
+
+/// Positive weights among a rounded fragment: exact, since 16 ones fit bf16.
+__device__ __forceinline__ int count_positive(const Frag& p) {
+  const __nv_bfloat162 zero = __float2bfloat162_rn(0.f);
+  __nv_bfloat162 n = zero;
+#pragma unroll
+  for (int kk = 0; kk < 4; ++kk) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) n = __hadd2(n, __hgt2(reinterpret_cast<const __nv_bfloat162&>(p[kk][e]), zero));
+  }
+  return static_cast<int>(__low2float(n)) + static_cast<int>(__high2float(n));
+}
+
+}  // namespace tessera::cuda_attention

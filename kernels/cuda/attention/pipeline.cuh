@@ -1,0 +1,232 @@
+#pragma once
+// What all attention kernels share: their arguments, the ring of stages between the producer warp and the two consumer
+// warpgroups of a block, and the walk of a band's tile list.
+//
+// A block works on a band: two or three neighbouring tiles (query tiles in the forward and dq kernels, key tiles in the dk, dv kernel), one
+// consumer warpgroup each, and walks the union of their lists in ascending order, so that all share each load. Tiles that are not to be visited -
+// outside the list, behind the document's start, or without an active edge in the forward pass - are dropped by the producer warp, 32 list entries at
+// a time: ballot and popcount compact the list on the fly, nothing is stored and the host never learns its length.
+
+#include "kernels/cuda/attention/arch.cuh"
+
+namespace tessera::cuda_attention {
+
+constexpr int kAbsent = -2;  // a band's entry: not in this tile's list (TileEntry::kFull = -1: no mask needed)
+constexpr int kEdge = -4;    // all visible but for the sequence's end or a document's start
+constexpr int kHidden = -3;  // visit all, backward: a tile without an active edge is computed with every edge hidden, so that its zeros are exact
+
+struct View {
+  bf16* data;
+  int64_t batch, head, token;
+  __device__ __forceinline__ bf16* row(int b, int h, int64_t t) const { return data + b * batch + h * head + t * token; }
+};
+
+constexpr int kMaxGroups = 3;
+struct __align__(16) Entry {
+  int tile;              // of the other side; -1 ends a walk
+  int mask[kMaxGroups];  // of each tile of the band
+};
+
+/// Lists of the bands of one direction.
+struct BandLists {
+  const int64_t* offsets;  // [patterns, bands + 1]
+  const Entry* entries;
+  const int* order;  // [patterns, bands]: longest list first
+  int bands;         // of the whole map: the stride of offsets and order
+};
+
+/// What a query row contributes to each of its edges in the backward pass.
+struct __align__(16) RowInfo {
+  float offset;       // x = c f(s) + offset
+  float inverse_z;    // 1 / z_i, 0 where z_i = 0
+  float minus_delta;  // -<do_i, o_i> / z_i for sum, -<do_i, o_i> for softmax, else 0
+  int document_start;
+};
+
+struct Args {
+  CUtensorMap map_q, map_k, map_v, map_do;  // Hopper path only
+  View q, k, v, o, d_o, dq, dk, dv;
+  int batch, heads, tokens;
+  int query_tiles, key_tiles, words;
+  int section;  // (batch, head) pairs whose blocks run together, for the L2 cache
+  const float *scale, *threshold;
+  const int* document_start;  // [B, T] or null
+  float* z;
+  uint32_t* active;              // [B, H, query_tiles, words]
+  unsigned long long* counters;  // [H, 5] or null
+  RowInfo* rows;                 // [B, H, 64 query_tiles]
+  float* partial_scale;          // [B, H, query_tiles]
+  float* partial_threshold;      // [B, H, query_tiles]
+  BandLists by_query, by_key;    // bands of as many tiles as the launched kernel has consumers
+  const int* group_of_head;
+  const uint64_t* masks;         // [masks, 64]: bit k of row q
+  const uint64_t* masks_by_key;  // [masks, 64]: bit q of row k
+  bool mask0_is_causal, visit_all, fidelity, softmax;
+  bool normalize_sum, normalize_length;
+  int power;
+  float epsilon, length_alpha, length_beta;
+};
+
+template <int Stages>
+struct Ring {
+  uint64_t full[Stages], empty[Stages];
+  Entry entry[Stages];
+};
+
+struct Cursor {
+  int stage = 0;
+  uint32_t phase = 0;
+  template <int Stages>
+  __device__ __forceinline__ void next() {
+    if (++stage == Stages) stage = 0, phase ^= 1;
+  }
+};
+
+template <int Groups, bool Hopper, int Stages>
+__device__ __forceinline__ void ring_init(Ring<Stages>& ring, uint64_t* own) {
+  if (threadIdx.x == 0) {
+    // Portable: 32 lanes arrive by their copies, and lane 0 once more for what it stored itself.
+    for (int s = 0; s < Stages; ++s) barrier_init(&ring.full[s], Hopper ? 1 : 33), barrier_init(&ring.empty[s], Groups * 4);
+    barrier_init(own, Hopper ? 1 : 33);
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // the copy engine sees the barriers too
+#endif
+  }
+  __syncthreads();
+}
+
+/// Loads rows [row, row + 64) of one [T, D] matrix into D/64 tiles, by the whole producer warp.
+template <bool Hopper, int D>
+__device__ __forceinline__ void load_rows(uint8_t* to, const View& view, const CUtensorMap* map, uint64_t* bar, int64_t row, int b, int h, int tokens,
+                                          int lane) {
+  if constexpr (Hopper) {
+    if (lane == 0) {
+#pragma unroll
+      for (int d = 0; d < D / 64; ++d) copy_box(to + d * kTileBytes, map, bar, d * 64, static_cast<int>(row), h, b);
+    }
+  } else {
+    const uint32_t base = shared_address(to);
+    for (int c = lane; c < 64 * D / 8; c += 32) {
+      const int r = c / (D / 8), chunk = c % (D / 8);
+      const bool valid = row + r < tokens;
+      copy_async16(base + (chunk / 8) * kTileBytes + r * 128 + (((chunk % 8) ^ (r & 7)) << 4), view.row(b, h, valid ? row + r : 0) + chunk * 8,
+                   valid);
+    }
+  }
+}
+
+/// Opens a set of loads of `bytes` on `bar`; close_loads ends it.
+template <bool Hopper>
+__device__ __forceinline__ void open_loads(uint64_t* bar, uint32_t bytes, int lane) {
+  if constexpr (Hopper) {
+    if (lane == 0) barrier_expect(bar, bytes);
+  }
+}
+template <bool Hopper>
+__device__ __forceinline__ void close_loads(uint64_t* bar, int lane) {
+  if constexpr (!Hopper) {
+    barrier_arrive_after_copies(bar);
+    if (lane == 0) barrier_arrive(bar);
+  }
+}
+
+/// The producer warp's walk: keep(entry) drops what is not to be visited by setting masks to kAbsent; load(stage, tile) issues the loads of a
+/// visited tile, `bytes` in all. Ends with an entry of tile -1.
+template <int Groups, bool Hopper, int Stages, class Keep, class Load>
+__device__ __forceinline__ void produce(Ring<Stages>& ring, const BandLists& lists, int64_t list, uint32_t bytes, int lane, Keep keep, Load load) {
+  const int64_t begin = lists.offsets[list], end = lists.offsets[list + 1];
+  Cursor at;
+  at.phase = 1;  // the first round finds every stage empty
+#pragma unroll 1
+  for (int64_t base = begin; base < end; base += 32) {
+    Entry mine{0, {kAbsent, kAbsent, kAbsent}};
+    if (base + lane < end) {
+      *reinterpret_cast<int4*>(&mine) = __ldg(reinterpret_cast<const int4*>(lists.entries + base + lane));
+      keep(mine);
+    }
+    bool wanted = false;
+#pragma unroll
+    for (int g = 0; g < Groups; ++g) wanted |= mine.mask[g] != kAbsent;
+    uint32_t live = __ballot_sync(0xffffffffu, wanted);
+    while (live) {
+      const int from = __ffs(live) - 1;
+      live &= live - 1;
+      barrier_wait(&ring.empty[at.stage], at.phase);
+      if (lane == from) ring.entry[at.stage] = mine;
+      const int tile = __shfl_sync(0xffffffffu, mine.tile, from);
+      __syncwarp();  // the entry stands before lane 0 arrives
+      open_loads<Hopper>(&ring.full[at.stage], bytes, lane);
+      load(at.stage, tile);
+      close_loads<Hopper>(&ring.full[at.stage], lane);
+      at.next<Stages>();
+    }
+  }
+  barrier_wait(&ring.empty[at.stage], at.phase);
+  if (lane == 0) ring.entry[at.stage].tile = -1;
+  open_loads<Hopper>(&ring.full[at.stage], 0, lane);
+  close_loads<Hopper>(&ring.full[at.stage], lane);
+}
+
+/// Which band of tiles and which (batch, head) a block works on. Blocks start in about this order: sections of heads that fit the L2
+/// cache, in each the longest lists first (by the list's order, or by number: under a causal pattern late query tiles and early key tiles
+/// have the long lists), so that the hardware's own scheduling balances uneven lists.
+__device__ __forceinline__ void block_of(const Args& a, const BandLists& lists, int bands, bool descending, int& band, int& b, int& h) {
+  const int all = a.batch * a.heads;
+  const int64_t block = blockIdx.x, per_section = static_cast<int64_t>(a.section) * bands;
+  const int first = static_cast<int>(block / per_section) * a.section, in_section = min(a.section, all - first);
+  const int within = static_cast<int>(block % per_section), rank = within / in_section, bh = first + within % in_section;
+  b = bh / a.heads, h = bh % a.heads;
+  if (bands == lists.bands) {
+    band = lists.order[static_cast<int64_t>(a.group_of_head[h]) * lists.bands + rank];
+  } else {
+    band = descending ? bands - 1 - rank : rank;
+  }
+}
+
+/// Writes a warpgroup's 64 x 64 product, rows scaled, as bf16: rows i0 and i0 + 8 of this thread, columns from `column`.
+__device__ __forceinline__ void store_product(const Acc& c, const View& view, int b, int h, int64_t row, int tokens, int column, int lane,
+                                              float scale0, float scale8) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t i = row + 8 * half;
+    const float scale = half ? scale8 : scale0;
+    // The four lanes of a row exchange quarters, so that each stores 16 bytes: a 4 x 4 transpose of words in two steps.
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      uint32_t w[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) w[j] = pack(c[group * 4 + j][2 * half] * scale, c[group * 4 + j][2 * half + 1] * scale);
+      const int quarter = lane & 3;
+      {  // exchange with lane ^ 1
+        const bool odd = quarter & 1;
+        const uint32_t s0 = odd ? w[0] : w[1], s1 = odd ? w[2] : w[3];
+        const uint32_t r0 = __shfl_xor_sync(0xffffffffu, s0, 1), r1 = __shfl_xor_sync(0xffffffffu, s1, 1);
+        if (odd)
+          w[0] = r0, w[2] = r1;
+        else
+          w[1] = r0, w[3] = r1;
+      }
+      {  // exchange with lane ^ 2
+        const bool upper = quarter & 2;
+        const uint32_t s0 = upper ? w[0] : w[2], s1 = upper ? w[1] : w[3];
+        const uint32_t r0 = __shfl_xor_sync(0xffffffffu, s0, 2), r1 = __shfl_xor_sync(0xffffffffu, s1, 2);
+        if (upper)
+          w[0] = r0, w[1] = r1;
+        else
+          w[2] = r0, w[3] = r1;
+      }
+      if (i < tokens) *reinterpret_cast<uint4*>(view.row(b, h, i) + column + group * 32 + quarter * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+  }
+}
+
+__device__ __forceinline__ float quad_sum(float v) {
+  v += __shfl_xor_sync(0xffffffffu, v, 1);
+  return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+__device__ __forceinline__ float quad_max(float v) {
+  v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));
+  return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
+}
+
+}  // namespace tessera::cuda_attention

@@ -1,0 +1,106 @@
+// The small kernels around the backward pass, and the probe for the loaded code's architecture.
+
+#include "kernels/cuda/attention/gate.cuh"
+#include "kernels/cuda/attention/kernels.h"
+
+namespace tessera::cuda_attention {
+namespace {
+
+/// Its static shared memory tells which form of the library's code the current device loads, without running anything.
+__global__ void architecture_probe(int* out) {
+#ifdef TESSERA_SM90A
+  __shared__ volatile int mark[64];
+  mark[threadIdx.x % 64] = 1;
+  if (out) *out = mark[0];
+#else
+  if (out) *out = 0;
+#endif
+}
+
+/// One row of [B, H, 64 query_tiles] by D/8 lanes of 16 bytes.
+template <int D>
+__global__ void row_info_kernel(const __grid_constant__ Args a) {
+  constexpr int kLanes = D / 8;
+  const int64_t padded = 64ll * a.query_tiles, rows = padded * a.heads * a.batch;
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
+  const int lane = threadIdx.x % kLanes;
+  if (row >= rows) return;
+  const int64_t i = row % padded, bh = row / padded;
+  const int b = static_cast<int>(bh / a.heads), h = static_cast<int>(bh % a.heads);
+  RowInfo info{};
+  if (i < a.tokens) {  // all lanes of a row agree
+    float delta = 0;
+    if (a.normalize_sum || a.softmax) {
+      const uint4 x = *reinterpret_cast<const uint4*>(a.o.row(b, h, i) + lane * 8),
+                  y = *reinterpret_cast<const uint4*>(a.d_o.row(b, h, i) + lane * 8);
+      const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) delta = fmaf(low_of(xs[w]), low_of(ys[w]), fmaf(high_of(xs[w]), high_of(ys[w]), delta));
+#pragma unroll
+      for (int step = kLanes / 2; step > 0; step /= 2) delta += __shfl_xor_sync(__activemask(), delta, step, kLanes);
+    }
+    const float z = a.z[bh * a.tokens + i];
+    if (a.softmax) {
+      info.offset = -z * kLog2e;
+      info.inverse_z = 1.f;
+      info.minus_delta = -delta;
+    } else {
+      info.offset = row_offset(a, h, i, D);
+      info.inverse_z = z > 0.f ? 1.f / z : 0.f;
+      info.minus_delta = -delta * info.inverse_z;
+    }
+    if (a.document_start) info.document_start = a.document_start[static_cast<int64_t>(b) * a.tokens + i];
+  }
+  if (lane == 0) a.rows[row] = info;
+}
+
+/// One block a head: thread t sums its stride of (batch, query tile) in ascending order, then a tree.
+__global__ void head_sums_kernel(const __grid_constant__ Args a, float* dscale, float* dthreshold) {
+  __shared__ float2 sums[256];
+  const int h = blockIdx.x, t = threadIdx.x;
+  float2 sum{0.f, 0.f};
+  for (int64_t n = t; n < static_cast<int64_t>(a.batch) * a.query_tiles; n += 256) {
+    const int64_t at = (n / a.query_tiles * a.heads + h) * a.query_tiles + n % a.query_tiles;
+    sum.x += a.partial_scale[at], sum.y += a.partial_threshold[at];
+  }
+  sums[t] = sum;
+  for (int step = 128; step > 0; step /= 2) {
+    __syncthreads();
+    if (t < step) sums[t].x += sums[t + step].x, sums[t].y += sums[t + step].y;
+  }
+  if (t == 0) {
+    if (dscale) dscale[h] += sums[0].x;
+    if (dthreshold) dthreshold[h] += sums[0].y;
+  }
+}
+
+}  // namespace
+
+bool runs_hopper_code() {
+  int device = 0, major = 0, minor = 0;
+  cudaFuncAttributes attributes{};
+  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
+      cudaFuncGetAttributes(&attributes, architecture_probe) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  return major == 9 && minor == 0 && attributes.sharedSizeBytes > 0;
+}
+
+cudaError_t launch_row_info(const Args& a, int head_size, cudaStream_t stream) {
+  const int64_t threads = 64ll * a.query_tiles * a.heads * a.batch * (head_size / 8);
+  const auto blocks = static_cast<unsigned>((threads + 255) / 256);
+  if (head_size == 64)
+    row_info_kernel<64><<<blocks, 256, 0, stream>>>(a);
+  else
+    row_info_kernel<128><<<blocks, 256, 0, stream>>>(a);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_head_sums(const Args& a, float* dscale, float* dthreshold, cudaStream_t stream) {
+  head_sums_kernel<<<a.heads, 256, 0, stream>>>(a, dscale, dthreshold);
+  return cudaGetLastError();
+}
+
+}  // namespace tessera::cuda_attention

@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""The CUDA attention beside PyTorch's dense kernels (cuDNN and FlashAttention-2 through SDPA), measured in one run on one GPU.
+
+usage: attention_cuda.py BINARY [options of the binary]
+
+TFLOP/s as 4 T^2 D H B / 2 forward, 3.5 times that forward and backward (a window: T x window edges). The speed of light beside it is a
+bf16 matrix product of 8192^3 in the same run. Ratios above 1 mean the CUDA attention is faster.
+"""
+import json
+import subprocess
+import sys
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+H = 16
+
+
+def median_ms(f, repeats=30):
+    for _ in range(5):
+        f()
+    times = []
+    for _ in range(repeats):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        f()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return sorted(times)[repeats // 2]
+
+
+def sdpa(backend, batch, tokens, size):
+    q, k, v = (torch.randn(batch, H, tokens, size, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    do = torch.randn(batch, H, tokens, size, device="cuda", dtype=torch.bfloat16)
+
+    def forward():
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def both():
+        q.grad = k.grad = v.grad = None
+        forward().backward(do)
+
+    with torch.no_grad():
+        fwd = median_ms(forward)
+    return fwd, median_ms(both)
+
+
+def gemm_tflops(n=8192):
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * n**3 / median_ms(lambda: a @ b) * 1e-9
+
+
+def main():
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, "cuDNN", torch.backends.cudnn.version())
+    light = gemm_tflops()
+    print(f"bf16 GEMM 8192^3: {light:.0f} TFLOP/s")
+    lines = subprocess.run(sys.argv[1:], capture_output=True, text=True)
+    if lines.returncode:
+        sys.exit(lines.stderr)
+    baseline = {}
+    print(f"{'case':22}{'B':>3}{'T':>7}{'fwd ms':>9}{'TFLOP/s':>9}{'f+b ms':>9}{'TFLOP/s':>9}{'of GEMM':>9}{'tiles':>7}{'cuDNN f':>9}{'f+b':>8}{'ratio':>7}{'f+b':>6}{'FA2 f':>8}{'f+b':>8}")
+    for line in lines.stdout.splitlines():
+        r = json.loads(line)
+        key = (r["B"], r["T"], r["D"])
+        if key not in baseline and r["T"] <= 16384:
+            baseline[key] = [sdpa(b, *key) for b in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)]
+        row = f"{r['case']:22}{r['B']:3}{r['T']:7}{r['fwd_ms']:9.3f}{r['fwd_tflops']:9.0f}{r['both_ms']:9.3f}{r['both_tflops']:9.0f}{r['both_tflops'] / light:9.2f}{r['active_tiles']:7.3f}"
+        if key in baseline:
+            (cf, cb), (ff, fb) = baseline[key]
+            row += f"{cf:9.3f}{cb:8.3f}{cf / r['fwd_ms']:7.2f}{cb / max(r['both_ms'], 1e-9):6.2f}{ff:8.3f}{fb:8.3f}"
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

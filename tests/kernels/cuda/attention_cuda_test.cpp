@@ -1,0 +1,456 @@
+// The CUDA attention against the naive definition in double precision, and against itself.
+//
+// Tolerance: the error against fp64 of the same maths done with bf16 roundings where the kernels round (weights, their gradients,
+// outputs), computed here edge by edge; the kernels may err twice as much (largest error over a tensor).
+
+#include "kernels/cuda/attention/attention.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <string>
+
+#include "../attention_reference.h"
+#include "device.h"
+
+namespace tessera {
+namespace {
+
+using namespace cuda_test;
+using reference::AttentionInputs;
+
+#define NEEDS_GPU() \
+  if (!has_gpu()) GTEST_SKIP() << "NO GPU: the CUDA attention kernels were not run"
+
+std::vector<CudaAttentionPath> paths() {
+  if (cuda_attention_has_hopper_path()) return {CudaAttentionPath::portable, CudaAttentionPath::hopper};
+  return {CudaAttentionPath::portable};
+}
+const char* name_of(CudaAttentionPath p) { return p == CudaAttentionPath::portable ? "portable" : "hopper"; }
+
+struct Problem {
+  AttentionInputs in;
+  std::vector<double> d_o;
+  std::vector<std::int32_t> document_start;  // [B, T], may be empty
+  std::vector<Pattern> patterns;
+  std::int64_t map_tokens = 0;  // 0: as long as the sequence
+};
+
+bool is_causal(std::int64_t, std::int64_t) { return true; }
+
+std::vector<double> random_bf16(std::mt19937& rng, std::int64_t rows, std::int64_t size, bool unit) {
+  std::normal_distribution<double> normal;
+  std::vector<double> v(rows * size);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    double square = 0;
+    for (std::int64_t d = 0; d < size; ++d) v[r * size + d] = normal(rng), square += v[r * size + d] * v[r * size + d];
+    for (std::int64_t d = 0; d < size; ++d) v[r * size + d] = to_bf16(unit ? v[r * size + d] / std::sqrt(square) : v[r * size + d]);
+  }
+  return v;
+}
+
+Problem make_problem(AttentionShape shape, AttentionMath math, std::vector<Pattern> patterns, bool documents, double tau, unsigned seed) {
+  std::mt19937 rng(seed);
+  Problem p;
+  const std::int64_t rows = shape.batch * shape.heads * shape.tokens;
+  const bool unit = math.score != Score::dot;
+  p.in.shape = shape, p.in.math = math;
+  p.in.q = random_bf16(rng, rows, shape.head_size, unit);
+  p.in.k = random_bf16(rng, rows, shape.head_size, unit);
+  p.in.v = random_bf16(rng, rows, shape.head_size, false);
+  p.d_o = random_bf16(rng, rows, shape.head_size, false);
+  for (std::int64_t h = 0; h < shape.heads; ++h) {
+    p.in.scale.push_back(static_cast<float>(math.score == Score::dot ? 1 / std::sqrt(double(shape.head_size)) : 8.0 + h));
+    p.in.tau.push_back(static_cast<float>(tau * (1 + 0.25 * h)));
+  }
+  if (documents) {
+    for (std::int64_t b = 0; b < shape.batch; ++b) {
+      std::int32_t start = 0;
+      for (std::int64_t t = 0; t < shape.tokens; ++t) {
+        if (t && rng() % 48 == 0) start = static_cast<std::int32_t>(t);
+        p.document_start.push_back(start);
+      }
+    }
+  }
+  p.patterns = std::move(patterns);
+  p.in.visible = [patterns = p.patterns, starts = p.document_start, shape](std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) {
+    return patterns[h % patterns.size()](i, j) && (starts.empty() || j >= starts[b * shape.tokens + i]);
+  };
+  return p;
+}
+
+struct Result {
+  std::vector<Bf16> o, dq, dk, dv;
+  std::vector<float> z, dscale, dtau;
+  std::vector<std::uint32_t> bitmap;
+  std::vector<std::uint64_t> counters;
+};
+
+std::vector<Bf16> rounded(const std::vector<double>& v) {
+  std::vector<Bf16> out(v.size());
+  for (std::size_t n = 0; n < v.size(); ++n) out[n] = __float2bfloat16_rn(static_cast<float>(v[n]));
+  return out;
+}
+
+/// Runs forward and backward; q, k, v and their gradients in the packed layout [B, T, 3, H, D].
+Result run(const Problem& p, CudaAttentionPath path, Visit visit, const DeviceTiles* shared_tiles = nullptr) {
+  const auto& s = p.in.shape;
+  const auto [B, H, T, D] = s;
+  const std::int64_t tiles = (T + 63) / 64, words = bitmap_words(tiles), token = 3 * H * D;
+  std::vector<Bf16> qkv(B * T * token);
+  const std::vector<Bf16> parts[3] = {rounded(p.in.q), rounded(p.in.k), rounded(p.in.v)};
+  for (int n = 0; n < 3; ++n)
+    for (std::int64_t b = 0; b < B; ++b)
+      for (std::int64_t h = 0; h < H; ++h)
+        for (std::int64_t t = 0; t < T; ++t)
+          for (std::int64_t d = 0; d < D; ++d) qkv[(b * T + t) * token + (n * H + h) * D + d] = parts[n][((b * H + h) * T + t) * D + d];
+  Device<Bf16> d_qkv(qkv), d_gradient(qkv.size()), d_out(B * H * T * D), d_do(rounded(p.d_o));
+  Device<float> d_scale(std::vector<float>(p.in.scale.begin(), p.in.scale.end())), d_tau(std::vector<float>(p.in.tau.begin(), p.in.tau.end()));
+  Device<float> d_z(B * H * T), d_dscale(std::vector<float>(H, 0.f)), d_dtau(std::vector<float>(H, 0.f)), d_work(attention_backward_workspace(s, 64));
+  Device<std::uint32_t> d_bits(B * H * tiles * words);
+  Device<std::uint64_t> d_counters(std::vector<std::uint64_t>(H * kAttentionCounters, 0));
+  Device<std::int32_t> d_documents(p.document_start);
+  std::unique_ptr<DeviceTiles> own;
+  if (!shared_tiles) {
+    own = upload_tiles_cuda(make_tiles(p.map_tokens ? p.map_tokens : T, H, p.patterns));
+    shared_tiles = own.get();
+  }
+  const auto part = [&](const Device<Bf16>& from, int n) { return HeadsView{from.get() + n * H * D, DType::bf16, T * token, D, token}; };
+  AttentionForward f;
+  f.shape = s, f.math = p.in.math, f.visit = visit, f.tiles = shared_tiles;
+  f.q = part(d_qkv, 0), f.k = part(d_qkv, 1), f.v = part(d_qkv, 2), f.o = packed(d_out.get(), s);
+  f.scale = {d_scale.get(), DType::f32, {H}}, f.threshold = {d_tau.get(), DType::f32, {H}};
+  if (!p.document_start.empty()) f.document_start = {d_documents.get(), DType::i32, {B, T}};
+  f.z = {d_z.get(), DType::f32, {B, H, T}}, f.active_tiles = {d_bits.get(), DType::u32, {B, H, tiles, words}};
+  f.counters = {d_counters.get(), DType::u64, {H, kAttentionCounters}};
+  cuda_attention_forward(f, nullptr, path);
+  AttentionBackward g;
+  g.forward = f, g.d_o = packed(d_do.get(), s);
+  g.dq = part(d_gradient, 0), g.dk = part(d_gradient, 1), g.dv = part(d_gradient, 2);
+  g.dscale = {d_dscale.get(), DType::f32, {H}}, g.dthreshold = {d_dtau.get(), DType::f32, {H}};
+  g.workspace = {d_work.get(), DType::f32, {static_cast<std::int64_t>(d_work.size())}};
+  cuda_attention_backward(g, nullptr, path);
+  TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
+
+  Result r;
+  r.o = d_out.host(), r.z = d_z.host(), r.dscale = d_dscale.host(), r.dtau = d_dtau.host(), r.bitmap = d_bits.host(), r.counters = d_counters.host();
+  const std::vector<Bf16> gradient = d_gradient.host();
+  std::vector<Bf16>* to[3] = {&r.dq, &r.dk, &r.dv};
+  for (int n = 0; n < 3; ++n) {
+    to[n]->resize(B * H * T * D);
+    for (std::int64_t b = 0; b < B; ++b)
+      for (std::int64_t h = 0; h < H; ++h)
+        for (std::int64_t t = 0; t < T; ++t)
+          for (std::int64_t d = 0; d < D; ++d) (*to[n])[((b * H + h) * T + t) * D + d] = gradient[(b * T + t) * token + (n * H + h) * D + d];
+  }
+  return r;
+}
+
+/// The same maths with bf16 roundings at the kernels' places, everything else in double.
+struct Rounded {
+  std::vector<double> o, dq, dk, dv;
+  std::vector<double> dscale_error, dtau_error;  // [H]: root of the sum over rows of the squared error of each row's share
+  std::vector<double> dscale_size, dtau_size;    // [H]: sum of the absolute terms
+};
+Rounded with_roundings(const Problem& p, const reference::AttentionOutputs& exact) {
+  const AttentionInputs& in = p.in;
+  const auto [B, H, T, D] = in.shape;
+  const bool softmax = in.math.gate == Gate::softmax, fidelity = in.math.score == Score::fidelity;
+  const int power = gate_power(in.math.gate);
+  Rounded r;
+  r.o.assign(B * H * T * D, 0), r.dq = r.dk = r.dv = r.o;
+  for (auto* v : {&r.dscale_error, &r.dtau_error, &r.dscale_size, &r.dtau_size}) v->assign(H, 0);
+  for (std::int64_t b = 0; b < B; ++b)
+    for (std::int64_t h = 0; h < H; ++h)
+      for (std::int64_t i = 0; i < T; ++i) {
+        const std::int64_t row = (b * H + h) * T + i, at_i = row * D;
+        const double z = exact.z[row], c = in.scale[h];
+        std::vector<double> a(i + 1), x(i + 1);
+        double top = -1e30, delta = 0;
+        for (std::int64_t j = 0; j <= i; ++j) {
+          if (!in.visible(b, h, i, j)) continue;
+          x[j] = reference::edge_argument(in, b, h, i, j);
+          top = std::max(top, x[j]);
+        }
+        for (std::int64_t j = 0; j <= i; ++j) {
+          if (!in.visible(b, h, i, j)) continue;
+          a[j] = softmax ? std::exp(x[j] - z) : x[j] > 0 ? std::pow(x[j], power) : 0;
+          const double weight = softmax ? to_bf16(std::exp(x[j] - top)) * std::exp(top - z) : to_bf16(a[j]) / z;
+          for (std::int64_t d = 0; d < D; ++d) r.o[at_i + d] += weight * in.v[((b * H + h) * T + j) * D + d];
+        }
+        for (std::int64_t d = 0; d < D; ++d) r.o[at_i + d] = to_bf16(r.o[at_i + d]), delta += r.o[at_i + d] * p.d_o[at_i + d];
+        double exact_delta = 0, scale_error = 0, tau_error = 0;
+        for (std::int64_t d = 0; d < D; ++d) exact_delta += exact.o[at_i + d] * p.d_o[at_i + d];
+        std::vector<double> dq(D);
+        for (std::int64_t j = 0; j <= i; ++j) {
+          if (!in.visible(b, h, i, j)) continue;
+          const std::int64_t at_j = ((b * H + h) * T + j) * D;
+          double dp = 0, s = 0;
+          for (std::int64_t d = 0; d < D; ++d) dp += p.d_o[at_i + d] * in.v[at_j + d], s += in.q[at_i + d] * in.k[at_j + d];
+          const bool uses_delta = softmax || in.math.normalizer == Normalizer::sum;
+          const double slope = softmax ? a[j] : x[j] > 0 ? std::pow(x[j], power - 1) / z : 0;
+          const double dx = slope * (dp - (uses_delta ? delta : 0)), exact_dx = slope * (dp - (uses_delta ? exact_delta : 0));
+          const double ds = to_bf16(fidelity ? dx * s : dx), factor = c * (softmax ? 1 : power) * (fidelity ? 2 : 1), weight = to_bf16(softmax ? a[j] : a[j] / z);
+          scale_error += factor / c * (ds * s - (fidelity ? exact_dx * s * s : exact_dx * s));
+          r.dscale_size[h] += std::abs(factor / c * exact_dx * (fidelity ? s * s : s));
+          r.dtau_size[h] += std::abs((softmax ? 1 : power) * exact_dx * (fidelity ? c : 1));
+          tau_error += (softmax ? 1 : power) * (dx - exact_dx) * (fidelity ? c : 1);
+          for (std::int64_t d = 0; d < D; ++d) {
+            dq[d] += factor * ds * in.k[at_j + d];
+            r.dk[at_j + d] += factor * ds * in.q[at_i + d];
+            r.dv[at_j + d] += weight * p.d_o[at_i + d];
+          }
+        }
+        for (std::int64_t d = 0; d < D; ++d) r.dq[at_i + d] = to_bf16(dq[d]);
+        r.dscale_error[h] += scale_error * scale_error, r.dtau_error[h] += tau_error * tau_error;
+      }
+  for (auto* v : {&r.dscale_error, &r.dtau_error})
+    for (double& x : *v) x = std::sqrt(x);
+  for (auto* v : {&r.dk, &r.dv})
+    for (double& x : *v) x = to_bf16(x);
+  return r;
+}
+
+void expect_close(const std::vector<Bf16>& got, const std::vector<double>& exact, const std::vector<double>& rounded_maths, const std::string& what) {
+  double error = 0, allowed = 0, largest = 0;
+  for (std::size_t n = 0; n < got.size(); ++n) {
+    const double x = __bfloat162float(got[n]);
+    ASSERT_TRUE(std::isfinite(x)) << what << " at " << n << " is not finite (not written?)";
+    error = std::max(error, std::abs(x - exact[n]));
+    allowed = std::max(allowed, std::abs(rounded_maths[n] - exact[n]));
+    largest = std::max(largest, std::abs(exact[n]));
+  }
+  // The last term is what fp32 leaves where terms of size 10 cancel (T = 1 under softmax: dq = 0).
+  EXPECT_LE(error, 2 * allowed + 1e-6 * largest + 1e-5) << what << ": largest value " << largest;
+}
+
+void compare(const Problem& p, CudaAttentionPath path, const std::string& what) {
+  const auto exact = reference::attention_forward(p.in);
+  const auto gradient = reference::attention_backward(p.in, exact, p.d_o);
+  const Rounded maths = with_roundings(p, exact);
+  const Result r = run(p, path, Visit::active);
+  const auto [B, H, T, D] = p.in.shape;
+  expect_close(r.o, exact.o, maths.o, what + " o");
+  expect_close(r.dq, gradient.dq, maths.dq, what + " dq");
+  expect_close(r.dk, gradient.dk, maths.dk, what + " dk");
+  expect_close(r.dv, gradient.dv, maths.dv, what + " dv");
+  double z_error = 0, z_largest = 0;
+  for (std::int64_t n = 0; n < B * H * T; ++n) z_error = std::max(z_error, std::abs(r.z[n] - exact.z[n])), z_largest = std::max(z_largest, std::abs(exact.z[n]));
+  EXPECT_LE(z_error, 1e-5 * z_largest + 1e-5) << what << " z";
+  for (std::int64_t h = 0; h < H; ++h) {
+    // Sums over B T rows whose errors are independent: four standard deviations, and what fp32 products and sums leave (some 2^-19 of the terms' sizes, and of the products of size 100 that cancel in them).
+    EXPECT_NEAR(r.dscale[h], gradient.dscale[h], 4 * maths.dscale_error[h] + 2e-6 * maths.dscale_size[h] + 1e-4) << what << " dscale of head " << h;
+    EXPECT_NEAR(r.dtau[h], gradient.dtau[h], 4 * maths.dtau_error[h] + 2e-6 * maths.dtau_size[h] + 1e-4) << what << " dtau of head " << h;
+  }
+  const auto tiles = reference::attention_tiles(p.in, 64, 64);
+  for (std::int64_t h = 0; h < H; ++h) {
+    const std::uint64_t* c = r.counters.data() + h * kAttentionCounters;
+    EXPECT_EQ(c[kVisibleEdges], exact.visible_edges[h]) << what;
+    EXPECT_EQ(c[kVisibleTiles], tiles.visible_tiles[h]) << what;
+    if (exact.nearest_kink > 1e-5) {  // else rounding may decide
+      EXPECT_EQ(c[kActiveEdges], exact.active_edges[h]) << what;
+      EXPECT_EQ(c[kActiveTiles], tiles.active_tiles[h]) << what;
+      EXPECT_EQ(c[kEmptyRows], exact.empty_rows[h]) << what;
+    }
+  }
+  if (exact.nearest_kink > 1e-5) {
+    EXPECT_EQ(r.bitmap, tiles.bitmap) << what;
+  }
+}
+
+bool windowed(std::int64_t i, std::int64_t j) { return i - j < 70; }
+bool strided(std::int64_t i, std::int64_t j) { return (i - j) % 5 == 0 || i - j < 3; }
+bool sinks(std::int64_t i, std::int64_t j) { return j < 4 || (i - j < 20 && i % 7 != 0); }  // rows without any key beside the sinks
+bool holes(std::int64_t i, std::int64_t j) { return i % 3 == 1 && j / 64 % 2 == 1; }       // empty rows, empty columns, empty tiles
+
+std::string describe(const AttentionMath& m, const AttentionShape& s, CudaAttentionPath path) {
+  const char *scores[] = {"dot", "cosine", "fidelity"}, *gates[] = {"relu", "relu2", "relu4", "softmax"}, *norms[] = {"none", "length", "sum", "rms"};
+  return std::string(name_of(path)) + " " + scores[int(m.score)] + " " + gates[int(m.gate)] + " " + norms[int(m.normalizer)] + " D=" +
+         std::to_string(s.head_size) + " T=" + std::to_string(s.tokens);
+}
+
+TEST(CudaAttention, MatchesTheDefinitionInEveryCombination) {
+  NEEDS_GPU();
+  const std::vector<std::vector<Pattern>> patterns = {{is_causal}, {windowed}, {strided, is_causal}, {sinks, holes}};
+  const std::int64_t lengths[] = {1, 17, 64, 65, 130, 200};
+  unsigned n = 0;
+  for (const auto path : paths())
+    for (const auto score : {Score::dot, Score::cosine, Score::fidelity})
+      for (const auto gate : {Gate::relu, Gate::relu2, Gate::relu4, Gate::softmax})
+        for (const auto norm : {Normalizer::none, Normalizer::length, Normalizer::sum, Normalizer::rms})
+          for (const std::int64_t D : {64, 128}) {
+            ++n;
+            const AttentionShape shape{2, 2, lengths[n % 6], D};
+            AttentionMath math;
+            math.score = score, math.gate = gate, math.normalizer = norm, math.length_alpha = n % 2 ? 1.0f : 0.5f;
+            const double tau = score == Score::fidelity ? 0.01 : score == Score::cosine ? 0.4 * int(n % 3) : 0.2;
+            const Problem p = make_problem(shape, math, patterns[n / 2 % 4], n % 5 < 2, tau, n);
+            compare(p, path, describe(math, shape, path) + " case " + std::to_string(n));
+            if (::testing::Test::HasFatalFailure()) return;
+          }
+}
+
+TEST(CudaAttention, LengthBetaThreshold) {
+  NEEDS_GPU();
+  for (const auto path : paths())
+    for (const std::int64_t D : {64, 128})
+      for (const auto gate : {Gate::relu, Gate::relu2, Gate::relu4}) {
+        AttentionMath math;
+        math.gate = gate, math.length_beta = 0.6f;
+        const AttentionShape shape{1, 2, 190, D};
+        compare(make_problem(shape, math, {is_causal, windowed}, false, 0.1, 77), path, describe(math, shape, path) + " length_beta");
+      }
+}
+
+TEST(CudaAttention, NegativeThresholdAndNegativeScale) {
+  NEEDS_GPU();
+  for (const auto path : paths())
+    for (const double sign : {1.0, -1.0}) {
+      const AttentionShape shape{1, 2, 150, 64};
+      Problem p = make_problem(shape, {}, {is_causal}, true, -0.5, 5);  // every edge with x = 0.5 + small: padded rows must stay silent
+      for (double& c : p.in.scale) c *= sign;
+      compare(p, path, std::string(name_of(path)) + " sign " + std::to_string(sign));
+    }
+}
+
+TEST(CudaAttention, ListsOfALongerSequenceServeAShorterOne) {
+  NEEDS_GPU();
+  for (const auto path : paths())
+    for (const std::int64_t T : {1, 63, 129, 257}) {
+      Problem p = make_problem({2, 2, T, 64}, {}, {is_causal, windowed}, false, 0.3, 9);
+      p.map_tokens = 500;
+      compare(p, path, std::string(name_of(path)) + " short T=" + std::to_string(T));
+    }
+}
+
+template <class T>
+bool same_bits(const std::vector<T>& x, const std::vector<T>& y) {
+  return x.size() == y.size() && std::memcmp(x.data(), y.data(), x.size() * sizeof(T)) == 0;
+}
+void expect_same_bits(const Result& x, const Result& y, const std::string& what) {
+  EXPECT_TRUE(same_bits(x.o, y.o)) << what << " o";
+  EXPECT_TRUE(same_bits(x.z, y.z)) << what << " z";
+  EXPECT_TRUE(same_bits(x.bitmap, y.bitmap)) << what << " bitmap";
+  EXPECT_TRUE(same_bits(x.counters, y.counters)) << what << " counters";
+  EXPECT_TRUE(same_bits(x.dq, y.dq)) << what << " dq";
+  EXPECT_TRUE(same_bits(x.dk, y.dk)) << what << " dk";
+  EXPECT_TRUE(same_bits(x.dv, y.dv)) << what << " dv";
+  EXPECT_TRUE(same_bits(x.dscale, y.dscale)) << what << " dscale";
+  EXPECT_TRUE(same_bits(x.dtau, y.dtau)) << what << " dtau";
+}
+
+TEST(CudaAttention, SkippingChangesNoBit) {
+  NEEDS_GPU();
+  for (const auto path : paths())
+    for (const std::int64_t D : {64, 128})
+      for (const auto gate : {Gate::relu, Gate::relu2, Gate::relu4})
+        for (const auto score : {Score::cosine, Score::fidelity, Score::dot})
+          for (const bool documents : {false, true}) {
+            AttentionMath math;
+            math.gate = gate, math.score = score;
+            // Thresholds near the largest score of a tile, so that some tiles are active and most are not.
+            const double root = D == 64 ? 1.0 : 0.7;
+            const double tau = score == Score::cosine ? 3.6 * root : score == Score::fidelity ? 0.2 * root * root : 3.5;
+            const Problem p = make_problem({1, 3, 700, D}, math, {is_causal, strided, sinks}, documents, tau, 31);
+            const Result active = run(p, path, Visit::active), all = run(p, path, Visit::all);
+            const std::string what = describe(math, p.in.shape, path);
+            expect_same_bits(active, all, what);
+            std::uint64_t tiles = 0, visible = 0;
+            for (int h = 0; h < 3; ++h) tiles += active.counters[h * kAttentionCounters + kActiveTiles], visible += active.counters[h * kAttentionCounters + kVisibleTiles];
+            EXPECT_GT(tiles, 0u) << what << ": nothing to compare";
+            EXPECT_LT(tiles, visible) << what << ": nothing was skipped";
+          }
+}
+
+TEST(CudaAttention, TenRunsGiveTheSameBits) {
+  NEEDS_GPU();
+  for (const auto path : paths())
+    for (const std::int64_t D : {64, 128}) {
+      const Problem p = make_problem({2, 3, 900, D}, {}, {is_causal, strided}, true, 1.5, 11);
+      const auto tiles = upload_tiles_cuda(make_tiles(900, 3, p.patterns));
+      const Result first = run(p, path, Visit::active, tiles.get());
+      for (int n = 1; n < 10; ++n) expect_same_bits(first, run(p, path, Visit::active, tiles.get()), std::string(name_of(path)) + " run " + std::to_string(n));
+    }
+}
+
+TEST(CudaAttention, NothingActiveGivesZeros) {
+  NEEDS_GPU();
+  for (const auto path : paths())
+    for (const auto visit : {Visit::active, Visit::all}) {
+      const Problem p = make_problem({1, 2, 300, 64}, {}, {is_causal}, false, 100.0, 3);
+      const Result r = run(p, path, visit);
+      for (const auto* v : {&r.o, &r.dq, &r.dk, &r.dv})
+        for (const Bf16 x : *v) ASSERT_EQ(__bfloat162float(x), 0.f);
+      for (const std::uint32_t w : r.bitmap) ASSERT_EQ(w, 0u);
+      EXPECT_EQ(r.counters[kActiveEdges], 0u);
+      EXPECT_EQ(r.counters[kEmptyRows], 300u);
+    }
+}
+
+TEST(CudaAttention, OffsetsBeyondTwoToThe31) {
+  NEEDS_GPU();
+  // The last sequence of a batch of three in packed [B, T, 3, H, D] (2.4e9 elements), against the same sequence alone.
+  const std::int64_t B = 3, H = 16, T = 131072, D = 128, token = 3 * H * D;
+  std::size_t free = 0, total = 0;
+  TESSERA_CUDA_CHECK(cudaMemGetInfo(&free, &total));
+  if (free < (std::size_t{24} << 30)) GTEST_SKIP() << "needs 24 GiB of free GPU memory, has " << (free >> 30);
+  const AttentionShape all{B, H, T, D}, one{1, H, T, D};
+  const auto tiles = upload_tiles_cuda(make_window_tiles(T, H, 128));
+  std::vector<Bf16> sequence(T * token);
+  std::uint32_t state = 1;
+  for (auto& x : sequence) x = __float2bfloat16_rn((static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) / (1 << 23) - 1.f) * 0.15f);
+  Device<Bf16> qkv(B * T * token), gradient(B * T * token), o(B * H * T * D), d_o(B * H * T * D);
+  TESSERA_CUDA_CHECK(cudaMemset(qkv.get(), 0, qkv.size() * 2));
+  TESSERA_CUDA_CHECK(cudaMemset(d_o.get(), 0, d_o.size() * 2));
+  TESSERA_CUDA_CHECK(cudaMemcpy(qkv.get() + 2 * T * token, sequence.data(), sequence.size() * 2, cudaMemcpyHostToDevice));
+  TESSERA_CUDA_CHECK(cudaMemcpy(d_o.get() + 2 * H * T * D, sequence.data(), H * T * D * 2, cudaMemcpyHostToDevice));
+  const std::int64_t n = T / 64;
+  Device<float> scale(std::vector<float>(H, 8.f)), tau(std::vector<float>(H, 0.1f)), z(B * H * T), work(attention_backward_workspace(all, 64));
+  Device<std::uint32_t> bits(B * H * n * bitmap_words(n));
+  const auto results = [&](const AttentionShape& s, Bf16* q, Bf16* out, Bf16* grad_out, Bf16* grad) {
+    const auto part = [&](Bf16* p, int which) { return HeadsView{p + which * H * D, DType::bf16, T * token, D, token}; };
+    AttentionForward f;
+    f.shape = s, f.tiles = tiles.get();
+    f.q = part(q, 0), f.k = part(q, 1), f.v = part(q, 2), f.o = packed(out, s);
+    f.scale = {scale.get(), DType::f32, {H}}, f.threshold = {tau.get(), DType::f32, {H}}, f.z = {z.get(), DType::f32, {B, H, T}};
+    f.active_tiles = {bits.get(), DType::u32, {static_cast<std::int64_t>(bits.size())}};
+    AttentionBackward g;
+    g.forward = f, g.d_o = packed(grad_out, s), g.dq = part(grad, 0), g.dk = part(grad, 1), g.dv = part(grad, 2);
+    g.workspace = {work.get(), DType::f32, {static_cast<std::int64_t>(work.size())}};
+    cuda_attention_forward(f, nullptr);
+    cuda_attention_backward(g, nullptr);
+    TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
+  };
+  const auto last = [&](const Device<Bf16>& from, std::int64_t at, std::int64_t count) {
+    std::vector<Bf16> v(count);
+    TESSERA_CUDA_CHECK(cudaMemcpy(v.data(), from.get() + at, count * 2, cudaMemcpyDeviceToHost));
+    return v;
+  };
+  results(all, qkv.get(), o.get(), d_o.get(), gradient.get());
+  const auto o_all = last(o, 2 * H * T * D, H * T * D), g_all = last(gradient, 2 * T * token, T * token);
+  o.poison(), gradient.poison();
+  results(one, qkv.get() + 2 * T * token, o.get(), d_o.get() + 2 * H * T * D, gradient.get());
+  EXPECT_TRUE(same_bits(o_all, last(o, 0, H * T * D)));
+  EXPECT_TRUE(same_bits(g_all, last(gradient, 0, T * token)));
+  double sum = 0;
+  for (const Bf16 x : o_all) sum += std::abs(__bfloat162float(x));
+  EXPECT_GT(sum, 0);
+}
+
+TEST(CudaAttention, RefusesWhatItCannotDo) {
+  NEEDS_GPU();
+  auto map = make_tiles(64, 1, {is_causal});
+  map->tile_key = 128;
+  EXPECT_THROW(upload_tiles_cuda(map), std::invalid_argument);
+  EXPECT_THROW(upload_tiles_cuda(nullptr), std::logic_error);
+  AttentionForward f;
+  f.shape = {1, 1, 64, 96};
+  EXPECT_THROW(cuda_attention_forward(f, nullptr), std::logic_error);
+  f.shape = {1, 1, 64, 64};
+  EXPECT_THROW(cuda_attention_forward(f, nullptr), std::logic_error);  // no tiles
+}
+
+}  // namespace
+}  // namespace tessera
