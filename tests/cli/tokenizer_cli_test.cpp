@@ -13,7 +13,7 @@ namespace {
 
 using Json = nlohmann::json;
 
-const std::string kFixtures = TESSERA_TOKENIZER_FIXTURES;
+const std::string kFixtures = TESSERA_FIXTURES "/tokenizer";
 const std::string kSmall = " --tokenizer bpe:" + kFixtures + "/small.json ";
 
 std::string contents(const std::string& path) {

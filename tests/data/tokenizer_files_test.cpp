@@ -15,7 +15,7 @@ using nlohmann::json;
 using test::put;
 using test::TemporaryFolder;
 
-const std::string kSmall = std::string(TESSERA_TOKENIZER_FIXTURES) + "/small.json";
+const std::string kSmall = std::string(TESSERA_FIXTURES) + "/tokenizer/small.json";
 
 json small_json() { return json::parse(read_file(kSmall)); }
 

@@ -27,7 +27,7 @@ using test::put;
 using test::TemporaryFolder;
 using Tokens = std::vector<std::uint32_t>;
 
-const std::string kFixtures = TESSERA_TOKENIZER_FIXTURES;
+const std::string kFixtures = TESSERA_FIXTURES "/tokenizer";
 
 json fixture(const std::string& name) { return json::parse(read_file(kFixtures + "/" + name)); }
 

@@ -14,7 +14,7 @@
 namespace tessera {
 namespace {
 
-const std::string kFixtures = TESSERA_TOKENIZER_FIXTURES;
+const std::string kFixtures = TESSERA_FIXTURES "/tokenizer";
 
 using Pair = std::pair<std::uint32_t, std::uint32_t>;
 
