@@ -36,42 +36,68 @@ using Frag = uint32_t[4][4];  // a warp's share of a 64 x 64 bf16 left operand: 
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+// Shared memory is addressed by its 32-bit address throughout, laid out by constants: through pointers the compiler works the address out anew
+// at every use.
+
+/// The same value, no longer known to the compiler: it stays in a register instead of being worked out again.
+template <class T>
+__device__ __forceinline__ T kept(T v) {
+  if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(v));
+  else asm volatile("" : "+r"(v));
+  return v;
+}
+__device__ __forceinline__ float kept_float(float v) {
+  asm volatile("" : "+f"(v));
+  return v;
+}
+/// Lane 0's value, known to be the same in the whole warp.
+__device__ __forceinline__ int uniform(int v) { return __shfl_sync(0xffffffffu, v, 0); }
+
+__device__ __forceinline__ int2 load_shared2(uint32_t at) {
+  int2 v;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+  return v;
+}
+__device__ __forceinline__ float4 load_shared4(uint32_t at) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared2(uint32_t at, int x, int y) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(x), "r"(y) : "memory");
+}
+
 // -- Barriers (mbarrier) ---------------------------------------------------------------------------------------------
-__device__ __forceinline__ void barrier_init(uint64_t* bar, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
+__device__ __forceinline__ void barrier_init(uint32_t bar, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive(uint64_t* bar) {
-  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(shared_address(bar)) : "memory");
+__device__ __forceinline__ void barrier_arrive(uint32_t bar) {
+  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(bar) : "memory");
 }
-__device__ __forceinline__ void barrier_expect(uint64_t* bar, uint32_t bytes) {
+__device__ __forceinline__ void barrier_expect(uint32_t bar, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 #else
   __trap();
 #endif
 }
-__device__ __forceinline__ bool barrier_test(uint64_t* bar, uint32_t parity) {
+__device__ __forceinline__ bool barrier_test(uint32_t bar, uint32_t parity) {
   uint32_t done;
 #if __CUDA_ARCH__ >= 900
   asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-               : "=r"(done)
-               : "r"(shared_address(bar)), "r"(parity)
-               : "memory");
+               : "=r"(done) : "r"(bar), "r"(parity) : "memory");
 #else
   asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-               : "=r"(done)
-               : "r"(shared_address(bar)), "r"(parity)
-               : "memory");
+               : "=r"(done) : "r"(bar), "r"(parity) : "memory");
 #endif
   return done;
 }
-__device__ __forceinline__ void barrier_wait(uint64_t* bar, uint32_t parity) {
-  while (!barrier_test(bar, parity)) {
-  }
+__device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
+  while (!barrier_test(bar, parity)) {}
 }
 /// Arrives once every cp.async of this thread so far has landed.
-__device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* bar) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
+__device__ __forceinline__ void barrier_arrive_after_copies(uint32_t bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
 template <int Registers>
 __device__ __forceinline__ void more_registers() {
@@ -104,20 +130,20 @@ __device__ __forceinline__ void copy_async16(uint32_t to, const void* from, bool
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 /// Box of 64 columns x 64 rows at (column, row, head, batch) of a [B, H, T, D] tensor; rows past the end arrive as zeros.
-__device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, uint64_t* bar, int column, int row, int head, int batch) {
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t bar, int column, int row, int head, int batch) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(to)),
-      "l"(map), "r"(shared_address(bar)), "r"(column), "r"(row), "r"(head), "r"(batch)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
+      "l"(map), "r"(bar), "r"(column), "r"(row), "r"(head), "r"(batch)
       : "memory");
 #else
   __trap();
 #endif
 }
-__device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* bar) {
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t bar) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from),
-               "r"(bytes), "r"(shared_address(bar))
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+               "r"(bytes), "r"(bar)
                : "memory");
 #else
   __trap();
@@ -298,17 +324,16 @@ struct Product<true> {
 
 /// c = sum over the D/64 parts of left rows times right rows: q k^T and its like.
 template <bool Hopper, int Parts>
-__device__ __forceinline__ void multiply_rows(Acc& c, const uint8_t (&left)[Parts][kTileBytes], const uint8_t (&right)[Parts][kTileBytes], int warp,
-                                              int lane) {
-  Product<Hopper>::template multiply_shared<true>(c, shared_address(left[0]), shared_address(right[0]), warp, lane);
+__device__ __forceinline__ void multiply_rows(Acc& c, uint32_t left, uint32_t right, int warp, int lane) {
+  Product<Hopper>::template multiply_shared<true>(c, left, right, warp, lane);
 #pragma unroll
-  for (int d = 1; d < Parts; ++d) Product<Hopper>::template multiply_shared<false>(c, shared_address(left[d]), shared_address(right[d]), warp, lane);
+  for (int d = 1; d < Parts; ++d) Product<Hopper>::template multiply_shared<false>(c, left + d * kTileBytes, right + d * kTileBytes, warp, lane);
 }
 /// c[d] += a b, a in registers, b's rows the summed index.
 template <bool Hopper, int Parts>
-__device__ __forceinline__ void accumulate(Acc (&c)[Parts], const Frag& a, const uint8_t (&right)[Parts][kTileBytes], int lane) {
+__device__ __forceinline__ void accumulate(Acc (&c)[Parts], const Frag& a, uint32_t right, int lane) {
 #pragma unroll
-  for (int d = 0; d < Parts; ++d) Product<Hopper>::template multiply<true>(c[d], a, shared_address(right[d]), lane);
+  for (int d = 0; d < Parts; ++d) Product<Hopper>::template multiply<true>(c[d], a, right + d * kTileBytes, lane);
 }
 
 }  // namespace tessera::cuda_attention

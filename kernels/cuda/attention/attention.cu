@@ -107,6 +107,8 @@ Args arguments(const AttentionForward& f, bool hopper) {
 template <int D>
 void forward(Args& a, const CudaTiles& tiles, bool hopper, cudaStream_t stream) {
   a.by_query = tiles.by_query(forward_groups<D>());
+  const std::size_t bitmap = static_cast<std::size_t>(a.batch) * a.heads * a.query_tiles * a.words * sizeof(std::uint32_t);
+  check(cudaMemsetAsync(a.active, 0, bitmap, stream), "clearing the bitmap");
   check(launch_forward<D>(a, hopper, stream), "forward kernel");
 }
 
@@ -143,7 +145,7 @@ void cuda_attention_backward(const AttentionBackward& g, cudaStream_t stream, Cu
   float* workspace = g.workspace.as<float>();
   require(reinterpret_cast<std::uintptr_t>(workspace) % 16 == 0, "the workspace must be 16-byte aligned");
   const std::int64_t tiles_total = f.shape.batch * f.shape.heads * a.query_tiles;
-  a.rows = reinterpret_cast<RowInfo*>(workspace);
+  a.rows = reinterpret_cast<RowTile*>(workspace);
   a.partial_scale = workspace + tiles_total * 64 * 4;
   a.partial_threshold = a.partial_scale + tiles_total;
 

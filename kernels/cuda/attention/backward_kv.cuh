@@ -11,79 +11,75 @@ namespace tessera::cuda_attention {
 
 template <int D>
 struct BackwardKvShared {
-  static constexpr int kGroups = 2;
-  static constexpr int kStages = D == 64 ? 4 : 3;
-  uint8_t k[kGroups][D / 64][kTileBytes];
-  uint8_t v[kGroups][D / 64][kTileBytes];
-  uint8_t q[kStages][D / 64][kTileBytes];
-  uint8_t d_o[kStages][D / 64][kTileBytes];
-  RowInfo rows[kStages][64];
-  Ring<kStages> ring;
-  uint64_t own;
+  static constexpr int kGroups = 2, kStages = D == 64 ? 5 : 3;
+  static constexpr uint32_t kRows = D / 64 * kTileBytes;  // 64 rows of one tensor
+  static constexpr uint32_t kK = 0, kV = kGroups * kRows, kQ = 2 * kGroups * kRows, kDo = kQ + kStages * kRows, kRowTiles = kDo + kStages * kRows,
+                            kRing = kRowTiles + kStages * sizeof(RowTile), kBytes = kRing + Ring<kGroups, true, kStages>::kBytes;
 };
 
-template <int D, bool Softmax, bool Hopper>
+template <int D, int Variant, bool Hopper>
 __global__ void __launch_bounds__(threads_of(BackwardKvShared<D>::kGroups, Hopper), 1) backward_kv_kernel(const __grid_constant__ Args a) {
   using Shared = BackwardKvShared<D>;
+  using Gate = Gates<Variant>;
+  using P = Product<Hopper>;
   constexpr int kGroups = Shared::kGroups, kStages = Shared::kStages, kParts = D / 64;
+  constexpr uint32_t kRows = Shared::kRows;
   extern __shared__ __align__(1024) uint8_t raw[];  // the swizzle counts from multiples of 1024
-  Shared& sm = *reinterpret_cast<Shared*>(raw);
+  const uint32_t base = kept(shared_address(raw));
+  const Ring<kGroups, Hopper, kStages> ring{base + Shared::kRing};
 
   int band, b, h;
   block_of(a, a.by_key, (a.key_tiles + kGroups - 1) / kGroups, false, band, b, h);
   const int lane = threadIdx.x & 31;
-  ring_init<kGroups, Hopper>(sm.ring, &sm.own);
+  ring.init();
 
   if (threadIdx.x >= kGroups * kWarpgroup) {  // producer
     if constexpr (Hopper) fewer_registers<producer_registers(kGroups)>();
     if (threadIdx.x >= kGroups * kWarpgroup + 32) return;
-    open_loads<Hopper>(&sm.own, 2 * kGroups * kParts * kTileBytes, lane);
+    open_loads<Hopper>(ring.own(), 2 * kGroups * kRows, lane);
     for (int w = 0; w < kGroups; ++w) {
-      load_rows<Hopper, D>(sm.k[w][0], a.k, &a.map_k, &sm.own, (static_cast<int64_t>(kGroups) * band + w) * kTile, b, h, a.tokens, lane);
-      load_rows<Hopper, D>(sm.v[w][0], a.v, &a.map_v, &sm.own, (static_cast<int64_t>(kGroups) * band + w) * kTile, b, h, a.tokens, lane);
+      load_rows<Hopper, D>(base + Shared::kK + w * kRows, a.k, &a.map_k, ring.own(), (kGroups * band + w) * kTile, b, h, a.tokens, lane);
+      load_rows<Hopper, D>(base + Shared::kV + w * kRows, a.v, &a.map_v, ring.own(), (kGroups * band + w) * kTile, b, h, a.tokens, lane);
     }
-    close_loads<Hopper>(&sm.own, lane);
+    close_loads<Hopper>(ring.own(), lane);
 
     const int64_t head_tiles = (static_cast<int64_t>(b) * a.heads + h) * a.query_tiles;
     const int skip = a.visit_all ? kHidden : kAbsent;
+    static_assert(32 % kGroups == 0, "a band's bits stand in one word");
     const auto keep = [&](Entry& e) {
-      const uint32_t* row = a.active + (head_tiles + e.tile) * a.words;
       const bool inside = e.tile < a.query_tiles;
+      const uint32_t bits = inside ? a.active[(head_tiles + e.tile) * a.words + (kGroups * band >> 5)] >> (kGroups * band & 31) : 0;
+      const DocumentBounds documents = inside ? document_bounds(a, b, e.tile) : DocumentBounds{};
 #pragma unroll
       for (int w = 0; w < kGroups; ++w) {
         const int key = kGroups * band + w;
-        if (!inside || key >= a.key_tiles) {
-          e.mask[w] = kAbsent;
-        } else if (e.mask[w] != kAbsent) {
-          if (!(row[key >> 5] >> (key & 31) & 1)) e.mask[w] = skip;
-        }
+        if (!inside || key >= a.key_tiles) e.mask[w] = kAbsent;
+        e.mask[w] = cut_mask(a, e.mask[w], e.tile, key, documents);
+        if (e.mask[w] != kAbsent && !(bits >> w & 1)) e.mask[w] = skip;
       }
     };
     const auto load = [&](int stage, int tile) {
-      uint64_t* full = &sm.ring.full[stage];
-      load_rows<Hopper, D>(sm.q[stage][0], a.q, &a.map_q, full, tile * 64ll, b, h, a.tokens, lane);
-      load_rows<Hopper, D>(sm.d_o[stage][0], a.d_o, &a.map_do, full, tile * 64ll, b, h, a.tokens, lane);
-      const RowInfo* rows = a.rows + (head_tiles + tile) * 64;
+      const uint32_t full = ring.full(stage), rows_to = base + Shared::kRowTiles + stage * sizeof(RowTile);
+      load_rows<Hopper, D>(base + Shared::kQ + stage * kRows, a.q, &a.map_q, full, tile * kTile, b, h, a.tokens, lane);
+      load_rows<Hopper, D>(base + Shared::kDo + stage * kRows, a.d_o, &a.map_do, full, tile * kTile, b, h, a.tokens, lane);
+      const RowTile* rows = a.rows + head_tiles + tile;
       if constexpr (Hopper) {
-        if (lane == 0) copy_bulk(sm.rows[stage], rows, sizeof(sm.rows[stage]), full);
+        if (lane == 0) copy_bulk(rows_to, rows, sizeof(RowTile), full);
       } else {
-        for (int r = lane; r < 64; r += 32) copy_async16(shared_address(&sm.rows[stage][r]), rows + r, true);
+        for (int n = lane; n < 64; n += 32) copy_async16(rows_to + 16 * n, reinterpret_cast<const uint4*>(rows) + n, true);
       }
     };
-    const int64_t list = static_cast<int64_t>(a.group_of_head[h]) * (a.by_key.bands + 1) + band;
-    produce<kGroups, Hopper>(sm.ring, a.by_key, list, 2 * kParts * kTileBytes + sizeof(sm.rows[0]), lane, keep, load);
+    produce(ring, a.by_key, static_cast<int64_t>(a.group_of_head[h]) * (a.by_key.bands + 1) + band, 2 * kRows + sizeof(RowTile), lane, keep, load);
     return;
   }
 
   if constexpr (Hopper) more_registers<consumer_registers(kGroups)>();
-  using P = Product<Hopper>;
-  const int group = threadIdx.x / kWarpgroup, warp = (threadIdx.x / 32) & 3;
+  const int group = uniform(threadIdx.x / kWarpgroup), warp = (threadIdx.x / 32) & 3;
   const int tile = kGroups * band + group, r0 = warp * 16 + lane / 4;
-  const int64_t j0 = static_cast<int64_t>(tile) * kTile + r0, j8 = j0 + 8;
-  const float scale = Softmax ? a.scale[h] * kLog2e : a.scale[h];
-  const bool last_keys = (tile + 1ll) * kTile > a.tokens, documents = a.document_start != nullptr;
+  const int j0 = tile * kTile + r0, j8 = j0 + 8;
+  const float scale = kept_float(Gate::kSoftmax ? a.scale[h] * kLog2e : a.scale[h]);
+  const bool documents = a.document_start != nullptr;
 
-  barrier_wait(&sm.own, 0);
   Acc dk[kParts], dv[kParts];
 #pragma unroll
   for (int d = 0; d < kParts; ++d) {
@@ -93,77 +89,73 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D>::kGroups, Hoppe
       for (int e = 0; e < 4; ++e) dk[d][j][e] = dv[d][j][e] = 0.f;
     }
   }
-
   int pending = -1;  // stage whose products may still be under way
-  const auto release = [&](int stage) {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&sm.ring.empty[stage]);
-  };
+  const uint32_t own_k = base + Shared::kK + group * kRows, own_v = base + Shared::kV + group * kRows;
+  barrier_wait(ring.own(), 0);
 
   for (Cursor at;; at.next<kStages>()) {
-    barrier_wait(&sm.ring.full[at.stage], at.phase);
-    const int other = sm.ring.entry[at.stage].tile, mask = sm.ring.entry[at.stage].mask[group];
+    barrier_wait(ring.full(at.stage), at.phase);
+    const int2 entry = load_shared2(ring.entry(at.stage, group));
+    const int other = uniform(entry.x), mask = uniform(entry.y);
     if (other < 0) break;
-    if (mask == kAbsent) {
+    if (mask == kAbsent) {  // nothing may be held back here, or the producer could wait for it
       P::template wait<0>();
-      if (pending >= 0) release(pending), pending = -1;
-      release(at.stage);
+      if (pending >= 0) ring.release(pending, lane), pending = -1;
+      ring.release(at.stage, lane);
       continue;
     }
+    const uint32_t q_at = base + Shared::kQ + at.stage * kRows, do_at = base + Shared::kDo + at.stage * kRows;
     Acc s, dp;
     P::begin();
-    multiply_rows<Hopper>(s, sm.k[group], sm.q[at.stage], warp, lane);
+    multiply_rows<Hopper, kParts>(s, own_k, q_at, warp, lane);
     P::commit();
-    multiply_rows<Hopper>(dp, sm.v[group], sm.d_o[at.stage], warp, lane);
+    multiply_rows<Hopper, kParts>(dp, own_v, do_at, warp, lane);
     P::commit();
     P::template wait<1>();
     P::settle(s);
-    if (pending >= 0) release(pending);
+    if (pending >= 0) ring.release(pending, lane);
 
-    const int64_t first_query = static_cast<int64_t>(other) * kTile;
-    const RowInfo* rows = sm.rows[at.stage];
-    if (mask >= 0 || mask == kHidden || last_keys || first_query + kTile > a.tokens || (documents && rows[63].document_start > tile * 64ll)) {
-      hide(s, key_mask(a, mask, r0, j0, first_query, rows, documents), key_mask(a, mask, r0 + 8, j8, first_query, rows, documents), lane);
+    const uint32_t rows_at = base + Shared::kRowTiles + at.stage * sizeof(RowTile), pairs_at = rows_at + 16 * (lane & 3), offsets_at = rows_at + 512 + 8 * (lane & 3);
+    if (mask != TileEntry::kFull) {
+      const uint32_t starts = documents ? rows_at + 768 : 0;
+      hide(s, key_mask(a, mask, r0, j0, other * kTile, starts), key_mask(a, mask, r0 + 8, j8, other * kTile, starts), lane);
     }
     Frag p;
-    with_gate<Softmax>(a, [&](auto power, auto fidelity) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        float w[4];
+    for (int j = 0; j < 8; ++j) {
+      const float4 pair = load_shared4(pairs_at + 64 * j);
+      const int2 offsets = load_shared2(offsets_at + 32 * j);
+      float w[4];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const RowInfo row = rows[8 * j + 2 * (lane & 3) + e];
-          w[e] = row.inverse_z * edge_weight<Softmax, fidelity.value, power.value>(s[j][e], scale, row.offset, s[j][e]);
-          w[e + 2] = row.inverse_z * edge_weight<Softmax, fidelity.value, power.value>(s[j][e + 2], scale, row.offset, s[j][e + 2]);
-        }
-        p[j / 2][2 * (j & 1)] = pack(w[0], w[1]);
-        p[j / 2][2 * (j & 1) + 1] = pack(w[2], w[3]);
+      for (int e = 0; e < 4; ++e) {
+        const float offset = __int_as_float(e & 1 ? offsets.y : offsets.x);
+        w[e] = (e & 1 ? pair.z : pair.x) * edge_weight<Gate::kSoftmax, Gate::kFidelity, Gate::kPower>(s[j][e], scale, offset, s[j][e]);
       }
-    });
+      p[j / 2][2 * (j & 1)] = pack(w[0], w[1]);
+      p[j / 2][2 * (j & 1) + 1] = pack(w[2], w[3]);
+    }
     P::begin();
-    accumulate<Hopper>(dv, p, sm.d_o[at.stage], lane);
+    accumulate<Hopper>(dv, p, do_at, lane);
     P::commit();
     P::template wait<1>();
     P::settle(dp);
 
     Frag ds;
-    with_gate<Softmax>(a, [&](auto power, auto fidelity) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        float g[4];
+    for (int j = 0; j < 8; ++j) {
+      const float4 pair = load_shared4(pairs_at + 64 * j);
+      const int2 offsets = Gate::kFidelity ? load_shared2(offsets_at + 32 * j) : int2{};
+      float g[4];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const RowInfo row = rows[8 * j + 2 * (lane & 3) + e];
-          edge_gradient<Softmax, fidelity.value, power.value>(s[j][e], scale, row.offset, fmaf(dp[j][e], row.inverse_z, row.minus_delta), g[e]);
-          edge_gradient<Softmax, fidelity.value, power.value>(s[j][e + 2], scale, row.offset, fmaf(dp[j][e + 2], row.inverse_z, row.minus_delta),
-                                                              g[e + 2]);
-        }
-        ds[j / 2][2 * (j & 1)] = pack(g[0], g[1]);
-        ds[j / 2][2 * (j & 1) + 1] = pack(g[2], g[3]);
+      for (int e = 0; e < 4; ++e) {
+        const float da = fmaf(dp[j][e], e & 1 ? pair.z : pair.x, e & 1 ? pair.w : pair.y);
+        edge_gradient<Gate::kSoftmax, Gate::kFidelity, Gate::kPower>(s[j][e], scale, __int_as_float(e & 1 ? offsets.y : offsets.x), da, g[e]);
       }
-    });
+      ds[j / 2][2 * (j & 1)] = pack(g[0], g[1]);
+      ds[j / 2][2 * (j & 1) + 1] = pack(g[2], g[3]);
+    }
     P::begin();
-    accumulate<Hopper>(dk, ds, sm.q[at.stage], lane);
+    accumulate<Hopper>(dk, ds, q_at, lane);
     P::commit();
     pending = at.stage;
   }
@@ -171,7 +163,7 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D>::kGroups, Hoppe
 #pragma unroll
   for (int d = 0; d < kParts; ++d) P::settle(dk[d]), P::settle(dv[d]);
   if (tile >= a.key_tiles) return;
-  const float dk_scale = a.scale[h] * (Softmax ? 1.f : static_cast<float>(a.power)) * (a.fidelity ? 2.f : 1.f);
+  const float dk_scale = a.scale[h] * (Gate::kFidelity ? 2.f : 1.f) * Gate::kPower;
 #pragma unroll
   for (int d = 0; d < kParts; ++d) {
     store_product(dk[d], a.dk, b, h, j0, a.tokens, d * 64, lane, dk_scale, dk_scale);

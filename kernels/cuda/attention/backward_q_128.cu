@@ -5,10 +5,8 @@ namespace tessera::cuda_attention {
 
 template <>
 cudaError_t launch_backward_q<128>(const Args& a, bool hopper, cudaStream_t stream) {
-  using Shared = BackwardQShared<128>;
-  if (a.softmax)
-    return launch<Shared>(hopper ? backward_q_kernel<128, true, true> : backward_q_kernel<128, true, false>, a, a.query_tiles, hopper, stream);
-  return launch<Shared>(hopper ? backward_q_kernel<128, false, true> : backward_q_kernel<128, false, false>, a, a.query_tiles, hopper, stream);
+  static const Kernel kernels[8][2] = TESSERA_VARIANTS(backward_q_kernel, 128);
+  return launch<BackwardQShared<128>>(kernels, a, a.query_tiles, hopper, stream);
 }
 template <>
 int backward_q_groups<128>() {

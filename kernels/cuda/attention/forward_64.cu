@@ -5,9 +5,8 @@ namespace tessera::cuda_attention {
 
 template <>
 cudaError_t launch_forward<64>(const Args& a, bool hopper, cudaStream_t stream) {
-  using Shared = ForwardShared<64>;
-  if (a.softmax) return launch<Shared>(hopper ? forward_kernel<64, true, true> : forward_kernel<64, true, false>, a, a.query_tiles, hopper, stream);
-  return launch<Shared>(hopper ? forward_kernel<64, false, true> : forward_kernel<64, false, false>, a, a.query_tiles, hopper, stream);
+  static const Kernel kernels[8][2] = TESSERA_VARIANTS(forward_kernel, 64);
+  return launch<ForwardShared<64>>(kernels, a, a.query_tiles, hopper, stream);
 }
 template <>
 int forward_groups<64>() {

@@ -4,8 +4,6 @@
 // A masked edge is a NaN score: every relu gate and derivative below sends NaN to exactly 0 (fmaxf(NaN, 0) = 0, NaN > 0 is
 // false), so that full tiles pay nothing for masks. Softmax turns it into exp(-inf).
 
-#include <type_traits>
-
 #include "kernels/cuda/attention/pipeline.cuh"
 
 namespace tessera::cuda_attention {
@@ -13,7 +11,7 @@ namespace tessera::cuda_attention {
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 /// x = scale f(s) + offset of query row i; for softmax scale and offset are 0-based exponents of two instead (offset: -z, backward).
-__device__ __forceinline__ float row_offset(const Args& a, int h, int64_t i, int head_size) {
+__device__ __forceinline__ float row_offset(const Args& a, int h, int i, int head_size) {
   const float c = a.scale[h];
   if (a.length_beta > 0) return -c * a.length_beta * sqrtf(2.f * logf(static_cast<float>(i) + 2.f) / static_cast<float>(head_size));
   return a.fidelity ? -c * a.threshold[h] : -a.threshold[h];
@@ -22,27 +20,29 @@ __device__ __forceinline__ float row_offset(const Args& a, int h, int64_t i, int
 // -- Masks -----------------------------------------------------------------------------------------------------------
 
 /// Bit k: key first_key + k is visible to query i, row r of its tile. `document` is the first visible key.
-__device__ __forceinline__ uint64_t query_mask(const Args& a, int mask, int r, int64_t i, int64_t first_key, int64_t document) {
-  if (mask == kHidden) return 0;
+__device__ __forceinline__ uint64_t query_mask(const Args& a, int mask, int r, int i, int first_key, int document) {
+  if (mask == kHidden || i >= a.tokens) return 0;
   uint64_t m = mask < 0 ? ~0ull : mask == 0 && a.mask0_is_causal ? (2ull << r) - 1 : __ldg(a.masks + mask * 64ll + r);
-  const int64_t keys = a.tokens - first_key, hidden = document - first_key;
+  const int keys = a.tokens - first_key, hidden = document - first_key;
   if (keys < 64) m &= (1ull << keys) - 1;
   if (hidden > 0) m &= hidden >= 64 ? 0 : ~0ull << hidden;
-  return i < a.tokens ? m : 0;
+  return m;
 }
 
-/// Bit q: query first_query + q sees key j, row r of its tile. Document starts come from `rows`, the query tile's.
-__device__ __forceinline__ uint64_t key_mask(const Args& a, int mask, int r, int64_t j, int64_t first_query, const RowInfo* rows, bool documents) {
-  if (mask == kHidden) return 0;
+/// Bit q: query first_query + q sees key j, row r of its tile. Document starts (shared memory) are the query tile's, 0: no documents.
+__device__ __forceinline__ uint64_t key_mask(const Args& a, int mask, int r, int j, int first_query, uint32_t document_starts) {
+  if (mask == kHidden || j >= a.tokens) return 0;
   uint64_t m = mask < 0 ? ~0ull : mask == 0 && a.mask0_is_causal ? ~0ull << r : __ldg(a.masks_by_key + mask * 64ll + r);
-  const int64_t queries = a.tokens - first_query;
+  const int queries = a.tokens - first_query;
   if (queries < 64) m &= (1ull << queries) - 1;
-  if (documents) {
-    for (int q = 0; q < 64; ++q) {
-      if (rows[q].document_start > j) m &= ~(1ull << q);
+  if (document_starts) {
+    for (int q = 0; q < 64; q += 2) {
+      const int2 starts = load_shared2(document_starts + 4 * q);
+      if (starts.x > j) m &= ~(1ull << q);
+      if (starts.y > j) m &= ~(2ull << q);
     }
   }
-  return j < a.tokens ? m : 0;
+  return m;
 }
 
 /// Hides what the masks of this thread's two rows do not show.
@@ -80,31 +80,6 @@ __device__ __forceinline__ float slope(float r) {
   return r * r * r;
 }
 
-/// Calls f(integral_constant<P>, bool_constant<fidelity>) for the arguments' gate: one branch a tile, none an edge.
-template <bool Softmax = false, class F>
-__device__ __forceinline__ void with_gate(const Args& a, F&& f) {
-  if constexpr (Softmax) {  // P plays no part
-    if (a.fidelity)
-      f(std::integral_constant<int, 1>{}, std::true_type{});
-    else
-      f(std::integral_constant<int, 1>{}, std::false_type{});
-  } else if (a.fidelity) {
-    if (a.power == 2)
-      f(std::integral_constant<int, 2>{}, std::true_type{});
-    else if (a.power == 1)
-      f(std::integral_constant<int, 1>{}, std::true_type{});
-    else
-      f(std::integral_constant<int, 4>{}, std::true_type{});
-  } else {
-    if (a.power == 2)
-      f(std::integral_constant<int, 2>{}, std::false_type{});
-    else if (a.power == 1)
-      f(std::integral_constant<int, 1>{}, std::false_type{});
-    else
-      f(std::integral_constant<int, 4>{}, std::false_type{});
-  }
-}
-
 /// Rounds a product to bf16 as the left operand of the next one: fragment [kk] is columns 16kk .. 16kk+15.
 __device__ __forceinline__ void round_fragment(Frag& to, const Acc& from) {
 #pragma unroll
@@ -117,9 +92,10 @@ __device__ __forceinline__ void round_fragment(Frag& to, const Acc& from) {
 }
 
 /// Does any of this thread's scores make an active edge? Needs scale > 0: x rises with f(s), and rounding keeps the order.
-__device__ __forceinline__ bool any_active(const Args& a, const Acc& s, float scale, float offset0, float offset8) {
+template <bool Fidelity>
+__device__ __forceinline__ bool any_active(const Acc& s, float scale, float offset0, float offset8) {
   float top0 = -INFINITY, top8 = -INFINITY;
-  if (a.fidelity) {
+  if constexpr (Fidelity) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       top0 = fmaxf(top0, fmaxf(fabsf(s[j][0]), fabsf(s[j][1])));
@@ -190,8 +166,8 @@ __device__ __forceinline__ float edge_gradient(float kept, float scale, float of
   }
 }
 
-/// Positive weights among a rounded fragment: exact, since 16 ones fit bf16.
-__device__ __forceinline__ int count_positive(const Frag& p) {
+/// Positive weights among a rounded fragment: exact, since 16 ones fit bf16 and their sums fit fp32.
+__device__ __forceinline__ float count_positive(const Frag& p) {
   const __nv_bfloat162 zero = __float2bfloat162_rn(0.f);
   __nv_bfloat162 n = zero;
 #pragma unroll
@@ -199,7 +175,8 @@ __device__ __forceinline__ int count_positive(const Frag& p) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) n = __hadd2(n, __hgt2(reinterpret_cast<const __nv_bfloat162&>(p[kk][e]), zero));
   }
-  return static_cast<int>(__low2float(n)) + static_cast<int>(__high2float(n));
+  const uint32_t bits = reinterpret_cast<const uint32_t&>(n);
+  return low_of(bits) + high_of(bits);
 }
 
 }  // namespace tessera::cuda_attention

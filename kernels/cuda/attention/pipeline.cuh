@@ -8,6 +8,7 @@
 // a time: ballot and popcount compact the list on the fly, nothing is stored and the host never learns its length.
 
 #include "kernels/cuda/attention/arch.cuh"
+#include "kernels/tiles.h"
 
 namespace tessera::cuda_attention {
 
@@ -35,13 +36,25 @@ struct BandLists {
   int bands;         // of the whole map: the stride of offsets and order
 };
 
-/// What a query row contributes to each of its edges in the backward pass.
-struct __align__(16) RowInfo {
-  float offset;       // x = c f(s) + offset
-  float inverse_z;    // 1 / z_i, 0 where z_i = 0
-  float minus_delta;  // -<do_i, o_i> / z_i for sum, -<do_i, o_i> for softmax, else 0
-  int document_start;
+/// What the 64 rows of a query tile contribute to their edges in the backward pass, in the order in which lanes read it.
+struct __align__(16) RowTile {
+  struct Pair {          // of rows 2n and 2n + 1
+    float inverse_z0;    // 1 / z_i, 0 where z_i = 0
+    float minus_delta0;  // -<do_i, o_i> / z_i for sum, -<do_i, o_i> for softmax, else 0
+    float inverse_z1, minus_delta1;
+  } pair[32];
+  float offset[64];  // x = c f(s) + offset
+  int document_start[64];
 };
+static_assert(sizeof(RowTile) == 64 * 16);
+
+/// The kernels' variants: three gates and softmax, with and without fidelity.
+template <int Variant>
+struct Gates {
+  static constexpr bool kSoftmax = Variant >= 6, kFidelity = Variant & 1;
+  static constexpr int kPower = kSoftmax ? 1 : 1 << (Variant >> 1);
+};
+constexpr int variant_of(int power, bool softmax, bool fidelity) { return (softmax ? 6 : power == 1 ? 0 : power == 2 ? 2 : 4) + fidelity; }
 
 struct Args {
   CUtensorMap map_q, map_k, map_v, map_do;  // Hopper path only
@@ -54,7 +67,7 @@ struct Args {
   float* z;
   uint32_t* active;              // [B, H, query_tiles, words]
   unsigned long long* counters;  // [H, 5] or null
-  RowInfo* rows;                 // [B, H, 64 query_tiles]
+  RowTile* rows;  // [B, H, query_tiles]
   float* partial_scale;          // [B, H, query_tiles]
   float* partial_threshold;      // [B, H, query_tiles]
   BandLists by_query, by_key;    // bands of as many tiles as the launched kernel has consumers
@@ -67,10 +80,37 @@ struct Args {
   float epsilon, length_alpha, length_beta;
 };
 
-template <int Stages>
+/// Barriers and entries of the stages, in shared memory from `base`. An entry is (tile, mask) for each warpgroup.
+template <int Groups, bool Hopper, int Stages>
 struct Ring {
-  uint64_t full[Stages], empty[Stages];
-  Entry entry[Stages];
+  uint32_t base;
+  static constexpr uint32_t kBytes = 48 * Stages + 16;
+  __device__ __forceinline__ uint32_t full(int stage) const { return base + 8 * stage; }
+  __device__ __forceinline__ uint32_t empty(int stage) const { return base + 8 * (Stages + stage); }
+  __device__ __forceinline__ uint32_t entry(int stage, int group) const { return base + 16 * Stages + 32 * stage + 8 * group; }
+  /// Full once the block's own tiles have arrived.
+  __device__ __forceinline__ uint32_t own() const { return base + 48 * Stages; }
+
+  __device__ __forceinline__ void init() const {
+    if (threadIdx.x == 0) {
+      // Portable: 32 lanes arrive by their copies, and lane 0 once more for what the warp stored itself.
+      for (int s = 0; s < Stages; ++s) barrier_init(full(s), Hopper ? 1 : 33), barrier_init(empty(s), Groups * 4);
+      barrier_init(own(), Hopper ? 1 : 33);
+#if __CUDA_ARCH__ >= 900
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // the copy engine sees the barriers too
+#endif
+    }
+    __syncthreads();
+  }
+  __device__ __forceinline__ void put(int stage, const Entry& e) const {
+#pragma unroll
+    for (int g = 0; g < Groups; ++g) store_shared2(entry(stage, g), e.tile, e.mask[g]);
+  }
+  /// A consumer warp is done with a stage.
+  __device__ __forceinline__ void release(int stage, int lane) const {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(empty(stage));
+  }
 };
 
 struct Cursor {
@@ -82,48 +122,32 @@ struct Cursor {
   }
 };
 
-template <int Groups, bool Hopper, int Stages>
-__device__ __forceinline__ void ring_init(Ring<Stages>& ring, uint64_t* own) {
-  if (threadIdx.x == 0) {
-    // Portable: 32 lanes arrive by their copies, and lane 0 once more for what it stored itself.
-    for (int s = 0; s < Stages; ++s) barrier_init(&ring.full[s], Hopper ? 1 : 33), barrier_init(&ring.empty[s], Groups * 4);
-    barrier_init(own, Hopper ? 1 : 33);
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // the copy engine sees the barriers too
-#endif
-  }
-  __syncthreads();
-}
-
 /// Loads rows [row, row + 64) of one [T, D] matrix into D/64 tiles, by the whole producer warp.
 template <bool Hopper, int D>
-__device__ __forceinline__ void load_rows(uint8_t* to, const View& view, const CUtensorMap* map, uint64_t* bar, int64_t row, int b, int h, int tokens,
-                                          int lane) {
+__device__ __forceinline__ void load_rows(uint32_t to, const View& view, const CUtensorMap* map, uint32_t bar, int row, int b, int h, int tokens, int lane) {
   if constexpr (Hopper) {
     if (lane == 0) {
 #pragma unroll
-      for (int d = 0; d < D / 64; ++d) copy_box(to + d * kTileBytes, map, bar, d * 64, static_cast<int>(row), h, b);
+      for (int d = 0; d < D / 64; ++d) copy_box(to + d * kTileBytes, map, bar, d * 64, row, h, b);
     }
   } else {
-    const uint32_t base = shared_address(to);
     for (int c = lane; c < 64 * D / 8; c += 32) {
       const int r = c / (D / 8), chunk = c % (D / 8);
       const bool valid = row + r < tokens;
-      copy_async16(base + (chunk / 8) * kTileBytes + r * 128 + (((chunk % 8) ^ (r & 7)) << 4), view.row(b, h, valid ? row + r : 0) + chunk * 8,
-                   valid);
+      copy_async16(to + (chunk / 8) * kTileBytes + r * 128 + (((chunk % 8) ^ (r & 7)) << 4), view.row(b, h, valid ? row + r : 0) + chunk * 8, valid);
     }
   }
 }
 
 /// Opens a set of loads of `bytes` on `bar`; close_loads ends it.
 template <bool Hopper>
-__device__ __forceinline__ void open_loads(uint64_t* bar, uint32_t bytes, int lane) {
+__device__ __forceinline__ void open_loads(uint32_t bar, uint32_t bytes, int lane) {
   if constexpr (Hopper) {
     if (lane == 0) barrier_expect(bar, bytes);
   }
 }
 template <bool Hopper>
-__device__ __forceinline__ void close_loads(uint64_t* bar, int lane) {
+__device__ __forceinline__ void close_loads(uint32_t bar, int lane) {
   if constexpr (!Hopper) {
     barrier_arrive_after_copies(bar);
     if (lane == 0) barrier_arrive(bar);
@@ -133,7 +157,8 @@ __device__ __forceinline__ void close_loads(uint64_t* bar, int lane) {
 /// The producer warp's walk: keep(entry) drops what is not to be visited by setting masks to kAbsent; load(stage, tile) issues the loads of a
 /// visited tile, `bytes` in all. Ends with an entry of tile -1.
 template <int Groups, bool Hopper, int Stages, class Keep, class Load>
-__device__ __forceinline__ void produce(Ring<Stages>& ring, const BandLists& lists, int64_t list, uint32_t bytes, int lane, Keep keep, Load load) {
+__device__ __forceinline__ void produce(const Ring<Groups, Hopper, Stages>& ring, const BandLists& lists, int64_t list, uint32_t bytes, int lane,
+                                        Keep keep, Load load) {
   const int64_t begin = lists.offsets[list], end = lists.offsets[list + 1];
   Cursor at;
   at.phase = 1;  // the first round finds every stage empty
@@ -151,20 +176,35 @@ __device__ __forceinline__ void produce(Ring<Stages>& ring, const BandLists& lis
     while (live) {
       const int from = __ffs(live) - 1;
       live &= live - 1;
-      barrier_wait(&ring.empty[at.stage], at.phase);
-      if (lane == from) ring.entry[at.stage] = mine;
+      barrier_wait(ring.empty(at.stage), at.phase);
+      if (lane == from) ring.put(at.stage, mine);
       const int tile = __shfl_sync(0xffffffffu, mine.tile, from);
       __syncwarp();  // the entry stands before lane 0 arrives
-      open_loads<Hopper>(&ring.full[at.stage], bytes, lane);
+      open_loads<Hopper>(ring.full(at.stage), bytes, lane);
       load(at.stage, tile);
-      close_loads<Hopper>(&ring.full[at.stage], lane);
+      close_loads<Hopper>(ring.full(at.stage), lane);
       at.next<Stages>();
     }
   }
-  barrier_wait(&ring.empty[at.stage], at.phase);
-  if (lane == 0) ring.entry[at.stage].tile = -1;
-  open_loads<Hopper>(&ring.full[at.stage], 0, lane);
-  close_loads<Hopper>(&ring.full[at.stage], lane);
+  barrier_wait(ring.empty(at.stage), at.phase);
+  if (lane == 0) ring.put(at.stage, Entry{-1, {kAbsent, kAbsent, kAbsent}});
+  open_loads<Hopper>(ring.full(at.stage), 0, lane);
+  close_loads<Hopper>(ring.full(at.stage), lane);
+}
+
+/// Which keys bound a query tile's documents: from `first` its first row sees keys, from `full` every row does.
+struct DocumentBounds {
+  int first = 0, full = 0;
+};
+__device__ __forceinline__ DocumentBounds document_bounds(const Args& a, int b, int query_tile) {
+  if (!a.document_start) return {};
+  const int* starts = a.document_start + static_cast<int64_t>(b) * a.tokens;
+  return {starts[min(query_tile * kTile, a.tokens - 1)], starts[min(query_tile * kTile + 63, a.tokens - 1)]};
+}
+/// A full tile that the sequence's end or a document's start cuts still needs a mask.
+__device__ __forceinline__ int cut_mask(const Args& a, int mask, int query_tile, int key_tile, DocumentBounds d) {
+  const bool cut = key_tile * kTile < d.full || (max(query_tile, key_tile) + 1) * kTile > a.tokens;
+  return mask == TileEntry::kFull && cut ? kEdge : mask;
 }
 
 /// Which band of tiles and which (batch, head) a block works on. Blocks start in about this order: sections of heads that fit the L2
@@ -184,11 +224,11 @@ __device__ __forceinline__ void block_of(const Args& a, const BandLists& lists, 
 }
 
 /// Writes a warpgroup's 64 x 64 product, rows scaled, as bf16: rows i0 and i0 + 8 of this thread, columns from `column`.
-__device__ __forceinline__ void store_product(const Acc& c, const View& view, int b, int h, int64_t row, int tokens, int column, int lane,
+__device__ __forceinline__ void store_product(const Acc& c, const View& view, int b, int h, int row, int tokens, int column, int lane,
                                               float scale0, float scale8) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t i = row + 8 * half;
+    const int i = row + 8 * half;
     const float scale = half ? scale8 : scale0;
     // The four lanes of a row exchange quarters, so that each stores 16 bytes: a 4 x 4 transpose of words in two steps.
 #pragma unroll

@@ -25,9 +25,11 @@ __global__ void row_info_kernel(const __grid_constant__ Args a) {
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
   const int lane = threadIdx.x % kLanes;
   if (row >= rows) return;
-  const int64_t i = row % padded, bh = row / padded;
+  const int64_t bh = row / padded;
+  const int i = static_cast<int>(row % padded);
   const int b = static_cast<int>(bh / a.heads), h = static_cast<int>(bh % a.heads);
-  RowInfo info{};
+  float offset = 0, inverse_z = 0, minus_delta = 0;
+  int document = 0;
   if (i < a.tokens) {  // all lanes of a row agree
     float delta = 0;
     if (a.normalize_sum || a.softmax) {
@@ -41,17 +43,22 @@ __global__ void row_info_kernel(const __grid_constant__ Args a) {
     }
     const float z = a.z[bh * a.tokens + i];
     if (a.softmax) {
-      info.offset = -z * kLog2e;
-      info.inverse_z = 1.f;
-      info.minus_delta = -delta;
+      offset = -z * kLog2e;
+      inverse_z = 1.f;
+      minus_delta = -delta;
     } else {
-      info.offset = row_offset(a, h, i, D);
-      info.inverse_z = z > 0.f ? 1.f / z : 0.f;
-      info.minus_delta = -delta * info.inverse_z;
+      offset = row_offset(a, h, i, D);
+      inverse_z = z > 0.f ? 1.f / z : 0.f;
+      minus_delta = -delta * inverse_z;
     }
-    if (a.document_start) info.document_start = a.document_start[static_cast<int64_t>(b) * a.tokens + i];
+    if (a.document_start) document = a.document_start[static_cast<int64_t>(b) * a.tokens + i];
   }
-  if (lane == 0) a.rows[row] = info;
+  if (lane == 0) {
+    RowTile& to = a.rows[row / 64];
+    const int r = static_cast<int>(row % 64);
+    reinterpret_cast<float2*>(to.pair)[r] = make_float2(inverse_z, minus_delta);
+    to.offset[r] = offset, to.document_start[r] = document;
+  }
 }
 
 /// One block a head: thread t sums its stride of (batch, query tile) in ascending order, then a tree.
