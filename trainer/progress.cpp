@@ -35,15 +35,22 @@ Console::Mode Console::mode_for(int rank) {
 }
 
 Console::~Console() {
-  if (live_line_) std::fputs("\n", stdout);
-  std::fflush(stdout);
+  if (live_line_) put("\n");
+}
+
+void Console::put(const std::string& text) {
+  if (std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0) return;
+  // Nobody reads any more (a closed terminal or pipe). A run goes on without: what it is for goes to its folder.
+  mode_ = Mode::silent;
+  live_line_ = false;
+  if (!std::freopen("/dev/null", "w", stdout)) std::clearerr(stdout);
 }
 
 void Console::print(const std::string& line) {
   if (mode_ == Mode::silent) return;
-  fmt::print("{}{}\n", live_line_ ? "\r\033[K" : "", line);
+  const char* clear = live_line_ ? "\r\033[K" : "";
   live_line_ = false;
-  std::fflush(stdout);
+  put(fmt::format("{}{}\n", clear, line));
 }
 
 void Console::progress(const std::string& line, bool log) {
@@ -56,8 +63,7 @@ void Console::progress(const std::string& line, bool log) {
   if (live_line_ && now - last_ < std::chrono::milliseconds(100)) return;
   last_ = now;
   live_line_ = true;
-  fmt::print("\r\033[K{}", line.substr(0, terminal_width() - 1));
-  std::fflush(stdout);
+  put("\r\033[K" + line.substr(0, terminal_width() - 1));
 }
 
 std::string format_duration(double seconds) {

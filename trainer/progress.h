@@ -30,6 +30,7 @@ class Console {
 
  private:
   void print(const std::string& line);
+  void put(const std::string& text);
   Mode mode_;
   bool live_line_ = false;
   std::chrono::steady_clock::time_point last_{};

@@ -4,16 +4,20 @@
 
 #include <array>
 #include <csignal>
+#include <cstdlib>
 
 namespace tessera {
 namespace {
 
 volatile std::sig_atomic_t received = 0;
-constexpr std::array kSignals{SIGTERM, SIGINT, SIGUSR1};
-std::array<struct sigaction, kSignals.size() + 1> before;
+constexpr std::array kStop{SIGTERM, SIGINT, SIGUSR1, SIGHUP, SIGCONT};
+constexpr std::array kIgnored{SIGXFSZ, SIGPIPE};
+std::array<struct sigaction, kStop.size()> stop_before;
+std::array<struct sigaction, kIgnored.size()> ignored_before;
 
 extern "C" void on_stop(int signal) {
-  if (received) _exit(128 + signal);
+  if (signal == SIGCONT && received) return;
+  if (received && received != SIGCONT) _exit(128 + signal);  // SIGTERM after mpirun's SIGCONT is the same request
   received = signal;
 }
 
@@ -25,15 +29,19 @@ StopSignals::StopSignals() {
   action.sa_handler = on_stop;
   action.sa_flags = SA_RESTART;  // reads and writes under way go on
   sigemptyset(&action.sa_mask);
-  for (std::size_t i = 0; i < kSignals.size(); ++i) sigaction(kSignals[i], &action, &before[i]);
-  // A file-size limit shall be an error of the write, with a message, not the end of the process.
+  for (std::size_t i = 0; i < kStop.size(); ++i) {
+    sigaction(kStop[i], nullptr, &stop_before[i]);
+    if (kStop[i] == SIGHUP && stop_before[i].sa_handler == SIG_IGN) continue;
+    if (kStop[i] == SIGCONT && !std::getenv("OMPI_COMM_WORLD_RANK")) continue;
+    sigaction(kStop[i], &action, nullptr);
+  }
   action.sa_handler = SIG_IGN;
-  sigaction(SIGXFSZ, &action, &before.back());
+  for (std::size_t i = 0; i < kIgnored.size(); ++i) sigaction(kIgnored[i], &action, &ignored_before[i]);
 }
 
 StopSignals::~StopSignals() {
-  for (std::size_t i = 0; i < kSignals.size(); ++i) sigaction(kSignals[i], &before[i], nullptr);
-  sigaction(SIGXFSZ, &before.back(), nullptr);
+  for (std::size_t i = 0; i < kStop.size(); ++i) sigaction(kStop[i], &stop_before[i], nullptr);
+  for (std::size_t i = 0; i < kIgnored.size(); ++i) sigaction(kIgnored[i], &ignored_before[i], nullptr);
 }
 
 bool StopSignals::requested() const { return received != 0; }
@@ -43,6 +51,8 @@ const char* StopSignals::name() const {
     case SIGTERM: return "SIGTERM";
     case SIGINT: return "SIGINT";
     case SIGUSR1: return "SIGUSR1";
+    case SIGHUP: return "SIGHUP";
+    case SIGCONT: return "mpirun";
     default: return "";
   }
 }
