@@ -1,5 +1,7 @@
 // A run that is cut short goes on as if nothing had happened; what is damaged is noticed and never used.
 
+#include <fmt/core.h>
+
 #include <csignal>
 #include <random>
 
@@ -130,7 +132,7 @@ TEST_F(ResumeTest, StartsFromScratchWhereThereIsNoCheckpoint) {
 TEST_F(ResumeTest, AFullDiskLosesNothing) {
   ASSERT_EQ(tessera("train tiny.yaml --set run.dir=runs/whole").code, 0);
   for (const int ranks : {1, 2}) {
-    const std::string dir = "runs/r" + std::to_string(ranks), run = "train tiny.yaml --set run.dir=" + dir;
+    const std::string name = fmt::format("r{}", ranks), dir = "runs/" + name, run = "train tiny.yaml --set run.dir=" + dir;
     ASSERT_EQ(tessera_on(ranks, run, "TESSERA_FAULT=stop@0:5").code, 0);
     // A limit on the size of files stands in for a full disk: a write fails in the middle. On two ranks it is the one without the model that fails,
     // and only once MPI has made its own files.
@@ -141,7 +143,7 @@ TEST_F(ResumeTest, AFullDiskLosesNothing) {
     EXPECT_EQ(names(dir + "/checkpoints"), (std::vector<std::string>{"step_00000005"})) << r;
     EXPECT_EQ(tessera("inspect " + dir + " --verify").code, 0);
     ASSERT_EQ(tessera_on(ranks, run + " --resume").code, 0);
-    EXPECT_EQ(metrics("r" + std::to_string(ranks)).size(), 24u);
+    EXPECT_EQ(metrics(name).size(), 24u);
   }
   expect_same_bits("whole", "r1", 24);
 }
