@@ -122,7 +122,7 @@ __device__ __forceinline__ bool warpgroup_any(bool p, int warpgroup) {
                : "=r"(any)
                : "r"(static_cast<uint32_t>(p)), "r"(warpgroup + 1)
                : "memory");
-  return any;
+  return uniform(static_cast<int>(any));
 }
 
 // -- Copies into shared memory ---------------------------------------------------------------------------------------

@@ -97,6 +97,7 @@ Args arguments(const AttentionForward& f, bool hopper) {
   a.by_key = tiles->by_key();
   a.mask0_is_causal = map.mask0_is_causal, a.visit_all = f.visit == Visit::all;
   a.fidelity = f.math.score == Score::fidelity, a.softmax = f.math.gate == Gate::softmax, a.power = gate_power(f.math.gate);
+  a.bounded = !a.softmax && f.math.score != Score::dot;
   a.normalize_sum = !a.softmax && f.math.normalizer == Normalizer::sum;
   a.normalize_length = !a.softmax && f.math.normalizer == Normalizer::length;
   a.epsilon = f.math.epsilon, a.length_alpha = f.math.length_alpha, a.length_beta = a.softmax ? 0.f : f.math.length_beta;

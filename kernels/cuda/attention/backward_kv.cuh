@@ -5,6 +5,8 @@
 // are computed transposed, s^T = k q^T and (v do^T), so that weights and gradients feed the two sums as left operands straight from
 // registers. What a query contributes (offset, 1/z, delta) arrives with its tile as 16 bytes a row.
 
+#include <cstddef>
+
 #include "kernels/cuda/attention/gate.cuh"
 
 namespace tessera::cuda_attention {
@@ -17,6 +19,16 @@ struct BackwardKvShared {
                             kRing = kRowTiles + kStages * sizeof(RowTile), kBytes = kRing + Ring<kGroups, true, kStages>::kBytes;
 };
 
+/// What the queries of a tile contribute, for the columns of one thread.
+struct Columns {
+  float4 pair[8];
+  int2 offsets[8];
+  __device__ __forceinline__ void read(uint32_t row_tile, int j, int lane) {
+    pair[j] = load_shared4(row_tile + 64 * j + 16 * (lane & 3));
+    offsets[j] = load_shared2(row_tile + offsetof(RowTile, offset) + 32 * j + 8 * (lane & 3));
+  }
+};
+
 template <int D, int Variant, bool Hopper>
 __global__ void __launch_bounds__(threads_of(BackwardKvShared<D>::kGroups, Hopper), 1) backward_kv_kernel(const __grid_constant__ Args a) {
   using Shared = BackwardKvShared<D>;
@@ -24,6 +36,7 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D>::kGroups, Hoppe
   using P = Product<Hopper>;
   constexpr int kGroups = Shared::kGroups, kStages = Shared::kStages, kParts = D / 64;
   constexpr uint32_t kRows = Shared::kRows;
+  constexpr bool kPrefetch = false;
   extern __shared__ __align__(1024) uint8_t raw[];  // the swizzle counts from multiples of 1024
   const uint32_t base = kept(shared_address(raw));
   const Ring<kGroups, Hopper, kStages> ring{base + Shared::kRing};
@@ -77,7 +90,7 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D>::kGroups, Hoppe
   const int group = uniform(threadIdx.x / kWarpgroup), warp = (threadIdx.x / 32) & 3;
   const int tile = kGroups * band + group, r0 = warp * 16 + lane / 4;
   const int j0 = tile * kTile + r0, j8 = j0 + 8;
-  const float scale = kept_float(Gate::kSoftmax ? a.scale[h] * kLog2e : a.scale[h]);
+  const float scale = kept_float(Gate::kSoftmax ? a.scale[h] * kLog2e : a.scale[h] / gate_bound(a, h, D));
   const bool documents = a.document_start != nullptr;
 
   Acc dk[kParts], dv[kParts];
@@ -111,25 +124,31 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D>::kGroups, Hoppe
     P::commit();
     multiply_rows<Hopper, kParts>(dp, own_v, do_at, warp, lane);
     P::commit();
+    const uint32_t rows_at = base + Shared::kRowTiles + at.stage * sizeof(RowTile);
+    Columns columns;
+    if constexpr (kPrefetch) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) columns.read(rows_at, j, lane);
+    }
     P::template wait<1>();
     P::settle(s);
     if (pending >= 0) ring.release(pending, lane);
 
-    const uint32_t rows_at = base + Shared::kRowTiles + at.stage * sizeof(RowTile), pairs_at = rows_at + 16 * (lane & 3), offsets_at = rows_at + 512 + 8 * (lane & 3);
     if (mask != TileEntry::kFull) {
-      const uint32_t starts = documents ? rows_at + 768 : 0;
+      const uint32_t starts = documents ? rows_at + static_cast<uint32_t>(offsetof(RowTile, document_start)) : 0;
       hide(s, key_mask(a, mask, r0, j0, other * kTile, starts), key_mask(a, mask, r0 + 8, j8, other * kTile, starts), lane);
     }
     Frag p;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float4 pair = load_shared4(pairs_at + 64 * j);
-      const int2 offsets = load_shared2(offsets_at + 32 * j);
+      if constexpr (!kPrefetch) columns.read(rows_at, j, lane);
+      const float4 pair = columns.pair[j];
+      const int2 offsets = columns.offsets[j];
       float w[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float offset = __int_as_float(e & 1 ? offsets.y : offsets.x);
-        w[e] = (e & 1 ? pair.z : pair.x) * edge_weight<Gate::kSoftmax, Gate::kFidelity, Gate::kPower>(s[j][e], scale, offset, s[j][e]);
+        w[e] = (e & 1 ? pair.z : pair.x) * edge_weight<Gate>(s[j][e], scale, offset, s[j][e]);
       }
       p[j / 2][2 * (j & 1)] = pack(w[0], w[1]);
       p[j / 2][2 * (j & 1) + 1] = pack(w[2], w[3]);
@@ -143,13 +162,14 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D>::kGroups, Hoppe
     Frag ds;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float4 pair = load_shared4(pairs_at + 64 * j);
-      const int2 offsets = Gate::kFidelity ? load_shared2(offsets_at + 32 * j) : int2{};
+      if constexpr (!kPrefetch) columns.read(rows_at, j, lane);
+      const float4 pair = columns.pair[j];
+      const int2 offsets = columns.offsets[j];
       float g[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float da = fmaf(dp[j][e], e & 1 ? pair.z : pair.x, e & 1 ? pair.w : pair.y);
-        edge_gradient<Gate::kSoftmax, Gate::kFidelity, Gate::kPower>(s[j][e], scale, __int_as_float(e & 1 ? offsets.y : offsets.x), da, g[e]);
+        edge_gradient<Gate>(s[j][e], scale, __int_as_float(e & 1 ? offsets.y : offsets.x), da, g[e]);
       }
       ds[j / 2][2 * (j & 1)] = pack(g[0], g[1]);
       ds[j / 2][2 * (j & 1) + 1] = pack(g[2], g[3]);
@@ -163,11 +183,12 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D>::kGroups, Hoppe
 #pragma unroll
   for (int d = 0; d < kParts; ++d) P::settle(dk[d]), P::settle(dv[d]);
   if (tile >= a.key_tiles) return;
-  const float dk_scale = a.scale[h] * (Gate::kFidelity ? 2.f : 1.f) * Gate::kPower;
+  const float bound = gate_bound(a, h, D), dv_scale = power<Gate::kPower>(bound);
+  const float dk_scale = a.scale[h] * (Gate::kFidelity ? 2.f : 1.f) * Gate::kPower * slope<Gate::kPower>(bound);
 #pragma unroll
   for (int d = 0; d < kParts; ++d) {
     store_product(dk[d], a.dk, b, h, j0, a.tokens, d * 64, lane, dk_scale, dk_scale);
-    store_product(dv[d], a.dv, b, h, j0, a.tokens, d * 64, lane, 1.f, 1.f);
+    store_product(dv[d], a.dv, b, h, j0, a.tokens, d * 64, lane, dv_scale, dv_scale);
   }
 }
 

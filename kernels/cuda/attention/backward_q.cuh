@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D>::kGroups, Hopper
   const int tile = kGroups * band + group, r0 = warp * 16 + lane / 4;
   const bool exists = tile < a.query_tiles;
   const int i0 = tile * kTile + r0, i8 = i0 + 8;
-  const float scale = kept_float(Gate::kSoftmax ? a.scale[h] * kLog2e : a.scale[h]);
+  const float scale = kept_float(Gate::kSoftmax ? a.scale[h] * kLog2e : a.scale[h] / gate_bound(a, h, D));
   struct Row {
     float offset = 0, inverse_z = 0, minus_delta = 0;
     int document_start = 0;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D>::kGroups, Hopper
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) edge_weight<Gate::kSoftmax, false, Gate::kPower>(s[j][e], scale, e < 2 ? row0.offset : row8.offset, s[j][e]);
+        for (int e = 0; e < 4; ++e) edge_weight<Gate>(s[j][e], scale, e < 2 ? row0.offset : row8.offset, s[j][e]);
       }
     }
     P::template wait<0>();
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D>::kGroups, Hopper
       for (int e = 0; e < 4; ++e) {
         const Row& row = e < 2 ? row0 : row8;
         const float da = fmaf(dp[j][e], row.inverse_z, row.minus_delta);
-        const float dx = edge_gradient<Gate::kSoftmax, Gate::kFidelity, Gate::kPower>(s[j][e], scale, row.offset, da, g[e]);
+        const float dx = edge_gradient<Gate>(s[j][e], scale, row.offset, da, g[e]);
         if (e < 2) dx0 += dx;
         else dx8 += dx;
       }
@@ -155,7 +155,8 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D>::kGroups, Hopper
   for (int d = 0; d < kParts; ++d) P::settle(dq[d]);
   if (!exists) return;
 
-  const float power = Gate::kPower, c = a.scale[h], dq_scale = c * power * (Gate::kFidelity ? 2.f : 1.f);
+  const float bound = gate_bound(a, h, D), c = a.scale[h], factor = Gate::kPower * slope<Gate::kPower>(bound);  // of dx as summed here
+  const float dq_scale = c * factor * (Gate::kFidelity ? 2.f : 1.f);
 #pragma unroll
   for (int d = 0; d < kParts; ++d) store_product(dq[d], a.dq, b, h, i0, a.tokens, d * 64, lane, dq_scale, dq_scale);
 
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D>::kGroups, Hopper
   }
   const bool inside = !Gate::kSoftmax && (Gate::kFidelity || a.length_beta > 0);
   float dscale = dot0 + dot8, dx = dx0 + dx8;
-  if (inside && c != 0.f) dscale += (row0.offset * dx0 + row8.offset * dx8) / c;  // offset = -c tau
+  if (inside && c != 0.f) dscale += (row0.offset * dx0 + row8.offset * dx8) * bound / c;  // offset = -c tau
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
     dscale += __shfl_xor_sync(0xffffffffu, dscale, step);
@@ -185,8 +186,8 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D>::kGroups, Hopper
   if (thread == 0) {
     float2 total{0.f, 0.f};
     for (int w = 0; w < 4; ++w) total.x += sums[group][w].x, total.y += sums[group][w].y;
-    a.partial_scale[head_tiles + tile] = total.x * power;
-    a.partial_threshold[head_tiles + tile] = -total.y * power * (Gate::kFidelity ? c : 1.f);
+    a.partial_scale[head_tiles + tile] = total.x * factor;
+    a.partial_threshold[head_tiles + tile] = -total.y * factor * (Gate::kFidelity ? c : 1.f);
   }
 }
 

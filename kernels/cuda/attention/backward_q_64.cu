@@ -5,7 +5,7 @@ namespace tessera::cuda_attention {
 
 template <>
 cudaError_t launch_backward_q<64>(const Args& a, bool hopper, cudaStream_t stream) {
-  static const Kernel kernels[8][2] = TESSERA_VARIANTS(backward_q_kernel, 64);
+  static const Kernel kernels[kVariants][2] = TESSERA_VARIANTS(backward_q_kernel, 64);
   return launch<BackwardQShared<64>>(kernels, a, a.query_tiles, hopper, stream);
 }
 template <>

@@ -68,9 +68,10 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D>::kGroups, Hopper),
   const bool exists = tile < a.query_tiles;
   const int i0 = tile * kTile + r0, i8 = i0 + 8;
 
-  const float scale = kept_float(Gate::kSoftmax ? a.scale[h] * kLog2e : a.scale[h]);
+  const float bound = gate_bound(a, h, D);
+  const float scale = kept_float(Gate::kSoftmax ? a.scale[h] * kLog2e : a.scale[h] / bound);
   float offset0 = 0, offset8 = 0;
-  if (!Gate::kSoftmax) offset0 = row_offset(a, h, i0, D), offset8 = row_offset(a, h, i8, D);
+  if (!Gate::kSoftmax) offset0 = row_offset(a, h, i0, D) / bound, offset8 = row_offset(a, h, i8, D) / bound;
   int document0 = 0, document8 = 0;
   if (a.document_start && exists) {
     const int* starts = a.document_start + static_cast<int64_t>(b) * a.tokens;
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D>::kGroups, Hopper),
   }
   uint32_t* const bitmap = kept(a.active + ((static_cast<int64_t>(b) * a.heads + h) * a.query_tiles + tile) * a.words);
   // What a tile is checked for first depends on the tile before; the values never do.
-  const bool visit_all = a.visit_all, counting = a.counters != nullptr, quick = scale > 0 && !visit_all;
+  const bool visit_all = a.visit_all, counting = a.counters != nullptr, quick = uniform(scale > 0 && !visit_all);
   bool likely = true;
 
   Acc o[kParts];
@@ -125,72 +126,73 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D>::kGroups, Hopper),
     }
     P::settle(s);
 
-    bool active = true;
+    bool visible = true;
     if (mask != TileEntry::kFull) {
       const uint64_t m0 = query_mask(a, mask, r0, i0, other * kTile, document0), m8 = query_mask(a, mask, r0 + 8, i8, other * kTile, document8);
       hide(s, m0, m8, lane);
       visible0 += __popcll(m0), visible8 += __popcll(m8);
-      active = warpgroup_any(m0 | m8, group);
-      visible_tiles += active;
+      visible = warpgroup_any(m0 | m8, group);
+      visible_tiles += visible;
     } else {
       ++full_tiles;
     }
-    const bool visible = active;
-
-    if constexpr (Gate::kSoftmax) {
+    if (Gate::kSoftmax || (visible && (!quick || likely || warpgroup_any(any_active<Gate::kFidelity>(s, scale, offset0, offset8), group)))) {
+      bool active = visible;
+      if constexpr (Gate::kSoftmax) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
+        for (int j = 0; j < 8; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float f = Gate::kFidelity ? s[j][e] * s[j][e] : s[j][e];
-          s[j][e] = isnan(f) ? -INFINITY : f * scale;
+          for (int e = 0; e < 4; ++e) {
+            const float f = Gate::kFidelity ? s[j][e] * s[j][e] : s[j][e];
+            s[j][e] = isnan(f) ? -INFINITY : f * scale;
+          }
         }
-      }
-      float new0 = top0, new8 = top8;
+        float new0 = top0, new8 = top8;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        new0 = fmaxf(new0, fmaxf(s[j][0], s[j][1]));
-        new8 = fmaxf(new8, fmaxf(s[j][2], s[j][3]));
-      }
-      new0 = quad_max(new0), new8 = quad_max(new8);
-      const float base0 = new0 == -INFINITY ? 0.f : new0, base8 = new8 == -INFINITY ? 0.f : new8;
-      const float decay0 = exp2f(top0 - base0), decay8 = exp2f(top8 - base8);
-      top0 = new0, top8 = new8;
-      sum0 *= decay0, sum8 *= decay8;
+        for (int j = 0; j < 8; ++j) {
+          new0 = fmaxf(new0, fmaxf(s[j][0], s[j][1]));
+          new8 = fmaxf(new8, fmaxf(s[j][2], s[j][3]));
+        }
+        new0 = quad_max(new0), new8 = quad_max(new8);
+        const float base0 = new0 == -INFINITY ? 0.f : new0, base8 = new8 == -INFINITY ? 0.f : new8;
+        const float decay0 = exp2f(top0 - base0), decay8 = exp2f(top8 - base8);
+        top0 = new0, top8 = new8;
+        sum0 *= decay0, sum8 *= decay8;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        s[j][0] = exp2f(s[j][0] - base0), s[j][1] = exp2f(s[j][1] - base0);
-        s[j][2] = exp2f(s[j][2] - base8), s[j][3] = exp2f(s[j][3] - base8);
-        sum0 += s[j][0], sum0 += s[j][1];
-        sum8 += s[j][2], sum8 += s[j][3];
-      }
-      P::template wait<0>();
+        for (int j = 0; j < 8; ++j) {
+          s[j][0] = exp2f(s[j][0] - base0), s[j][1] = exp2f(s[j][1] - base0);
+          s[j][2] = exp2f(s[j][2] - base8), s[j][3] = exp2f(s[j][3] - base8);
+          sum0 += s[j][0], sum0 += s[j][1];
+          sum8 += s[j][2], sum8 += s[j][3];
+        }
+        P::template wait<0>();
 #pragma unroll
-      for (int d = 0; d < kParts; ++d) {
-        P::settle(o[d]);
+        for (int d = 0; d < kParts; ++d) {
+          P::settle(o[d]);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) o[d][j][0] *= decay0, o[d][j][1] *= decay0, o[d][j][2] *= decay8, o[d][j][3] *= decay8;
-      }
-    } else {
-      if (active && quick && !likely) active = warpgroup_any(any_active<Gate::kFidelity>(s, scale, offset0, offset8), group);
-      if (active) {
-        const float2 sum = weigh<Gate::kPower, Gate::kFidelity>(s, scale, offset0, offset8);
+          for (int j = 0; j < 8; ++j) o[d][j][0] *= decay0, o[d][j][1] *= decay0, o[d][j][2] *= decay8, o[d][j][3] *= decay8;
+        }
+      } else {
+        const float2 sum = weigh<Gate>(s, scale, offset0, offset8);
         sum0 += sum.x, sum8 += sum.y;
-        active = warpgroup_any(sum.x + sum.y > 0.f, group);
+        active = likely = warpgroup_any(sum.x + sum.y > 0.f, group);
+        P::template wait<0>();
       }
-      likely = active;
-      P::template wait<0>();
-    }
-    if (held >= 0) ring.release(held, lane), held = -1;
-    active_tiles += active;
-    if (active && thread == 0) atomicOr(bitmap + (other >> 5), 1u << (other & 31));
-    if (active || (visit_all && visible)) {
-      round_fragment(p, s);
-      if (!Gate::kSoftmax && counting) active_edges += count_positive(p);
-      held = at.stage;
+      if (held >= 0) ring.release(held, lane), held = -1;
+      active_tiles += active;
+      if (active && thread == 0) atomicOr(bitmap + (other >> 5), 1u << (other & 31));
+      if (active || (visit_all && visible)) {
+        round_fragment(p, s);
+        if (!Gate::kSoftmax && counting) active_edges += count_positive(p);
+        held = at.stage;
+        continue;
+      }
     } else {
-      ring.release(at.stage, lane);
+      likely = false;
+      P::template wait<0>();
+      if (held >= 0) ring.release(held, lane), held = -1;
     }
+    ring.release(at.stage, lane);
   }
   if (held >= 0) {
     P::begin();
@@ -203,14 +205,15 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D>::kGroups, Hopper),
   if (!exists) return;
 
   visible0 += full_tiles * kTile, visible8 += full_tiles * kTile, visible_tiles += full_tiles;
-  sum0 = quad_sum(sum0), sum8 = quad_sum(sum8);
+  const float unit = power<Gate::kPower>(bound);  // of the weights
+  sum0 = quad_sum(sum0) * unit, sum8 = quad_sum(sum8) * unit;
   const auto finish = [&](float sum, float top, int visible, float& z) {
     if constexpr (Gate::kSoftmax) {
       z = sum > 0.f ? top * kLn2 + logf(sum) : 0.f;
       return sum > 0.f ? 1.f / sum : 0.f;
     }
     z = a.normalize_sum ? a.epsilon + sum : a.normalize_length ? powf(static_cast<float>(max(visible, 1)), a.length_alpha) : 1.f;
-    return z > 0.f ? 1.f / z : 0.f;
+    return z > 0.f ? unit / z : 0.f;
   };
   float z0, z8;
   const float inverse0 = finish(sum0, top0, visible0, z0), inverse8 = finish(sum8, top8, visible8, z8);

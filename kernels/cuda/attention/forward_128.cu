@@ -5,7 +5,7 @@ namespace tessera::cuda_attention {
 
 template <>
 cudaError_t launch_forward<128>(const Args& a, bool hopper, cudaStream_t stream) {
-  static const Kernel kernels[8][2] = TESSERA_VARIANTS(forward_kernel, 128);
+  static const Kernel kernels[kVariants][2] = TESSERA_VARIANTS(forward_kernel, 128);
   return launch<ForwardShared<128>>(kernels, a, a.query_tiles, hopper, stream);
 }
 template <>

@@ -17,6 +17,23 @@ __device__ __forceinline__ float row_offset(const Args& a, int h, int i, int hea
   return a.fidelity ? -c * a.threshold[h] : -a.threshold[h];
 }
 
+/// A power of two m above every x of a head when |<q, k>| <= 1.06 (unit vectors, rounded): then max(0, x) = m saturate(x / m), and
+/// saturation is free with the multiply-add while a maximum is an instruction at half rate. Dividing by m changes no bit of the result. 1 where
+/// scores have no bound.
+__device__ __forceinline__ float gate_bound(const Args& a, int h, int head_size) {
+  if (!a.bounded) return 1.f;
+  int exponent;
+  frexpf(1.14f * fabsf(a.scale[h]) + fabsf(row_offset(a, h, a.tokens - 1, head_size)), &exponent);
+  return ldexpf(1.f, exponent);
+}
+
+/// max(0, x), or saturate(x) for bounded scores.
+template <bool Bounded>
+__device__ __forceinline__ float positive(float scale, float f, float offset) {
+  const float x = fmaf(scale, f, offset);
+  return Bounded ? __saturatef(x) : fmaxf(x, 0.f);
+}
+
 // -- Masks -----------------------------------------------------------------------------------------------------------
 
 /// Bit k: key first_key + k is visible to query i, row r of its tile. `document` is the first visible key.
@@ -111,54 +128,54 @@ __device__ __forceinline__ bool any_active(const Acc& s, float scale, float offs
       top8 = fmaxf(top8, fmaxf(s[j][2], s[j][3]));
     }
   }
-  return fmaf(scale, top0, offset0) > 0.f || fmaf(scale, top8, offset8) > 0.f;
+  return fmaxf(fmaf(scale, top0, offset0), fmaf(scale, top8, offset8)) > 0.f;
 }
 
-/// Weights of a tile: s becomes a = max(0, x)^P in fp32. Returns the two rows' sums over this thread's columns.
-template <int P, bool Fidelity>
+/// Weights of a tile: s becomes a = max(0, x)^P (over gate_bound^P) in fp32. Returns the two rows' sums over this thread's columns.
+template <class Gate>
 __device__ __forceinline__ float2 weigh(Acc& s, float scale, float offset0, float offset8) {
-  float2 sum{0.f, 0.f};
+  // Two sums a row, so that additions wait less for each other.
+  float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const float f = Fidelity ? s[j][e] * s[j][e] : s[j][e];
-      s[j][e] = power<P>(fmaxf(fmaf(scale, f, e < 2 ? offset0 : offset8), 0.f));
+      const float f = Gate::kFidelity ? s[j][e] * s[j][e] : s[j][e];
+      s[j][e] = power<Gate::kPower>(positive<Gate::kBounded>(scale, f, e < 2 ? offset0 : offset8));
+      sum[e] += s[j][e];
     }
-    sum.x += s[j][0], sum.x += s[j][1];
-    sum.y += s[j][2], sum.y += s[j][3];
   }
-  return sum;
+  return {sum[0] + sum[1], sum[2] + sum[3]};
 }
 
 /// What a tile of the backward pass needs besides its products. Without fidelity, s becomes the gate's slope (softmax: the
 /// weight), and with fidelity it stays, to be used again by edge_gradients.
-template <bool Softmax, bool Fidelity, int P>
+template <class Gate>
 __device__ __forceinline__ float edge_weight(float s, float scale, float offset, float& slope_or_s) {
-  const float x = fmaf(scale, Fidelity ? s * s : s, offset);
-  if constexpr (Softmax) {
-    const float w = isnan(x) ? 0.f : exp2f(x);
-    if (!Fidelity) slope_or_s = w;
+  const float f = Gate::kFidelity ? s * s : s;
+  if constexpr (Gate::kSoftmax) {
+    const float x = fmaf(scale, f, offset), w = isnan(x) ? 0.f : exp2f(x);
+    if (!Gate::kFidelity) slope_or_s = w;
     return w;
   } else {
-    const float r = fmaxf(x, 0.f);
-    if (!Fidelity) slope_or_s = slope<P>(r);
-    return power<P>(r);
+    const float r = positive<Gate::kBounded>(scale, f, offset);
+    if (!Gate::kFidelity) slope_or_s = slope<Gate::kPower>(r);
+    return power<Gate::kPower>(r);
   }
 }
 /// dx / P from the value edge_weight left, and the gradient of s / (c P), in which fidelity has half its factor 2 s.
-template <bool Softmax, bool Fidelity, int P>
+template <class Gate>
 __device__ __forceinline__ float edge_gradient(float kept, float scale, float offset, float da, float& ds) {
-  if constexpr (!Fidelity) {
+  if constexpr (!Gate::kFidelity) {
     ds = kept * da;
     return ds;
   } else {
     float factor;
-    if constexpr (Softmax) {
+    if constexpr (Gate::kSoftmax) {
       const float x = fmaf(scale, kept * kept, offset);
       factor = isnan(x) ? 0.f : exp2f(x);
     } else {
-      factor = slope<P>(fmaxf(fmaf(scale, kept * kept, offset), 0.f));
+      factor = slope<Gate::kPower>(positive<Gate::kBounded>(scale, kept * kept, offset));
     }
     const float dx = factor * da;
     ds = factor != 0.f ? dx * kept : 0.f;  // a hidden score is NaN
@@ -169,12 +186,13 @@ __device__ __forceinline__ float edge_gradient(float kept, float scale, float of
 /// Positive weights among a rounded fragment: exact, since 16 ones fit bf16 and their sums fit fp32.
 __device__ __forceinline__ float count_positive(const Frag& p) {
   const __nv_bfloat162 zero = __float2bfloat162_rn(0.f);
-  __nv_bfloat162 n = zero;
+  __nv_bfloat162 part[4];
 #pragma unroll
   for (int kk = 0; kk < 4; ++kk) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) n = __hadd2(n, __hgt2(reinterpret_cast<const __nv_bfloat162&>(p[kk][e]), zero));
+    const auto positive = [&](int e) { return __hgt2(reinterpret_cast<const __nv_bfloat162&>(p[kk][e]), zero); };
+    part[kk] = __hadd2(__hadd2(positive(0), positive(1)), __hadd2(positive(2), positive(3)));
   }
+  const __nv_bfloat162 n = __hadd2(__hadd2(part[0], part[1]), __hadd2(part[2], part[3]));
   const uint32_t bits = reinterpret_cast<const uint32_t&>(n);
   return low_of(bits) + high_of(bits);
 }

@@ -28,8 +28,8 @@ int backward_q_groups();
 /// Launches the variant of the arguments: kernels[variant][hopper].
 using Kernel = void (*)(Args);
 template <class Shared>
-cudaError_t launch(const Kernel (&kernels)[8][2], const Args& a, int tiles, bool hopper, cudaStream_t stream) {
-  const Kernel kernel = kernels[variant_of(a.power, a.softmax, a.fidelity)][hopper];
+cudaError_t launch(const Kernel (&kernels)[kVariants][2], const Args& a, int tiles, bool hopper, cudaStream_t stream) {
+  const Kernel kernel = kernels[variant_of(a.power, a.softmax, a.fidelity, a.bounded)][hopper];
   if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shared::kBytes); e != cudaSuccess) return e;
   const int64_t bands = (tiles + Shared::kGroups - 1) / Shared::kGroups, blocks = bands * a.batch * a.heads;
   kernel<<<static_cast<unsigned>(blocks), threads_of(Shared::kGroups, hopper), Shared::kBytes, stream>>>(a);
@@ -38,10 +38,11 @@ cudaError_t launch(const Kernel (&kernels)[8][2], const Args& a, int tiles, bool
 
 /// All variants of a kernel for one head size.
 #define TESSERA_VARIANT(kernel, D, v) {kernel<D, v, false>, kernel<D, v, true>}
-#define TESSERA_VARIANTS(kernel, D)                                                                                                      \
-  {                                                                                                                                      \
-    TESSERA_VARIANT(kernel, D, 0), TESSERA_VARIANT(kernel, D, 1), TESSERA_VARIANT(kernel, D, 2), TESSERA_VARIANT(kernel, D, 3),          \
-        TESSERA_VARIANT(kernel, D, 4), TESSERA_VARIANT(kernel, D, 5), TESSERA_VARIANT(kernel, D, 6), TESSERA_VARIANT(kernel, D, 7)       \
+#define TESSERA_VARIANTS(kernel, D)                                                                                              \
+  {                                                                                                                              \
+    TESSERA_VARIANT(kernel, D, 0), TESSERA_VARIANT(kernel, D, 1), TESSERA_VARIANT(kernel, D, 2), TESSERA_VARIANT(kernel, D, 3),  \
+        TESSERA_VARIANT(kernel, D, 4), TESSERA_VARIANT(kernel, D, 5), TESSERA_VARIANT(kernel, D, 6), TESSERA_VARIANT(kernel, D, 7), \
+        TESSERA_VARIANT(kernel, D, 8), TESSERA_VARIANT(kernel, D, 9), TESSERA_VARIANT(kernel, D, 10)                              \
   }
 
 }  // namespace tessera::cuda_attention

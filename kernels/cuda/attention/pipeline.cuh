@@ -43,18 +43,23 @@ struct __align__(16) RowTile {
     float minus_delta0;  // -<do_i, o_i> / z_i for sum, -<do_i, o_i> for softmax, else 0
     float inverse_z1, minus_delta1;
   } pair[32];
-  float offset[64];  // x = c f(s) + offset
+  float offset[64];  // x = c f(s) + offset; divided by gate_bound
   int document_start[64];
 };
 static_assert(sizeof(RowTile) == 64 * 16);
 
-/// The kernels' variants: three gates and softmax, with and without fidelity.
+/// The kernels' variants: three gates times three scores, and softmax with a linear or a squared score.
 template <int Variant>
 struct Gates {
-  static constexpr bool kSoftmax = Variant >= 6, kFidelity = Variant & 1;
-  static constexpr int kPower = kSoftmax ? 1 : 1 << (Variant >> 1);
+  static constexpr bool kSoftmax = Variant >= 9;
+  static constexpr bool kFidelity = kSoftmax ? Variant == 10 : Variant % 3 == 1;
+  static constexpr bool kBounded = !kSoftmax && Variant % 3 != 2;  // |<q, k>| <= 1: see gate_bound
+  static constexpr int kPower = kSoftmax ? 1 : 1 << (Variant / 3);
 };
-constexpr int variant_of(int power, bool softmax, bool fidelity) { return (softmax ? 6 : power == 1 ? 0 : power == 2 ? 2 : 4) + fidelity; }
+constexpr int kVariants = 11;
+constexpr int variant_of(int power, bool softmax, bool fidelity, bool bounded) {
+  return softmax ? 9 + fidelity : 3 * (power == 1 ? 0 : power == 2 ? 1 : 2) + (fidelity ? 1 : bounded ? 0 : 2);
+}
 
 struct Args {
   CUtensorMap map_q, map_k, map_v, map_do;  // Hopper path only
@@ -74,7 +79,7 @@ struct Args {
   const int* group_of_head;
   const uint64_t* masks;         // [masks, 64]: bit k of row q
   const uint64_t* masks_by_key;  // [masks, 64]: bit q of row k
-  bool mask0_is_causal, visit_all, fidelity, softmax;
+  bool mask0_is_causal, visit_all, fidelity, softmax, bounded;
   bool normalize_sum, normalize_length;
   int power;
   float epsilon, length_alpha, length_beta;

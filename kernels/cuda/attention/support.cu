@@ -47,7 +47,7 @@ __global__ void row_info_kernel(const __grid_constant__ Args a) {
       inverse_z = 1.f;
       minus_delta = -delta;
     } else {
-      offset = row_offset(a, h, i, D);
+      offset = row_offset(a, h, i, D) / gate_bound(a, h, D);
       inverse_z = z > 0.f ? 1.f / z : 0.f;
       minus_delta = -delta * inverse_z;
     }
