@@ -139,6 +139,13 @@ bool is_blank(std::string_view line) { return std::all_of(line.begin(), line.end
 
 }  // namespace
 
+TextFormat text_format(const std::string& name) {
+  if (name == "auto") return TextFormat::automatic;
+  if (name == "txt") return TextFormat::text;
+  if (name == "jsonl") return TextFormat::jsonl;
+  throw std::invalid_argument(fmt::format("text format \"{}\": expected auto, txt or jsonl", name));
+}
+
 std::size_t piece_length(std::string_view rest) {
   if (rest.size() <= kPieceBytes) return rest.size();
   std::size_t line = 0, word = 0;
@@ -158,32 +165,51 @@ std::size_t piece_length(std::string_view rest) {
   return (rest[cut] & 0xc0) == 0x80 ? kPieceBytes : cut;  // not UTF-8 anyway
 }
 
+namespace {
+
+/// The text files below a folder, sorted, added to `out`.
+void add_folder(const std::string& folder, std::vector<std::string>& out) {
+  std::vector<std::string> found;
+  try {
+    for (const auto& item : fs::recursive_directory_iterator(folder))
+      if (item.is_regular_file() && (is_text(text_extension(item.path())) || is_jsonl(text_extension(item.path()))))
+        found.push_back(item.path().string());
+  } catch (const fs::filesystem_error& e) {
+    throw std::invalid_argument(fmt::format("{}: the folder cannot be listed: {}", folder, e.code().message()));
+  }
+  if (found.empty()) throw std::invalid_argument(fmt::format("{}: the folder holds no .txt or .jsonl files (plain, .gz or .zst)", folder));
+  std::sort(found.begin(), found.end());
+  out.insert(out.end(), found.begin(), found.end());
+}
+
+}  // namespace
+
 std::vector<std::string> expand_inputs(const std::vector<std::string>& inputs) {
   std::vector<std::string> out;
+  const auto add = [&](const std::string& path) {
+    std::error_code ignored;
+    if (fs::is_directory(path, ignored))
+      add_folder(path, out);
+    else
+      out.push_back(path);
+  };
   for (const std::string& input : inputs) {
     std::error_code error;
-    if (input == "-" || fs::is_regular_file(input, error) || (fs::exists(input, error) && !fs::is_directory(input, error))) {
-      out.push_back(input);
-    } else if (fs::is_directory(input, error)) {
-      std::vector<std::string> found;
-      try {
-        for (const auto& item : fs::recursive_directory_iterator(input))
-          if (item.is_regular_file() && (is_text(text_extension(item.path())) || is_jsonl(text_extension(item.path()))))
-            found.push_back(item.path().string());
-      } catch (const fs::filesystem_error& e) {
-        throw std::invalid_argument(fmt::format("{}: the folder cannot be listed: {}", input, e.code().message()));
-      }
-      if (found.empty()) throw std::invalid_argument(fmt::format("{}: the folder holds no .txt or .jsonl files (plain, .gz or .zst)", input));
-      std::sort(found.begin(), found.end());
-      out.insert(out.end(), found.begin(), found.end());
-    } else {
-      glob_t matches{};
-      const bool pattern = input.find_first_of("*?[") != std::string::npos;
-      const int status = pattern ? ::glob(input.c_str(), 0, nullptr, &matches) : GLOB_NOMATCH;
-      if (status == 0) out.insert(out.end(), matches.gl_pathv, matches.gl_pathv + matches.gl_pathc);
-      ::globfree(&matches);
-      if (status != 0) throw std::invalid_argument(fmt::format("{}: no such file{}", input, pattern ? " matches this pattern" : " or folder"));
+    if (input == "-" || fs::exists(fs::status(input, error))) {
+      add(input);
+      continue;
     }
+    if (error && error != std::errc::no_such_file_or_directory && error != std::errc::not_a_directory)
+      throw std::invalid_argument(fmt::format("{}: cannot be opened: {}", input, error.message()));
+    glob_t matches{};
+    const bool pattern = input.find_first_of("*?[") != std::string::npos;
+    const int status = pattern ? ::glob(input.c_str(), 0, nullptr, &matches) : GLOB_NOMATCH;
+    const std::vector<std::string> found(matches.gl_pathv, matches.gl_pathv + (status == 0 ? matches.gl_pathc : 0));
+    ::globfree(&matches);
+    if (found.empty())
+      throw std::invalid_argument(
+          fmt::format("{}: no such file{}", input.empty() ? "\"\"" : input, pattern ? " matches this pattern" : " or folder"));
+    for (const std::string& path : found) add(path);
   }
   return out;
 }

@@ -25,6 +25,9 @@ constexpr std::string_view kDocumentMarker = "<|endoftext|>";
 
 enum class TextFormat { automatic, text, jsonl };
 
+/// "auto", "txt" or "jsonl"; throws std::invalid_argument for another name.
+TextFormat text_format(const std::string& name);
+
 struct ReaderOptions {
   TextFormat format = TextFormat::automatic;  // automatic: by file name
   std::string text_key = "text";
@@ -32,7 +35,7 @@ struct ReaderOptions {
 };
 
 /// Files of the arguments, in order: a file itself, a folder's text files (recursively, sorted, those with a known extension), a pattern's
-/// matches (* ? [...], sorted). "-" is standard input. Throws std::invalid_argument when one is missing or yields no file.
+/// matches (* ? [...], sorted; files and folders). "-" is standard input. Throws std::invalid_argument when one is missing or yields no file.
 std::vector<std::string> expand_inputs(const std::vector<std::string>& inputs);
 
 /// What the reader hands to the workers: a piece of a document, or a line of JSON still to be parsed.

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <fmt/core.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <cmath>
 #include <cstring>
 #include <filesystem>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <system_error>
@@ -61,6 +63,8 @@ class OutputFolder {
 
   /// Moves the parts into place, the manifest last. What a former dataset had goes only now.
   void commit(const std::string& manifest) {
+    const std::string staged = staging() + "/dataset.json";
+    write_file(staged, manifest);  // the last thing to need space: a full disk shows before anything has moved
     if (fs::remove(path_ + "/dataset.json")) sync_folder(path_);
     for (const char* part : kParts) {
       const std::string from = staging() + "/" + part, to = path_ + "/" + part;
@@ -70,7 +74,8 @@ class OutputFolder {
       fs::rename(from, to);
     }
     sync_folder(path_);
-    write_file(path_ + "/dataset.json", manifest);
+    fs::rename(staged, path_ + "/dataset.json");
+    sync_folder(path_);
   }
 
  private:
@@ -164,6 +169,22 @@ void check(const PrepareOptions& options) {
   if (options.threads < 0 || options.threads > 1024) throw std::invalid_argument(fmt::format("--threads {}: expected 0 to 1024", options.threads));
 }
 
+/// What to say of files that stand in the input more than once, under whatever names; empty when none does.
+std::string repeated_files(const std::vector<std::string>& files) {
+  std::map<std::pair<dev_t, ino_t>, const std::string*> seen;
+  std::size_t repeats = 0;
+  std::string first;
+  for (const std::string& file : files) {
+    struct stat found;
+    if (::stat(file.c_str(), &found) != 0 || !S_ISREG(found.st_mode)) continue;
+    const auto [known, is_new] = seen.emplace(std::pair(found.st_dev, found.st_ino), &file);
+    if (!is_new && repeats++ == 0) first = file == *known->second ? file : fmt::format("{} (also {})", file, *known->second);
+  }
+  if (repeats == 0) return "";
+  return fmt::format("{} stands in the input more than once{}; its documents are in the dataset as often", first,
+                     repeats > 1 ? fmt::format(", as do others ({} repeats)", repeats) : "");
+}
+
 /// Cross-entropy in nats a token: -sum_i o_i ln m_i, with o the frequencies of `observed` and m those of `model` after adding `plus` to each count.
 double unigram_loss(const std::vector<std::uint64_t>& observed, const std::vector<std::uint64_t>& model, double plus) {
   double observed_total = 0, model_total = 0, sum = 0;
@@ -188,6 +209,9 @@ PrepareSummary prepare_dataset(const Tokenizer& tokenizer, const PrepareOptions&
   const int threads = options.threads ? options.threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 
   PrepareSummary summary;
+  if (std::string repeated = repeated_files(reader.files()); !repeated.empty()) summary.notices.push_back(std::move(repeated));
+  std::uint64_t not_utf8 = 0;
+  std::uint32_t first_not_utf8 = 0;
   DatasetInfo& info = summary.dataset;
   try {
     OutputFolder output(options.output, options.overwrite);
@@ -199,7 +223,10 @@ PrepareSummary prepare_dataset(const Tokenizer& tokenizer, const PrepareOptions&
       PrepareProgress now{0, reader.total_bytes(), 0, 0, 0};
       double shown = 0;
       while (auto batch = pipeline.next()) {
-        for (const TokenizedPiece& piece : batch->pieces) now.text_bytes += piece.text_bytes;
+        for (const TokenizedPiece& piece : batch->pieces) {
+          now.text_bytes += piece.text_bytes;
+          if (!piece.utf8 && not_utf8++ == 0) first_not_utf8 = piece.source;
+        }
         now.tokens += batch->tokens.size();
         summary.skipped_lines += batch->skipped_lines;
         holdout.add(std::move(*batch));
@@ -240,7 +267,12 @@ PrepareSummary prepare_dataset(const Tokenizer& tokenizer, const PrepareOptions&
   }
   if (options.validation_fraction > 0 && info.validation.tokens == 0)
     summary.notices.push_back("the validation split is empty: the text is too short, or all alike");
-  if (summary.skipped_lines) summary.notices.push_back(fmt::format("{} bad lines were left out", summary.skipped_lines));
+  if (not_utf8)
+    summary.notices.push_back(
+        fmt::format("bytes that are not UTF-8 were kept as they are, in {} of the pieces of up to {} KiB, first in {}: is it text?", not_utf8,
+                    kPieceBytes >> 10, reader.files()[first_not_utf8]));
+  if (summary.skipped_lines)
+    summary.notices.push_back(fmt::format("{} bad line{} left out", summary.skipped_lines, summary.skipped_lines == 1 ? " was" : "s were"));
   summary.seconds = seconds();
   return summary;
 }

@@ -38,7 +38,7 @@ struct PrepareSummary {
   DatasetInfo dataset;
   std::uint64_t skipped_lines = 0;
   double seconds = 0;
-  std::vector<std::string> notices;  // what the user should know: held out by pieces, an empty validation split, lines left out
+  std::vector<std::string> notices;  // what the user should know, as that lines were left out or bytes are not UTF-8
 };
 
 /// Builds the dataset beside its final place, in OUTPUT/.prepare, and moves it there when complete; a killed run leaves nothing else, and the

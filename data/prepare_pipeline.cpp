@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "data/bpe_split.h"
 #include "data/sha256.h"
 
 namespace tessera {
@@ -100,7 +101,8 @@ TokenizedBatch PreparePipeline::tokenize(const std::vector<Entry>& entries) cons
     const auto take = [&](std::string_view text, bool first) {
       const std::size_t before = out.tokens.size();
       tokenizer_.encode(text, out.tokens);
-      out.pieces.push_back({entry.file, first, hashes_ ? split_hash(text) : 0, out.tokens.size() - before, text.size()});
+      const bool utf8 = valid_utf8_prefix(text) == text.size();
+      out.pieces.push_back({entry.file, first, utf8, hashes_ ? split_hash(text) : 0, out.tokens.size() - before, text.size()});
     };
     if (!reader_.pieces(entry, take)) ++out.skipped_lines;
   }

@@ -20,6 +20,7 @@ namespace tessera {
 struct TokenizedPiece {
   std::uint32_t source = 0;
   bool first = true;       // begins a document
+  bool utf8 = true;        // its bytes are valid UTF-8
   std::uint64_t hash = 0;  // of its text, keyed; see prepare.h
   std::size_t tokens = 0, text_bytes = 0;
 };

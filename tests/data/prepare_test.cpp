@@ -297,6 +297,55 @@ TEST(Prepare, AFullDiskLeavesNothing) {
   }
 }
 
+TEST(Prepare, NothingMovesUntilTheManifestIsWritten) {
+  // dataset.json names every source, a shard the first thousand: here it is the largest file, and the one that does not fit.
+  const TemporaryFolder folder;
+  const std::string inputs = folder / std::string(100, 'd');
+  fs::create_directories(inputs);
+  for (int i = 0; i < 3000; ++i) put(inputs + "/" + std::to_string(i) + ".txt", "text");
+  put(folder / "a.txt", "some text");
+  prepare({folder / "a.txt"}, folder / "old");
+  const auto before = contents(folder / "old");
+  for (const char* name : {"new", "old"}) {
+    const int status = with_file_size_limit(350'000, [&] {
+      PrepareOptions options;
+      options.inputs = {inputs};
+      options.output = folder / name;
+      options.overwrite = true;
+      const std::string message = message_of([&] { prepare_dataset(*load_tokenizer("bytes"), options); });
+      return message.find("dataset.json: writing ") != std::string::npos ? 7 : 8;
+    });
+    ASSERT_TRUE(WIFEXITED(status));
+    EXPECT_EQ(WEXITSTATUS(status), 7);
+  }
+  EXPECT_FALSE(fs::exists(folder / "new"));
+  EXPECT_EQ(contents(folder / "old"), before);
+}
+
+TEST(Prepare, SaysWhenFilesRepeatOrAreNotUtf8) {
+  const TemporaryFolder folder;
+  put(folder / "a.txt", "some text");
+  put(folder / "latin1.txt", "caf\xE9");
+  fs::create_symlink(folder / "a.txt", folder / "link.txt");
+  const auto notices = [&](std::vector<std::string> inputs) {
+    PrepareOptions options;
+    for (const std::string& name : inputs) options.inputs.push_back(folder / name);
+    options.output = folder / "out";
+    options.validation_fraction = 0;
+    options.overwrite = true;
+    std::string all;
+    for (const std::string& notice : prepare_dataset(*load_tokenizer("bytes"), options).notices) all += notice + "\n";
+    return all;
+  };
+  EXPECT_EQ(notices({"a.txt"}), "");
+  EXPECT_NE(notices({"a.txt", "a.txt"}).find("/a.txt stands in the input more than once;"), std::string::npos);
+  EXPECT_NE(notices({"a.txt", "link.txt"}).find("/link.txt (also " + folder / "a.txt" + ") stands in the input more than once"), std::string::npos);
+  EXPECT_NE(
+      notices({"a.txt", "latin1.txt"}).find("not UTF-8 were kept as they are, in 1 of the pieces of up to 64 KiB, first in " + folder / "latin1.txt"),
+      std::string::npos);
+  EXPECT_EQ(read_dataset(folder / "out").train.text_bytes, 13u);
+}
+
 TEST(Prepare, AKilledRunLeavesWholeShardsOrNoneAndTheNextOneGoesThrough) {
   const TemporaryFolder folder;
   put(folder / "a.txt", words(6'000'000, 10));

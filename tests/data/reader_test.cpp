@@ -263,6 +263,9 @@ TEST(ExpandInputs, FilesFoldersAndPatterns) {
   EXPECT_EQ(expand_inputs({folder / "plain", folder / "d"}),
             (Texts{folder / "plain", folder / "d/a.jsonl.gz", folder / "d/b.txt", folder / "d/sub/c.md"}));
   EXPECT_EQ(expand_inputs({folder / "d/*.[tj]*", "-"}), (Texts{folder / "d/a.jsonl.gz", folder / "d/b.txt", "-"}));
+  EXPECT_EQ(expand_inputs({folder / "d/[bs]*"}), (Texts{folder / "d/b.txt", folder / "d/sub/c.md"}));  // a folder among a pattern's matches
+  std::filesystem::create_symlink("loop", folder / "loop");
+  EXPECT_NE(message_of([&] { expand_inputs({folder / "loop"}); }).find("loop: cannot be opened: "), std::string::npos);
   EXPECT_THROW(expand_inputs({folder / "missing.txt"}), std::invalid_argument);
   EXPECT_THROW(expand_inputs({folder / "*.none"}), std::invalid_argument);
   std::filesystem::create_directories(folder / "empty");
@@ -271,6 +274,8 @@ TEST(ExpandInputs, FilesFoldersAndPatterns) {
   EXPECT_NO_THROW(DocumentReader({folder / "d/ignored.bin"}, {.format = TextFormat::text}));
   EXPECT_THROW(open_source(folder / "missing.txt"), std::invalid_argument);
   EXPECT_THROW(open_source(folder / "d"), std::invalid_argument);
+  EXPECT_EQ(text_format("jsonl"), TextFormat::jsonl);
+  EXPECT_THROW(text_format("json"), std::invalid_argument);
 }
 
 }  // namespace

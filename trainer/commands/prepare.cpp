@@ -5,7 +5,6 @@
 #include <fmt/core.h>
 #include <unistd.h>
 
-#include <csignal>
 #include <cstdio>
 #include <iostream>
 #include <memory>
@@ -61,9 +60,8 @@ class ProgressBar {
 };
 
 void prepare(Arguments& arguments) {
-  std::signal(SIGXFSZ, SIG_IGN);  // a file over the limit of ulimit -f is then an error like a full disk, not the end of the process
   auto& reader = arguments.options.reader;
-  reader.format = arguments.format == "txt" ? TextFormat::text : arguments.format == "jsonl" ? TextFormat::jsonl : TextFormat::automatic;
+  reader.format = text_format(arguments.format);
   const auto tokenizer = load_tokenizer(arguments.tokenizer);
   PrepareSummary summary;
   {
@@ -89,7 +87,10 @@ void add_prepare_command(CLI::App& app) {
   command->add_option("--validation-fraction", options.validation_fraction, "Share of the documents held out, drawn by a hash of their text")
       ->type_name("F")
       ->capture_default_str();
-  command->add_option("--shard-tokens", options.shard_tokens, "Tokens in each shard file but the last")->type_name("N")->capture_default_str();
+  command->add_option("--shard-tokens", options.shard_tokens, "Tokens in each shard file but the last")
+      ->type_name("N")
+      ->capture_default_str()
+      ->check(CLI::Range(std::int64_t{2}, std::int64_t{4'000'000'000}));
   command->add_option("--threads", options.threads, "Tokenizer threads; 0: one a core. The result does not depend on it")
       ->type_name("N")
       ->capture_default_str();
