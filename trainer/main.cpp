@@ -3,6 +3,7 @@
 #include <fmt/core.h>
 
 #include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -87,6 +88,7 @@ int main(int argc, char** argv) {
   tessera::add_attention_command(app);
   tessera::add_bench_command(app);
 
+  std::signal(SIGXFSZ, SIG_IGN);  // a file over the limit of ulimit -f is then an error like a full disk, not the end of the process
   try {
     app.parse(argc, argv);
     return finish_output();

@@ -84,6 +84,17 @@ TEST(TokenizerCommand, Errors) {
   EXPECT_EQ(run_tessera(train + folder / "bad.jsonl" + " --skip-bad").code, 0);
   expect_error(run_tessera("tokenizer train --vocabulary 256 --output x --input " + alice), 2, "257");
   expect_error(run_tessera("tokenizer train --vocabulary 300 --output " + folder / "empty.txt/t.json" + " --input " + alice), 2, "empty.txt");
+  expect_error(run_tessera("tokenizer train --vocabulary 300 --output " + folder.path() + " --input " + alice), 2, "expected a file to write");
+  test::put(folder / "own.txt", "precious text");
+  expect_error(run_tessera("tokenizer train --vocabulary 300 --output " + folder / "own.txt" + " --input " + folder.path()), 2,
+               "one of the input files");
+  EXPECT_EQ(contents(folder / "own.txt"), "precious text");
+  expect_error(run_tessera("tokenizer train --vocabulary 300 --output " + folder / "made/t.json" + " --input " + folder / "none.txt"), 2, "none");
+  EXPECT_FALSE(std::filesystem::exists(folder / "made"));
+  test::put(folder / "odd.dat", "text of an odd name");
+  expect_error(run_tessera(train + folder / "odd.dat"), 2, "--format txt");
+  EXPECT_EQ(run_tessera(train + folder / "odd.dat" + " --format txt").code, 0);
+  expect_error(run_tessera(train + alice, "ulimit -f 1;"), 1, "ulimit -f");
   expect_error(run_tessera("tokenizer encode --tokenizer words " + alice), 2, "gpt2:DIR");
   expect_error(run_tessera("tokenizer encode" + kSmall + folder / "none"), 2, "none");
   expect_error(run_tessera("tokenizer decode" + kSmall, "printf '1 2 600' |"), 2, "\"600\" at byte 4 of the input: expected a number from 0 to 599");

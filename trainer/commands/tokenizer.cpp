@@ -5,6 +5,7 @@
 
 #include <charconv>
 #include <chrono>
+#include <filesystem>
 #include <iostream>
 #include <iterator>
 #include <memory>
@@ -45,18 +46,34 @@ class ProgressLine {
 struct TrainOptions {
   std::vector<std::string> inputs;
   std::int64_t vocabulary = 0;
-  std::string output;
+  std::string output, format = "auto";
   ReaderOptions reader;
   bool json = false;
 };
 
-void train(const TrainOptions& options) {
+/// The vocabulary would take the place of the text that it is learned from, or of something that is no file.
+void check_output(const std::string& output, const std::vector<std::string>& inputs) {
+  namespace fs = std::filesystem;
+  std::error_code ignored;
+  const auto status = fs::status(output, ignored);
+  if (!fs::exists(status)) return;
+  if (!fs::is_regular_file(status))
+    throw std::invalid_argument(fmt::format("--output {}: expected a file to write, found {}", output,
+                                            fs::is_directory(status) ? "a folder" : "something that is not a regular file"));
+  for (const std::string& input : inputs)
+    if (fs::equivalent(input, output, ignored))
+      throw std::invalid_argument(fmt::format("--output {}: this is one of the input files ({}); choose another name", output, input));
+}
+
+void train(TrainOptions& options) {
+  options.reader.format = text_format(options.format);
+  DocumentReader reader(expand_inputs(options.inputs), options.reader);
+  check_output(options.output, reader.files());
   const std::string folder = folder_of(options.output);
   make_folder(folder);
   if (::access(folder.c_str(), W_OK) != 0) throw std::invalid_argument(folder + ": cannot write into this folder");  // now, not after the work
 
   BpeTrainer trainer;
-  DocumentReader reader(expand_inputs(options.inputs), options.reader);
   std::uint64_t documents = 0, skipped = 0;
   std::vector<Entry> entries;
   {
@@ -105,7 +122,7 @@ void train(const TrainOptions& options) {
   if (tokenizer->vocabulary() < options.vocabulary) {
     fmt::print("(fewer than the {} asked for: no pair of tokens is left that occurs twice)\n", options.vocabulary);
   }
-  if (skipped > 0) fmt::print("({} bad lines skipped)\n", skipped);
+  if (skipped > 0) fmt::print("({} bad line{} skipped)\n", skipped, skipped == 1 ? "" : "s");
   fmt::print("Use it: tessera prepare --tokenizer bpe:{} ...\n", options.output);
 }
 
@@ -186,6 +203,9 @@ void add_tokenizer_command(CLI::App& app) {
       ->required()
       ->check(CLI::Range(std::int64_t{257}, std::int64_t{1} << 24));
   train_command->add_option("--output", train_options->output, "The tokenizer.json to write")->type_name("FILE")->required();
+  train_command->add_option("--format", train_options->format, "What the files are; auto: by their names")
+      ->check(CLI::IsMember({"auto", "txt", "jsonl"}))
+      ->capture_default_str();
   train_command->add_option("--text-key", train_options->reader.text_key, "Key of the text in each .jsonl object")
       ->type_name("KEY")
       ->capture_default_str();
