@@ -118,6 +118,8 @@ class Assembly {
       // A dot in a name would make "train.steps" a key of its own beside train: {steps}.
       if (name.find('.') == std::string::npos && (find_key(child.path) || is_section(child.path)))
         walk(child);
+      else if (name == "<<")
+        problems_.add(child.key_place, child.path, "merge keys are not supported; write the keys out");
       else if (name.find('.') != std::string::npos && find_key(child.path))
         problems_.add(child.key_place, child.path, "dots are for --set; expected a map in a map");
       else

@@ -71,6 +71,7 @@ class Resolver {
     tiles();
     step();
     schedule();
+    tokenizer();
     device();
     if (c_.model.vocabulary > 0) c_.model.vocabulary_padded = padded(c_.model.vocabulary, c_.vocabulary_multiple);
   }
@@ -177,6 +178,13 @@ class Resolver {
       fail({"optimizer.decay", "optimizer.warmup", "train.steps"},
            fmt::format("optimizer.warmup {} and a decay of {:g} x {} steps overlap; expected a decay of at most {:.3g}", o.warmup, o.decay, steps,
                        1.0 - static_cast<double>(o.warmup) / static_cast<double>(steps)));
+  }
+
+  void tokenizer() {
+    const std::string& name = c_.data.tokenizer;
+    const bool file = (name.starts_with("gpt2:") && name.size() > 5) || (name.starts_with("bpe:") && name.size() > 4);
+    if (name.empty() || name == "bytes" || name == "gpt2" || name == "bpe" || file) return;
+    fail({"data.tokenizer"}, fmt::format("expected bytes, gpt2, bpe, gpt2:DIR or bpe:FILE, found \"{:.60}\"", name));
   }
 
   void device() {

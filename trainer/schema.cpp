@@ -216,7 +216,7 @@ std::vector<Key> make_schema() {
 
       text("data.path", FIELD(data.path), true, "Folder that `tessera prepare` wrote. Training needs it."),
       text("data.tokenizer", FIELD(data.tokenizer), true,
-           "The tokenizer that the data must have been made with: bytes, gpt2, bpe. Empty: whichever it was."),
+           "The tokenizer that the data must have been made with: bytes, gpt2, bpe, or one itself, gpt2:DIR or bpe:FILE. Empty: whichever it was."),
       integer("data.prefetch", FIELD(data.prefetch), 1, 1024, "Micro-batches read ahead."),
 
       integer("train.steps", FIELD(train.steps), 1, kSteps, "Updates of the run."),

@@ -83,6 +83,15 @@ std::optional<std::string> read_scalar(const Value& value, const std::string& ex
   return {};
 }
 
+const char* start_of_number(const std::string& text) {
+  const auto digit = [&](std::size_t i) { return i < text.size() && text[i] >= '0' && text[i] <= '9'; };
+  const bool plus = text.starts_with('+');
+  if (plus && !digit(1) && !text.substr(1).starts_with('.')) return nullptr;
+  const std::size_t digits = plus || text.starts_with('-') ? 1 : 0;
+  if (digit(digits) && text[digits] == '0' && digit(digits + 1)) return nullptr;
+  return text.data() + (plus ? 1 : 0);
+}
+
 std::optional<bool> read_boolean(const Value& value, Problems& problems) {
   const auto text = read_scalar(value, "true or false", problems);
   if (!text) return {};
@@ -95,10 +104,10 @@ std::optional<double> read_number(const Value& value, const Bounds<double>& boun
   const std::string expected = fmt::format("a number {}", bounds.str());
   const auto text = read_scalar(value, expected, problems);
   if (!text) return {};
-  const char* first = text->data() + (text->starts_with('+') ? 1 : 0);
+  const char* first = start_of_number(*text);
   const char* last = text->data() + text->size();
   double number = 0;
-  const auto [end, error] = std::from_chars(first, last, number);
+  const auto [end, error] = std::from_chars(first ? first : last, last, number);  // of nothing: an error
   if (error != std::errc() || end != last || !is_plain(value.node) || !std::isfinite(number) || !bounds.holds(number)) {
     problems.add(value.place, value.path, fmt::format("expected {}, found {}", expected, describe(value.node)));
     return {};

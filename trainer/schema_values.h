@@ -45,15 +45,19 @@ std::optional<std::string> read_choice(const Value& value, const std::vector<std
 /// A plain (unquoted) scalar: what numbers and true/false are written as.
 bool is_plain(const YAML::Node& node);
 
+/// Where the number starts that std::from_chars shall read: behind one '+', which it does not take. Null when there is another sign after it, or a
+/// zero before other digits: 010 is eight in YAML 1.1 and ten in 1.2.
+const char* start_of_number(const std::string& text);
+
 template <class T>
 std::optional<T> read_integer(const Value& value, const Bounds<T>& bounds, Problems& problems) {
   const std::string expected = fmt::format("an integer {}", bounds.str());
   const auto text = read_scalar(value, expected, problems);
   if (!text) return {};
-  const char* first = text->data() + (text->starts_with('+') ? 1 : 0);
+  const char* first = start_of_number(*text);
   const char* last = text->data() + text->size();
   T number{};
-  const auto [end, error] = std::from_chars(first, last, number);
+  const auto [end, error] = std::from_chars(first ? first : last, last, number);  // of nothing: an error
   if (error != std::errc() || end != last || !is_plain(value.node) || !bounds.holds(number)) {
     problems.add(value.place, value.path, fmt::format("expected {}, found {}", expected, describe(value.node)));
     return {};

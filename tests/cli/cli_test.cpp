@@ -87,6 +87,7 @@ TEST(CommandLine, BadUsageIsTwo) {
   expect_usage_error(run_tessera("attention"), "required");
   expect_usage_error(run_tessera("inspect"), "required");
   expect_usage_error(run_tessera("plan " + kTiny + " --ranks 0"), "--ranks");
+  expect_usage_error(run_tessera("prepare --input x --tokenizer bytes --output y --shard-tokens -5"), "--shard-tokens: Value -5 not in range");
   expect_usage_error(run_tessera("plan " + kTiny + " --ranks two"), "--ranks");
   expect_usage_error(run_tessera("config --schema --set a=1"), "--schema");
 }
@@ -99,6 +100,7 @@ TEST(CommandLine, BadConfigurationIsTwo) {
   expect_usage_error(run_tessera("plan " + kTiny + " --set data.path=/no/such"), "the vocabulary is not known", "/no/such/dataset.json",
                      "model.vocabulary");
   expect_usage_error(run_tessera("plan " + kTiny + " --set model.vocabulary=99 --ranks 3"), "3 ranks", "1, 2, 4 ranks");
+  expect_usage_error(run_tessera("plan " + kTiny + " --set data.tokenizer=klingon"), "--set: data.tokenizer: expected bytes, gpt2, bpe,", "klingon");
   expect_usage_error(run_tessera("eval /no/such --data /no/such"), "/no/such");
   expect_usage_error(run_tessera("inspect /no/such"), "/no/such");
 }
@@ -188,6 +190,16 @@ TEST(PlanCommand, PatternsShowInTheFlops) {
   // Mean visible keys over 64 queries: causal 32.5, window (1 + ... + 8 + 56 x 8) / 64 = 7.5625; 12 x width 32 x 2 layers each.
   EXPECT_NEAR(causal["flops_per_token"]["pattern_visible"].get<double>() - window["flops_per_token"]["pattern_visible"].get<double>(),
               12.0 * 32 * 2 * (32.5 - 7.5625), 1e-6);
+}
+
+TEST(PlanCommand, RefusesDataOfAnotherTokenizer) {
+  const std::string folder = (std::filesystem::temp_directory_path() / ("tessera_cli_plan_" + std::to_string(::getpid()))).string();
+  ASSERT_EQ(run_tessera("prepare --input - --tokenizer bytes --output " + folder, "echo some text |").code, 0);
+  const std::string plan = "plan " + kTiny + " --set data.path=" + folder;
+  EXPECT_EQ(run_tessera(plan).code, 0);
+  EXPECT_EQ(run_tessera(plan + " --set data.tokenizer=bytes").code, 0);
+  expect_usage_error(run_tessera(plan + " --set data.tokenizer=gpt2"), "data.tokenizer is gpt2, and " + folder + " was made with bytes");
+  std::filesystem::remove_all(folder);
 }
 
 TEST(PlanCommand, TextForPeople) {

@@ -31,6 +31,16 @@ TEST(ConfigErrors, WrongTypes) {
   expect_error(error_of("train: {steps: \"5\"}"), "train.steps: expected an integer", "found the text \"5\"");
   expect_error(error_of("train: {steps: 5.0}"), "train.steps: expected an integer", "found 5.0");
   expect_error(error_of("train: {steps: 1e3}"), "found 1e3");
+  expect_error(error_of("train: {steps: 010}"), "expected an integer", "found 010");  // eight or ten: YAML 1.1 and 1.2 differ
+  expect_error(error_of("train: {steps: 0x10}"), "found 0x10");
+  expect_error(error_of("optimizer: {lr: 010}"), "expected a number", "found 010");
+  expect_error(error_of("attention: {threshold: {init: +-1}}"), "found +-1");
+  EXPECT_EQ(parse_config("attention: {threshold: {init: +0.5}}", "x.yaml", {}).model.attention.threshold.init, 0.5f);
+  EXPECT_EQ(parse_config("attention: {threshold: {init: -0.5}}", "x.yaml", {}).model.attention.threshold.init, -0.5f);
+  expect_error(error_of("train: {<<: {steps: 5}}"), "x.yaml:1:9: train.<<: merge keys are not supported; write the keys out");
+  expect_error(error_of("data: {tokenizer: klingon}"), "x.yaml:1:", "data.tokenizer: expected bytes, gpt2, bpe, gpt2:DIR or bpe:FILE", "klingon");
+  expect_error(error_of("data: {tokenizer: \"bpe:\"}"), "data.tokenizer: expected");
+  EXPECT_EQ(error_of("data: {tokenizer: \"bpe:my.json\"}"), "");
   expect_error(error_of("train: {steps: [1]}"), "found a list");
   expect_error(error_of("train: {steps: {a: 1}}"), "found a map");
   expect_error(error_of("train: {steps: !!int 5}"), "found a value tagged");

@@ -271,7 +271,7 @@ class RandomConfig {
       else if (key["type"] == "two numbers")
         value = fmt::format("[{}, {}]", number(range), number(range));
       else if (key["type"] == "text")
-        value = text();
+        value = (path == "data.tokenizer" ? "bpe:" : "") + text();
       else
         value = option(range);
       if (path == "model.heads") value = std::to_string(heads_ = 1 + pick(64));

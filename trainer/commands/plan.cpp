@@ -12,6 +12,7 @@
 #include "data/tokenizer.h"
 #include "trainer/commands/commands.h"
 #include "trainer/config.h"
+#include "trainer/open_data.h"
 #include "trainer/train_state.h"
 
 namespace tessera {
@@ -29,6 +30,7 @@ std::optional<DatasetInfo> dataset_if_there(const Config& config) {
 void find_vocabulary(Config& config, const std::optional<DatasetInfo>& dataset) {
   const std::string& tokenizer = config.data.tokenizer;
   if (dataset) {
+    open_tokenizer(*dataset, tokenizer);  // a run would refuse another one, and so does its plan
     resolve_vocabulary(config, dataset->vocabulary, config.data.path);
   } else if (config.model.vocabulary != 0) {
     resolve_vocabulary(config, config.model.vocabulary, "");
@@ -41,7 +43,7 @@ void find_vocabulary(Config& config, const std::optional<DatasetInfo>& dataset) 
   } else {
     const std::string data = config.data.path.empty() ? "data.path is not set" : fmt::format("there is no {}/dataset.json", config.data.path);
     throw ConfigError(fmt::format(
-        "the vocabulary is not known: {}. Set model.vocabulary, data.tokenizer (bytes or gpt2), or data.path to a prepared dataset", data));
+        "the vocabulary is not known: {}. Set model.vocabulary, data.tokenizer (bytes, gpt2 or bpe:FILE), or data.path to a prepared dataset", data));
   }
 }
 
@@ -134,7 +136,7 @@ void add_plan_command(CLI::App& app) {
   command->add_option("--set", options->sets, "Set a key, after the file; the last one counts")->type_name("KEY=VALUE")->expected(1)->take_all();
   command->add_flag("--json", options->json, "Print JSON");
   command->footer(
-      "Needs no data when model.vocabulary or data.tokenizer (bytes, gpt2) says the vocabulary.\n"
+      "Needs no data when model.vocabulary or data.tokenizer (bytes, gpt2, bpe:FILE) says the vocabulary.\n"
       "Example:\n"
       "  tessera plan configs/quickstart.yaml --ranks 2 --set data.tokenizer=gpt2");
   command->callback([options] {
