@@ -9,6 +9,7 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 #include <functional>
 #include <mutex>
 #include <numeric>
@@ -286,6 +287,7 @@ Hdf5File Hdf5File::open(const std::string& path) {
     throw std::invalid_argument(fmt::format("{}: cannot be opened: {}", path, std::strerror(errno)));
   else
     ::close(fd);
+  if (std::filesystem::is_directory(path)) throw std::invalid_argument(fmt::format("{}: is a folder, expected an HDF5 file", path));
   auto impl = std::make_unique<Impl>();
   impl->path = path;
   const Session session;

@@ -160,6 +160,14 @@ std::string describe(const PatternSpec& p) {
   return "?";
 }
 
+/// The beginning of a line that may hold anything, fit for a message.
+static std::string shown(const std::string& line) {
+  std::string text = line.substr(0, 60);
+  for (char& c : text)
+    if (c < 0x20 || c > 0x7E) c = '?';
+  return text;
+}
+
 std::shared_ptr<const BlockMask> read_block_mask(const std::string& file) {
   std::ifstream in(file);
   if (!in) throw std::invalid_argument(fmt::format("block mask '{}': cannot be opened; check attention.pattern's file", file));
@@ -176,14 +184,14 @@ std::shared_ptr<const BlockMask> read_block_mask(const std::string& file) {
       // "block N": N by hand, since stream extraction would take "block 64x" too.
       const std::string digits = line.rfind("block ", 0) == 0 ? line.substr(6) : "";
       if (digits.empty() || digits.size() > 9 || digits.find_first_not_of("0123456789") != std::string::npos || std::stoll(digits) < 1)
-        fail(1, fmt::format("expected \"block N\" with N tokens a side, found \"{:.60}\"", line));
+        fail(1, fmt::format("expected \"block N\" with N tokens a side, found \"{}\"", shown(line)));
       mask->block = std::stoll(digits);
       continue;
     }
     if (line.empty()) continue;
     const auto length = static_cast<std::int64_t>(line.size());
     if (const auto bad = line.find_first_not_of("01"); bad != std::string::npos)
-      fail(number, fmt::format("column {}: expected '0' or '1', found '{}'", bad + 1, line[bad]));
+      fail(number, fmt::format("column {}: expected '0' or '1', found '{}'", bad + 1, shown(line.substr(bad, 1))));
     if (mask->rows == 0) mask->rows = length;
     if (length != mask->rows) fail(number, fmt::format("expected {} values as in the first row, found {}", mask->rows, length));
     if (++rows > mask->rows) fail(number, fmt::format("more than {} rows; the mask must be square", mask->rows));

@@ -235,6 +235,9 @@ TEST_F(AttentionCommand, ClearErrors) {
   };
   const auto nothing = [](Hdf5File&) {};
   rejects("", "in.h5");  // no such file
+  std::filesystem::create_directory(in());
+  rejects("", "in.h5: is a folder, expected an HDF5 file");
+  std::filesystem::remove(in());
   write_input(nothing);
   rejects("--document-mask", "there is no dataset document_start; expected int32 [2, 45]");
   rejects("--visit some", "--visit");

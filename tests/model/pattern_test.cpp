@@ -393,6 +393,7 @@ TEST_F(BlockMaskFile, ErrorsNameFileAndLine) {
   };
   expect("", "line 1", "empty");
   expect("blocks 16\n1\n", "line 1", "block N");
+  expect("\x1B[31m\xFF\n", "line 1", "found \"?[31m?\"");  // nothing a terminal would act on
   expect("block 0\n1\n", "line 1", "block N");
   expect("block 16x\n1\n", "line 1", "block N");
   expect("block -1\n1\n", "line 1", "block N");
