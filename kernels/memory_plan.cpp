@@ -63,9 +63,10 @@ MemoryPlan::Slot MemoryPlan::reserve(MemoryCategory category, std::string name, 
   return static_cast<Slot>(blocks_.size()) - 1;
 }
 
-void MemoryPlan::allocate(Ops& ops) {
+void MemoryPlan::allocate(Ops& ops) { allocate(ops, ops.memory_available()); }
+
+void MemoryPlan::allocate(Ops& ops, std::size_t available) {
   if (allocated()) throw std::logic_error("memory plan: allocate() is called twice");
-  const std::size_t available = ops.memory_available();
   const auto fail = [&] {
     std::string parts;
     for (int c = 0; c < kMemoryCategories; ++c) {

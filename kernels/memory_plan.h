@@ -41,7 +41,9 @@ class MemoryPlan {
   Slot reserve(MemoryCategory category, std::string name, DType dtype, Shape shape);
 
   /// Allocates one arena a category from `ops`, zero-filled; the arenas live as long as the plan, and `ops` must live longer.
-  /// Throws std::runtime_error that lists the bytes of every category when memory does not suffice.
+  /// Throws std::runtime_error that lists the bytes of every category when they are more than `available`, or memory does not suffice.
+  void allocate(Ops& ops, std::size_t available);
+  /// The same with all that `ops` has.
   void allocate(Ops& ops);
   bool allocated() const { return ops_ != nullptr; }
 

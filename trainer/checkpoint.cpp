@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <regex>
+#include <set>
 #include <stdexcept>
 
 #include "data/files.h"
@@ -109,6 +110,20 @@ Json read_marker(const std::string& directory) {
   }
 }
 
+/// What the marker says beside checksums, which no checksum covers: compared with the files.
+void check_marker(const std::string& directory, const Json& marker, std::vector<std::string>& problems) {
+  const auto damaged = [&](const std::string& what) { problems.push_back(fmt::format("{}/{}: damaged: {}", directory, kMarker, what)); };
+  const auto step = marker.at("step").get<std::int64_t>(), found = read_checkpoint_info(directory).position.step;
+  if (step != found) damaged(fmt::format("step {}, and model.h5 is of step {}", step, found));
+  std::set<std::string> listed;
+  for (const Json& file : marker.at("files")) listed.insert(file.at("name").get<std::string>());
+  const auto ranks = marker.at("ranks").get<std::int64_t>();
+  bool complete =
+      ranks >= 1 && static_cast<std::int64_t>(listed.size()) == ranks + 2 && listed.contains("model.h5") && listed.contains("tokenizer.json");
+  for (int r = 0; complete && r < ranks; ++r) complete = listed.contains(optimizer_name(r, static_cast<int>(ranks)));
+  if (!complete) damaged(fmt::format("it lists {} files, not the model, the tokenizer and the optimizer of {} ranks", listed.size(), ranks));
+}
+
 Hdf5File open_part(const std::string& path) {
   try {
     Hdf5File h5 = Hdf5File::open(path);
@@ -131,7 +146,7 @@ Provenance provenance_of(const DatasetInfo& info) {
 std::string checkpoint_name(std::int64_t step) { return fmt::format("step_{:08d}", step); }
 
 std::vector<CheckpointEntry> list_checkpoints(const std::string& checkpoints) {
-  static const std::regex pattern("step_([0-9]{8,})");
+  static const std::regex pattern("step_([0-9]{8,18})");
   std::vector<CheckpointEntry> found;
   std::error_code none;
   for (const auto& entry : fs::directory_iterator(checkpoints, none)) {
@@ -175,6 +190,7 @@ std::vector<std::string> verify_checkpoint(const std::string& directory) {
         problems.push_back(path + ": the contents do not match their SHA-256: the file is damaged");
       }
     }
+    if (problems.empty()) check_marker(directory, marker, problems);
   } catch (const std::exception& e) {
     problems.push_back(e.what());
   }
@@ -257,7 +273,7 @@ std::string save_checkpoint(const CheckpointRequest& r, const Gpt& model, const 
       if (!first) return;
       write_model(aside + "/model.h5", r, model, ops);
       receipts.push_back(receipt(aside, "model.h5"));
-      write_file(aside + "/tokenizer.json", read_file(r.tokenizer_file));
+      write_file(aside + "/tokenizer.json", r.tokenizer);
       receipts.push_back(receipt(aside, "tokenizer.json"));
     });
   } catch (...) {

@@ -86,7 +86,7 @@ struct CheckpointRequest {
   RunPosition position;
   std::string config;  // YAML
   Provenance dataset;
-  std::string tokenizer_file;                   // copied in
+  std::string tokenizer;                        // contents of the dataset's tokenizer.json
   int keep = 0;                                 // newest complete ones that stay; 0: all
   std::function<void()> between_files = [] {};  // for tests: called when the first files are written
 };

@@ -45,6 +45,8 @@ std::vector<std::uint32_t> generate(Gpt& model, const Tokenizer& tokenizer, cons
     const std::uint32_t token = choose_token(model.next_logits(std::span(seen).last(length)), o, uniform(o.seed, static_cast<std::uint64_t>(n)));
     if (o.stop_at_end && token == tokenizer.end_of_text()) break;
     made.push_back(token);
+    // With a mask, the document that begins here sees nothing of those before it, in training as here.
+    if (token == tokenizer.end_of_text() && model.config().attention.document_mask) seen.clear();
     seen.push_back(static_cast<std::int32_t>(token));
     on_token(token);
   }

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cmath>
+#include <filesystem>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -54,6 +55,7 @@ class Trainer {
   void log(std::int64_t t, const StepReport& report, const AttentionCounts& counts, Json row);
   void sample(std::int64_t t);
   void save();
+  std::string nonfinite_message() const;
   double sum_over_ranks(double value);
   bool due(std::int64_t every, std::int64_t t) const { return every > 0 && t % every == 0; }
 
@@ -68,9 +70,11 @@ class Trainer {
   RunPosition position_;
   std::int64_t first_step_ = 0;  // steps done before this start
   std::int64_t saved_ = -1;      // step of the newest checkpoint
+  std::int64_t proven_ = -1;     // of the newest one after which a step was finite
   std::int64_t sequences_per_step_ = 0;
 
   DatasetInfo data_;
+  std::string tokenizer_file_;  // rank 0: its contents
   std::unique_ptr<Tokenizer> tokenizer_;
   std::unique_ptr<Ops> ops_;
   std::unique_ptr<TrainState> state_;
@@ -91,10 +95,10 @@ Trainer::Trainer(const Config& config, bool resume, Communicator& comm)
 
 void Trainer::prepare() {
   const int rank = comm_.rank(), ranks = comm_.size();
-  std::string tokenizer_file;
   agree(comm_, [&] {
     data_ = open_data(config_.data.path);
     tokenizer_ = open_tokenizer(data_, config_.data.tokenizer);
+    if (rank == 0) tokenizer_file_ = read_file(data_.directory + "/tokenizer.json");  // now: the folder may be gone when a checkpoint wants it
     resolve_vocabulary(config_, data_.vocabulary, data_.directory);
     check_ranks(config_, ranks);
   });
@@ -102,17 +106,25 @@ void Trainer::prepare() {
 
   // The start is rank 0's decision: the others may not see the folder as it does at the same moment.
   agree(comm_, [&] {
-    if (rank == 0) start_ = find_start(folder_, resume_, config_, provenance_of(data_));
+    if (rank != 0) return;
+    // The lock comes first: a run that is just ending may be about to write its last checkpoint.
+    if (std::filesystem::is_directory(folder_.directory)) lock_.emplace(folder_.directory);
+    start_ = find_start(folder_, resume_, config_, provenance_of(data_));
   });
   start_.checkpoint = comm_.broadcast(start_.checkpoint, 0);
   for (const std::string& notice : config_.notices) console_.say("note: {}", notice);
   for (const std::string& notice : start_.notices) console_.say("note: {}", notice);
 
   const int threads = threads_for_rank(comm_, config_.run.threads);
+  // Each rank of a host may have its share of what was free before any of them took something.
+  std::size_t memory = 0;
   agree(comm_, [&] {
     ops_ = make_cpu_ops(threads);
     state_ = std::make_unique<TrainState>(config_, *ops_, rank, ranks);
-    state_->plan.allocate(*ops_);
+    memory = ops_->memory_available() / static_cast<std::size_t>(comm_.local_size());
+  });
+  agree(comm_, [&] {
+    state_->plan.allocate(*ops_, memory);
     state_->model.bind();
     if (start_.checkpoint.empty()) {
       state_->model.initialize(config_.run.seed);
@@ -140,7 +152,7 @@ void Trainer::prepare() {
   agree(comm_, [&] {
     if (rank != 0) return;
     make_folder(folder_.directory);
-    lock_.emplace(folder_.directory);
+    if (!lock_) lock_.emplace(folder_.directory);
     open_run_folder(folder_, config_, position_.step);
     metrics_.emplace(folder_.metrics());
   });
@@ -173,6 +185,7 @@ void Trainer::run() {
     position_.updates += report.skipped ? 0 : 1;
     position_.skipped += report.skipped ? 1 : 0;
     position_.nonfinite_in_a_row = report.skipped ? position_.nonfinite_in_a_row + 1 : 0;
+    if (!report.skipped) proven_ = saved_;
     const AttentionCounts counts(config_.model, counters_, sequences_per_step_, config_.model.context);
 
     Json extra = Json::object();
@@ -180,17 +193,13 @@ void Trainer::run() {
     log(t, report, counts, std::move(extra));
     if (position_.nonfinite_in_a_row >= config_.train.max_nonfinite) {
       agree(comm_, [&] {
-        if (comm_.rank() != 0) return;
-        throw std::runtime_error(fmt::format(
-            "{} steps in a row, up to step {}, had a loss or gradient that is not finite. The last good checkpoint is {}. A smaller optimizer.lr or "
-            "a "
-            "longer optimizer.warmup may help",
-            position_.nonfinite_in_a_row, t, saved_ >= 0 ? folder_.checkpoints() + "/" + checkpoint_name(saved_) : "none: none was written"));
+        if (comm_.rank() == 0) throw std::runtime_error(nonfinite_message());
       });
     }
     if (due(config_.sample.every, t)) sample(t);
     const bool stop = comm_.max(signals_.requested() ? 1 : 0) != 0;
-    if (last || stop || due(config_.checkpoint.every, t)) save();
+    // A skipped step changed nothing that would be worth a checkpoint.
+    if (last || stop || (due(config_.checkpoint.every, t) && !report.skipped)) save();
     if (stop && !last) {
       console_.say("stopped{}{} after step {}. Continue: tessera train {} --resume", *signals_.name() ? " by " : "", signals_.name(), t,
                    folder_.config());
@@ -200,6 +209,16 @@ void Trainer::run() {
   console_.say("done: {} steps, {} tokens in {}{}. Checkpoint: {}/{}", config_.train.steps, format_count(static_cast<double>(position_.tokens)),
                format_duration(seconds_since(began_)), position_.skipped ? fmt::format(", {} steps skipped", position_.skipped) : "",
                folder_.checkpoints(), checkpoint_name(saved_));
+}
+
+std::string Trainer::nonfinite_message() const {
+  const auto path = [&](std::int64_t step) { return folder_.checkpoints() + "/" + checkpoint_name(step); };
+  const bool good = proven_ >= 0 && std::filesystem::exists(path(proven_));
+  return fmt::format(
+      "{} steps in a row, up to step {}, had a loss or gradient that is not finite. The last good checkpoint is {}{}. A smaller optimizer.lr or a "
+      "longer optimizer.warmup, in another run.dir, may help",
+      position_.nonfinite_in_a_row, position_.step, good ? path(proven_) : "none: none was written",
+      saved_ > proven_ ? fmt::format(" ({} is newer, and no step after it was good)", path(saved_)) : "");
 }
 
 double Trainer::sum_over_ranks(double value) {
@@ -286,6 +305,7 @@ void Trainer::update_thresholds(std::int64_t t, const AttentionCounts& counts) {
   }
   const double wanted = u.wanted_density;
   for (int r = 0; r < rows; ++r) {
+    if (visible(r) == 0) continue;  // a block mask may hide everything from a head
     u.threshold = thresholds.slice(r, 1);
     u.counters = counters.slice(static_cast<std::int64_t>(r) * kAttentionCounters, kAttentionCounters).view({1, kAttentionCounters});
     u.wanted_density = std::min(wanted, visible(r));
@@ -384,8 +404,9 @@ void Trainer::save() {
   request.position = position_;
   request.config = to_yaml(config_);
   request.dataset = provenance_of(data_);
-  request.tokenizer_file = data_.directory + "/tokenizer.json";
-  request.keep = config_.checkpoint.keep;
+  request.tokenizer = tokenizer_file_;
+  // What a run of bad steps leaves must not push out the checkpoints from before it.
+  request.keep = position_.nonfinite_in_a_row > 0 ? 0 : config_.checkpoint.keep;
   request.between_files = [&] { fault_.strike_saving(position_.step); };
   const std::string folder = save_checkpoint(request, state_->model, state_->optimizer, *ops_, comm_);
   saved_ = position_.step;

@@ -1,12 +1,14 @@
 #pragma once
 // What the tests of the data room share.
 
+#include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <csignal>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -50,6 +52,21 @@ inline void flip_bit(const std::string& path, std::size_t offset, int bit = 0) {
   const char byte = static_cast<char>(file.get() ^ (1 << bit));
   file.seekp(static_cast<std::streamoff>(offset));
   file.put(byte);
+}
+
+/// Runs `body`, with expectations in it, in a child process; true when it ended in order and all held. HDF5 1.10 itself loses a block of 424 bytes
+/// for some kinds of damaged metadata, with any driver: the child takes those with it. A crash shows as false.
+template <typename Body>
+bool holds_in_child(Body body) {
+  const pid_t child = ::fork();
+  if (child == 0) {
+    body();
+    std::fflush(nullptr);
+    ::_exit(testing::Test::HasFailure() ? 1 : 0);
+  }
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  return WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
 
 /// The message of the exception that `body` throws; "" when it throws none.

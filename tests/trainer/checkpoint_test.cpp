@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <fstream>
 
 #include "data/files.h"
 #include "data/hdf5_file.h"
@@ -63,7 +64,7 @@ class CheckpointTest : public ::testing::Test {
     r.position = {step, step - 2, 16 * step, 2, 1};
     r.config = to_yaml(config);
     r.dataset = {"data/x", "bytes", "00ff", "1234", 257, 99};
-    r.tokenizer_file = folder / "tokenizer.json";
+    r.tokenizer = read_file(folder / "tokenizer.json");
     r.keep = keep;
     return r;
   }
@@ -179,6 +180,25 @@ TEST_F(CheckpointTest, OtherModelsAreRefused) {
   EXPECT_THROW(load_optimizer(directory, rank.state.model.layout(), rank.state.optimizer, *rank.ops), std::runtime_error);
 }
 
+TEST_F(CheckpointTest, EveryFlippedBitOfTheMarkerIsNoticed) {
+  const std::string directory = save(2, 5), marker = directory + "/COMPLETE.json", sound = read_file(marker);
+  for (std::size_t at = 0; at < sound.find("files"); ++at) {  // what follows are the checksums that other tests are about
+    if (sound[at] == ' ' || sound[at] == '\n') continue;      // another blank means the same
+    for (int bit = 0; bit < 8; ++bit) {
+      std::string flipped = sound;
+      flipped[at] = static_cast<char>(flipped[at] ^ (1 << bit));
+      std::ofstream(marker, std::ios::binary) << flipped;
+      EXPECT_FALSE(verify_checkpoint(directory).empty()) << flipped;
+    }
+  }
+}
+
+TEST_F(CheckpointTest, FoldersWithAbsurdNumbersAreNotCheckpoints) {
+  save(1, 5);
+  fs::create_directories(folder / "checkpoints/step_99999999999999999999999");
+  EXPECT_EQ(list_checkpoints(folder / "checkpoints").size(), 1u);
+}
+
 TEST_F(CheckpointTest, AFailureOnOneRankLeavesNothing) {
   save(2, 5);
   testing::ThreadRanks::run(2, [&](Communicator& comm) {
@@ -189,8 +209,9 @@ TEST_F(CheckpointTest, AFailureOnOneRankLeavesNothing) {
       if (comm.rank() == 1) throw std::runtime_error("the disk is full");
     };
     EXPECT_THROW(save_checkpoint(r, rank.state.model, rank.state.optimizer, *rank.ops, comm), std::runtime_error);
-    r.between_files = [] {};
-    r.tokenizer_file = folder / "none";  // rank 0 fails
+    r.between_files = [&] {
+      if (comm.rank() == 0) throw std::runtime_error("the disk is full");
+    };
     EXPECT_THROW(save_checkpoint(r, rank.state.model, rank.state.optimizer, *rank.ops, comm), std::runtime_error);
   });
   const auto entries = list_checkpoints(folder / "checkpoints");

@@ -4,18 +4,22 @@
 
 #include <fmt/core.h>
 
+#include <cmath>
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 
 #include "trainer/commands/commands.h"
+#include "trainer/config.h"
 #include "trainer/host_threads.h"
 #include "trainer/open_checkpoint.h"
 
 namespace tessera {
 
 void add_generate_command(CLI::App& app) {
+  // CLI11 would take -1 for 2^64 - 1.
+  const auto not_negative = [](const std::string& text) { return text.starts_with('-') ? "expected 0 or more, found " + text : std::string(); };
   struct Options : GenerateOptions {
     std::string checkpoint, prompt;
     int threads = 0;
@@ -35,7 +39,7 @@ void add_generate_command(CLI::App& app) {
       ->type_name("K")
       ->check(CLI::Range(0, 1 << 30))
       ->capture_default_str();
-  command->add_option("--seed", o->seed, "Same seed, same text")->type_name("S")->capture_default_str();
+  command->add_option("--seed", o->seed, "Same seed, same text")->type_name("S")->check(not_negative)->capture_default_str();
   command->add_option("--threads", o->threads, "CPU threads; 0: all cores")->type_name("N")->check(CLI::Range(0, 4096))->capture_default_str();
   command->add_flag("--ignore-end", o->ignore_end, "Go on after end of text");
   command->add_flag("--json", o->json, "Print JSON at the end, instead of text as it is made");
@@ -43,6 +47,7 @@ void add_generate_command(CLI::App& app) {
       "Example:\n"
       "  tessera generate runs/mine --prompt \"The function returns\" --tokens 100 --temperature 0.7 --top-k 40 --seed 1");
   command->callback([o] {
+    if (std::isnan(o->temperature)) throw ConfigError("--temperature: expected a number from 0 to 100, found nan");
     const auto alone = make_single_communicator();
     OpenCheckpoint open(o->checkpoint, OpenCheckpoint::Use::generate, threads_for_rank(*alone, o->threads));
     GenerateOptions options = *o;
