@@ -65,7 +65,9 @@ void make_folder(const std::string& path) {
   std::error_code error;
   std::filesystem::create_directories(path, error);
   if (!error && !std::filesystem::is_directory(path, error)) error = std::make_error_code(std::errc::not_a_directory);
-  if (error) throw std::invalid_argument(fmt::format("{}: the folder cannot be made: {}", path, error.message()));
+  const std::string problem = fmt::format("{}: the folder cannot be made: {}", path, error.message());
+  if (error == std::errc::no_space_on_device) throw std::runtime_error(problem);
+  if (error) throw std::invalid_argument(problem);
 }
 
 void sync_folder(const std::string& path) { sync(path, O_RDONLY | O_DIRECTORY); }
@@ -100,7 +102,12 @@ void write_all(int descriptor, std::string_view bytes, const std::string& path) 
   }
 }
 
-AtomicFile::AtomicFile(std::string path) : path_(std::move(path)), temporary_(fmt::format("{}.tmp-{}", path_, ::getpid())) {}
+AtomicFile::AtomicFile(std::string path) : path_(std::move(path)), temporary_(fmt::format("{}.tmp-{}", path_, ::getpid())) {
+  std::error_code none;
+  const auto there = std::filesystem::status(path_, none);  // renaming over a device, as root, would replace it for everybody
+  if (std::filesystem::exists(there) && !std::filesystem::is_regular_file(there))
+    throw std::invalid_argument(path_ + ": not a regular file; expected a new file, or one to replace");
+}
 
 AtomicFile::~AtomicFile() {
   if (!committed_) ::unlink(temporary_.c_str());

@@ -101,6 +101,9 @@ TEST_F(RunTest, EvalGivesTheSameNumberOnAnyNumberOfRanks) {
   const Json some = numbers(tessera("eval runs/a/checkpoints/step_00000024 --data data --batches 3 --json"));
   EXPECT_EQ(some["loss"].dump(), metrics("a")[23]["validation_loss"].dump());
   EXPECT_EQ(numbers(tessera("eval runs/a --data data --split train --batches 2 --json"))["tokens"], 64);
+  const double guess = numbers(tessera("eval runs/a --data data --batches 1 --json"))["unigram_loss"];
+  EXPECT_GT(guess, 1.0);  // English letters: about 3 nats
+  EXPECT_LT(guess, 5.0);
   EXPECT_TRUE(tessera("eval runs/a --data data").says("bits per byte"));
 }
 
@@ -138,6 +141,8 @@ TEST_F(RunTest, InspectsEveryKindOfThing) {
   EXPECT_TRUE(tessera("inspect runs/a").says("runs/a"));
   EXPECT_EQ(tessera("inspect tiny.yaml").code, 2);
   EXPECT_EQ(tessera("inspect nowhere").code, 2);
+  EXPECT_TRUE(tessera("inspect .").says("dataset.json"));
+  EXPECT_EQ(tessera("inspect .").code, 2);
 }
 
 TEST_F(RunTest, StopsInOrderAtASignal) {
@@ -184,6 +189,37 @@ TEST_F(RunTest, StopsAfterTooManyStepsThatAreNotFinite) {
   const Result none = tessera_on(2, "train tiny.yaml --set run.dir=runs/b --set train.max_nonfinite=1", "TESSERA_FAULT=nan@1:3");
   EXPECT_EQ(none.code, 1) << none;
   EXPECT_EQ(none.count("in a row"), 1) << none;
+}
+
+TEST_F(RunTest, BadStepsDoNotPushOutGoodCheckpoints) {
+  // Far too large a rate: from some step on every loss or gradient is not finite, whatever was saved last.
+  const Result r = tessera(
+      "train tiny.yaml --set run.dir=runs/a --set optimizer.lr=100 --set optimizer.warmup=0 --set train.steps=60 --set checkpoint.every=1 "
+      "--set checkpoint.keep=2");
+  ASSERT_EQ(r.code, 1) << r;
+  const auto rows = metrics("a");
+  const auto first_bad = static_cast<int>(rows.size()) - 9;  // of train.max_nonfinite 10
+  ASSERT_EQ(rows[first_bad - 1]["skipped"], true);
+  ASSERT_EQ(rows[first_bad - 2]["skipped"], false);
+  const auto name = [](int step) { return "step_000000" + std::string(step < 10 ? "0" : "") + std::to_string(step); };
+  EXPECT_EQ(names("runs/a/checkpoints"), (std::vector<std::string>{name(first_bad - 2), name(first_bad - 1)}));
+  EXPECT_TRUE(r.says("last good checkpoint is runs/a/checkpoints/" + name(first_bad - 2) + " (")) << r;
+}
+
+TEST_F(RunTest, ACheckpointNeedsTheDataFolderNoMore) {
+  ASSERT_EQ(shell("cp -r data gone").code, 0);
+  const Result r = shell(TESSERA_BINARY
+                         " train tiny.yaml --set run.dir=runs/a --set data.path=gone --set train.steps=5000 > log & p=$!; "
+                         "until grep -q 'step 3/' log; do sleep 0.1; done; rm gone/tokenizer.json; kill -TERM $p; wait $p");
+  EXPECT_EQ(r.code, 0) << r;
+  EXPECT_EQ(tessera("inspect runs/a --verify").code, 0);
+}
+
+TEST_F(RunTest, AHeadThatAPatternBlindsTrains) {
+  write("blind.mask", "block 8\n0\n");
+  const Result r = tessera(
+      "train tiny.yaml --set run.dir=runs/a --set 'attention.pattern={blocks: {file: blind.mask}}' --set train.steps=3 --set optimizer.warmup=0");
+  EXPECT_EQ(r.code, 0) << r;
 }
 
 TEST_F(RunTest, AnExceptionOnOneRankEndsTheJob) {

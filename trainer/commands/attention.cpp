@@ -47,7 +47,7 @@ Config configure(const AttentionOptions& options) {
           fmt::format("--set {}: tessera attention takes the keys attention.*, device and run.threads; sizes come from the datasets", set));
     sets.push_back(set);
   }
-  if (!options.visit.empty()) sets.push_back("attention.visit=" + options.visit);
+  if (!options.visit.empty()) sets.push_back("attention.visit=" + options.visit);  // the flag wins over --set, as the later of two --set would
   if (options.document_mask) sets.push_back("attention.document_mask=true");
   return load_config("", sets);
 }
@@ -373,7 +373,7 @@ void add_attention_command(CLI::App& app) {
   command->add_option("IN.h5", options->in, "Datasets q, k, v, do")->type_name("")->required();
   command->add_option("OUT.h5", options->out, "File to write; one that exists is replaced")->type_name("")->required();
   command->add_option("--set", options->sets, "Set a key attention.*; the last one counts")->type_name("KEY=VALUE")->expected(1)->take_all();
-  command->add_option("--visit", options->visit, "Compute every visible tile or only active ones: the same bits (attention.visit)")
+  command->add_option("--visit", options->visit, "Compute every visible tile or only active ones: the same bits (attention.visit; over --set)")
       ->check(CLI::IsMember({"all", "active"}));
   command->add_flag("--document-mask", options->document_mask, "Keys of another document are not visible (attention.document_mask)");
   command->add_option("--layer", options->layer, "Layer of attention.pattern")->check(CLI::Range(0, 1 << 20))->capture_default_str();
@@ -386,7 +386,9 @@ void add_attention_command(CLI::App& app) {
       "        active_edges visible_edges active_tiles visible_tiles empty_rows uint64 [H], sums over B;\n"
       "        tile_map uint8 [B, H, query tiles, key tiles]: 1 where a tile is active\n"
       "q and k are divided by their lengths first for the scores cosine and fidelity. Without tau: attention.threshold.init;\n"
-      "without scale: attention.scale_init, for dot 1/sqrt(D). z is the divisor of o, for softmax ln sum exp.\n"
+      "without scale: attention.scale_init, for dot 1/sqrt(D). z is the divisor of o, for softmax ln sum exp; where a row sees no key\n"
+      "it is 1 for length and 0 for softmax. Threshold mode length stands inside the scale: x = scale (cos - tau_i). Normalizer rms adds\n"
+      "1e-5 to the mean square. kernels/attention.h has the whole definition.\n"
       "Example:\n"
       "  tessera attention in.h5 out.h5 --set attention.gate=relu --set 'attention.pattern={window: {size: 256}}' --visit all");
   command->callback([options] { run(*options); });

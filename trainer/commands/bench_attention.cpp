@@ -31,7 +31,8 @@ AttentionConfig configuration(const AttentionBench& o) {
   const auto cross = o.tile.find('x');
   const std::string query = o.tile.substr(0, cross), key = cross == std::string::npos ? query : o.tile.substr(cross + 1);
   return load_config(
-             "", {"attention.gate=" + o.gate, "attention.score=" + o.score, "attention.normalizer=" + o.normalizer, "attention.pattern=" + o.pattern,
+             "", {fmt::format("model.context={}", o.tokens), "train.micro_batch=1", fmt::format("train.tokens_per_step={}", o.tokens),
+                  "attention.gate=" + o.gate, "attention.score=" + o.score, "attention.normalizer=" + o.normalizer, "attention.pattern=" + o.pattern,
                   "attention.tile.query=" + query, "attention.tile.key=" + key, "attention.threshold.mode=fixed"})
       .model.attention;
 }

@@ -25,7 +25,8 @@ struct Options {
   bool json = false;
 };
 
-Json to_json(const Evaluation& e, const OpenCheckpoint& c, const Options& o) {
+/// unigram_loss: nats a token of a guess from the training tokens' frequencies alone, the first thing a model must beat.
+Json to_json(const Evaluation& e, const OpenCheckpoint& c, const Options& o, double unigram_loss) {
   const AttentionConfig& a = c.config.model.attention;
   const AttentionCounts counts(c.config.model, e.counters, e.sequences, e.sequence_tokens);
   const AttentionShares all = counts.all();
@@ -41,6 +42,7 @@ Json to_json(const Evaluation& e, const OpenCheckpoint& c, const Options& o) {
           {"loss", e.loss},
           {"perplexity", e.perplexity()},
           {"bits_per_byte", e.bits_per_byte},
+          {"unigram_loss", unigram_loss},
           {"tokens", e.tokens},
           {"bytes", e.bytes},
           {"sequences", e.sequences},
@@ -61,6 +63,7 @@ void print(const Json& r) {
   fmt::print("loss            {:.6f} nats a token\n", r["loss"].get<double>());
   fmt::print("perplexity      {:.4f}\n", r["perplexity"].get<double>());
   fmt::print("bits per byte   {:.6f}\n", r["bits_per_byte"].get<double>());
+  fmt::print("unigram guess   {:.6f} nats a token, from the frequencies of the training tokens alone\n", r["unigram_loss"].get<double>());
   const auto shares = [](const std::string& name, const Json& s) {
     fmt::print("{:<15} edge sparsity {:.4f}, tile skip rate {:.4f}, empty rows {:.4f}\n", name, s["edge_sparsity"].get<double>(),
                s["tile_skip_rate"].get<double>(), s["empty_row_share"].get<double>());
@@ -74,8 +77,10 @@ void eval(const Options& o, Communicator& comm) {
   std::unique_ptr<OpenCheckpoint> open;
   std::unique_ptr<Evaluator> evaluator;
   const int threads = threads_for_rank(comm, o.threads);
+  double unigram_loss = 0;
   agree(comm, [&] {
     const DatasetInfo data = open_data(o.data);
+    unigram_loss = o.split == "train" ? data.unigram_entropy : data.validation_unigram_loss;
     open = std::make_unique<OpenCheckpoint>(o.checkpoint, OpenCheckpoint::Use::evaluate, threads, o.visit);
     if (open->info.dataset.tokenizer_hash != data.tokenizer_hash)
       throw ConfigError(
@@ -90,7 +95,7 @@ void eval(const Options& o, Communicator& comm) {
   });
   const Evaluation e = evaluator->run(*open->model, *open->ops, comm, *open->batch, o.batches);
   if (comm.rank() != 0) return;
-  const Json result = to_json(e, *open, o);
+  const Json result = to_json(e, *open, o, unigram_loss);
   if (o.json) {
     std::cout << result.dump(2) << "\n";
   } else {
@@ -108,7 +113,7 @@ void add_eval_command(CLI::App& app) {
   command->add_option("--split", o->split, "Which part of it")->check(CLI::IsMember({"train", "validation"}))->capture_default_str();
   command->add_option("--batches", o->batches, "Evaluate this many micro-batches from the start of the split; 0: all of it")
       ->type_name("N")
-      ->check(CLI::NonNegativeNumber)
+      ->check(CLI::Range(0, 1 << 30))
       ->capture_default_str();
   command->add_option("--visit", o->visit, "Attention tiles to compute: same result, all is slower (default: as in training)")
       ->check(CLI::IsMember({"all", "active"}));

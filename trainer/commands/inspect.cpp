@@ -104,7 +104,8 @@ struct Subject {
   std::function<std::vector<std::string>()> verify;
 };
 
-std::string to_text(const Json& value) { return value.dump(2); }
+/// What is damaged may hold bytes that are no UTF-8: they are replaced.
+std::string to_text(const Json& value) { return value.dump(2, ' ', false, Json::error_handler_t::replace); }
 
 Subject recognise(const std::string& path) {
   const auto described = [](auto make) {
@@ -133,7 +134,12 @@ Subject recognise(const std::string& path) {
                 if (e.complete) std::ranges::copy(verify_checkpoint(e.directory), std::back_inserter(problems));
               return problems;
             }};
-  const std::string checkpoint = resolve_checkpoint(path);  // a checkpoints folder: its newest; else the error that says what was looked for
+  if (!fs::is_directory(path) || (list_checkpoints(path).empty() && list_checkpoints(path + "/checkpoints").empty()))
+    throw ConfigError(
+        path +
+        ": nothing of Tessera's. Expected a shard (.h5), or the folder of a dataset (with dataset.json, which `tessera prepare` writes last), "
+        "a checkpoint (COMPLETE.json) or a run (config.yaml)");
+  const std::string checkpoint = resolve_checkpoint(path);  // a checkpoints folder: its newest
   return {described([checkpoint] { return describe_checkpoint(checkpoint); }), [checkpoint] { return verify_checkpoint(checkpoint); }};
 }
 
