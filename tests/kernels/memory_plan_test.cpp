@@ -109,6 +109,16 @@ TEST(MemoryPlan, GivesEverythingBack) {
   EXPECT_TRUE(ops.live().empty());
 }
 
+TEST(MemoryPlan, TakesNoMoreThanItsShare) {
+  PlanOps ops(kPlenty);
+  MemoryPlan plan;
+  plan.reserve(MemoryCategory::gradients, "a", DType::f32, {1024});
+  EXPECT_THROW(plan.allocate(ops, 4095), std::runtime_error);
+  EXPECT_TRUE(ops.live().empty());
+  plan.allocate(ops, 4096);
+  EXPECT_TRUE(plan.allocated());
+}
+
 TEST(MemoryPlan, TooLittleMemoryIsAnErrorThatListsEveryCategory) {
   for (const bool refuse : {false, true}) {  // the device says so, or it finds out
     PlanOps ops(refuse ? kPlenty : 5000, refuse);

@@ -123,6 +123,8 @@ TEST_F(RunTest, GeneratesTheSameTextForTheSameSeed) {
   EXPECT_EQ(j["step"], 24);
   EXPECT_EQ(tessera("generate runs/a --prompt '' --tokens 3").code, 0);
   EXPECT_EQ(tessera("generate runs/a --prompt x --tokens 0").code, 2);
+  for (const char* mistake : {"--temperature nan", "--temperature -1", "--seed -1", "--top-k -1"})
+    EXPECT_EQ(tessera(command + mistake).code, 2) << mistake;
 }
 
 TEST_F(RunTest, InspectsEveryKindOfThing) {
