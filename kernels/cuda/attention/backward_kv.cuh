@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D>::kGroups, Hoppe
     if (other < 0) break;
     if (mask == kAbsent) {  // nothing may be held back here, or the producer could wait for it
       P::template wait<0>();
-      if (pending >= 0) ring.release(pending, lane), pending = -1;
-      ring.release(at.stage, lane);
+      if (pending >= 0) ring.release(pending), pending = -1;
+      ring.release(at.stage);
       continue;
     }
     const uint32_t q_at = base + Shared::kQ + at.stage * kRows, do_at = base + Shared::kDo + at.stage * kRows;
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D>::kGroups, Hoppe
     }
     P::template wait<1>();
     P::settle(s);
-    if (pending >= 0) ring.release(pending, lane);
+    if (pending >= 0) ring.release(pending);
 
     if (mask != TileEntry::kFull) {
       const uint32_t starts = documents ? rows_at + static_cast<uint32_t>(offsetof(RowTile, document_start)) : 0;

@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D>::kGroups, Hopper
     if (other < 0) break;
     if (mask == kAbsent) {  // nothing may be held back here, or the producer could wait for it
       P::template wait<0>();
-      if (pending >= 0) ring.release(pending, lane), pending = -1;
-      ring.release(at.stage, lane);
+      if (pending >= 0) ring.release(pending), pending = -1;
+      ring.release(at.stage);
       continue;
     }
     const uint32_t k_at = base + Shared::kK + at.stage * kRows, v_at = base + Shared::kV + at.stage * kRows;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D>::kGroups, Hopper
     P::commit();
     P::template wait<1>();
     P::settle(s);
-    if (pending >= 0) ring.release(pending, lane);
+    if (pending >= 0) ring.release(pending);
 
     if (mask != TileEntry::kFull) {
       hide(s, query_mask(a, mask, r0, i0, other * kTile, row0.document_start), query_mask(a, mask, r0 + 8, i8, other * kTile, row8.document_start), lane);

@@ -107,9 +107,9 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D>::kGroups, Hopper),
         accumulate<Hopper>(o, p, base + Shared::kV + held * kRows, lane);
         P::commit();
         P::template wait<0>();
-        ring.release(held, lane), held = -1;
+        ring.release(held), held = -1;
       }
-      ring.release(at.stage, lane);
+      ring.release(at.stage);
       continue;
     }
     Acc s;
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D>::kGroups, Hopper),
         active = likely = warpgroup_any(sum.x + sum.y > 0.f, group);
         P::template wait<0>();
       }
-      if (held >= 0) ring.release(held, lane), held = -1;
+      if (held >= 0) ring.release(held), held = -1;
       active_tiles += active;
       if (active && thread == 0) atomicOr(bitmap + (other >> 5), 1u << (other & 31));
       if (active || (visit_all && visible)) {
@@ -190,9 +190,9 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D>::kGroups, Hopper),
     } else {
       likely = false;
       P::template wait<0>();
-      if (held >= 0) ring.release(held, lane), held = -1;
+      if (held >= 0) ring.release(held), held = -1;
     }
-    ring.release(at.stage, lane);
+    ring.release(at.stage);
   }
   if (held >= 0) {
     P::begin();
