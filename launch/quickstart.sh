@@ -3,13 +3,13 @@
 # installs what is missing, builds, takes several MB of English text, trains a tokenizer and a small model on two MPI ranks, evaluates it, writes text.
 #   ./launch/quickstart.sh [--corpus PATH] [--minutes M] [--ranks N] [--output DIR] [--set key=value]...
 # --corpus   your own text: a file or folder of .txt or .jsonl, plain, .gz or .zst    (default: the Perl manual, from the package perl-doc)
-# --minutes  how long to train, about (default 4): the number of steps is set from the measured time of a few
+# --minutes  how long to train, about (default 3): the number of steps is set from the measured time of a few
 # --output   folder for the tokenizer, the data and the run (default runs/quickstart); a run that was stopped there goes on
 # --set      any configuration key, as in `tessera train`
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
-corpus='' minutes=4 ranks=2 output="$root/runs/quickstart" sets=()
+corpus='' minutes=3 ranks=2 output="$root/runs/quickstart" sets=()
 while [ $# -gt 0 ]; do
   case $1 in
     --corpus) corpus=${2:?"--corpus needs a path"}; shift 2 ;;
