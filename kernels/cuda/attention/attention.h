@@ -5,6 +5,8 @@
 // synchronisation), and can be captured in a CUDA graph. Every pointer in the descriptors is device memory.
 //
 //   q, k, v, o, d_o, dq, dk, dv   bf16; head sizes 64 and 128; address and strides multiples of 16 bytes
+//   q, k                          of unit length for cosine and fidelity (up to bf16 rounding): the gate is computed on the scale that this bounds,
+//                                 and longer vectors give wrong values without an error
 //   tiles                         of 64 x 64, from upload_tiles_cuda; up to 131,072 tokens and beyond (64-bit offsets)
 //   workspace                     16-byte aligned, attention_backward_workspace() elements
 //

@@ -37,12 +37,13 @@ cudaError_t launch(const Kernel (&kernels)[kVariants][2], const Args& a, int til
 }
 
 /// All variants of a kernel for one head size.
-#define TESSERA_VARIANT(kernel, D, v) {kernel<D, v, false>, kernel<D, v, true>}
-#define TESSERA_VARIANTS(kernel, D)                                                                                              \
-  {                                                                                                                              \
-    TESSERA_VARIANT(kernel, D, 0), TESSERA_VARIANT(kernel, D, 1), TESSERA_VARIANT(kernel, D, 2), TESSERA_VARIANT(kernel, D, 3),  \
+#define TESSERA_VARIANT(kernel, D, v) \
+  { kernel<D, v, false>, kernel<D, v, true> }
+#define TESSERA_VARIANTS(kernel, D)                                                                                                 \
+  {                                                                                                                                 \
+    TESSERA_VARIANT(kernel, D, 0), TESSERA_VARIANT(kernel, D, 1), TESSERA_VARIANT(kernel, D, 2), TESSERA_VARIANT(kernel, D, 3),     \
         TESSERA_VARIANT(kernel, D, 4), TESSERA_VARIANT(kernel, D, 5), TESSERA_VARIANT(kernel, D, 6), TESSERA_VARIANT(kernel, D, 7), \
-        TESSERA_VARIANT(kernel, D, 8), TESSERA_VARIANT(kernel, D, 9), TESSERA_VARIANT(kernel, D, 10)                              \
+        TESSERA_VARIANT(kernel, D, 8), TESSERA_VARIANT(kernel, D, 9), TESSERA_VARIANT(kernel, D, 10)                                \
   }
 
 }  // namespace tessera::cuda_attention

@@ -192,7 +192,8 @@ Rounded with_roundings(const Problem& p, const reference::AttentionOutputs& exac
           const bool uses_delta = softmax || in.math.normalizer == Normalizer::sum;
           const double slope = softmax ? a[j] : x[j] > 0 ? std::pow(x[j], power - 1) / z : 0;
           const double dx = slope * (dp - (uses_delta ? delta : 0)), exact_dx = slope * (dp - (uses_delta ? exact_delta : 0));
-          const double ds = to_bf16(fidelity ? dx * s : dx), factor = c * (softmax ? 1 : power) * (fidelity ? 2 : 1), weight = to_bf16(softmax ? a[j] : a[j] / z);
+          const double ds = to_bf16(fidelity ? dx * s : dx), factor = c * (softmax ? 1 : power) * (fidelity ? 2 : 1),
+                       weight = to_bf16(softmax ? a[j] : a[j] / z);
           scale_error += factor / c * (ds * s - (fidelity ? exact_dx * s * s : exact_dx * s));
           r.dscale_size[h] += std::abs(factor / c * exact_dx * (fidelity ? s * s : s));
           r.dtau_size[h] += std::abs((softmax ? 1 : power) * exact_dx * (fidelity ? c : 1));
@@ -237,10 +238,12 @@ void compare(const Problem& p, CudaAttentionPath path, const std::string& what) 
   expect_close(r.dk, gradient.dk, maths.dk, what + " dk");
   expect_close(r.dv, gradient.dv, maths.dv, what + " dv");
   double z_error = 0, z_largest = 0;
-  for (std::int64_t n = 0; n < B * H * T; ++n) z_error = std::max(z_error, std::abs(r.z[n] - exact.z[n])), z_largest = std::max(z_largest, std::abs(exact.z[n]));
+  for (std::int64_t n = 0; n < B * H * T; ++n)
+    z_error = std::max(z_error, std::abs(r.z[n] - exact.z[n])), z_largest = std::max(z_largest, std::abs(exact.z[n]));
   EXPECT_LE(z_error, 1e-5 * z_largest + 1e-5) << what << " z";
   for (std::int64_t h = 0; h < H; ++h) {
-    // Sums over B T rows whose errors are independent: four standard deviations, and what fp32 products and sums leave (some 2^-19 of the terms' sizes, and of the products of size 100 that cancel in them).
+    // Sums over B T rows whose errors are independent: four standard deviations, and what fp32 products and sums leave (some 2^-19 of the terms'
+    // sizes, and of the products of size 100 that cancel in them).
     EXPECT_NEAR(r.dscale[h], gradient.dscale[h], 4 * maths.dscale_error[h] + 2e-6 * maths.dscale_size[h] + 1e-4) << what << " dscale of head " << h;
     EXPECT_NEAR(r.dtau[h], gradient.dtau[h], 4 * maths.dtau_error[h] + 2e-6 * maths.dtau_size[h] + 1e-4) << what << " dtau of head " << h;
   }
@@ -263,12 +266,12 @@ void compare(const Problem& p, CudaAttentionPath path, const std::string& what) 
 bool windowed(std::int64_t i, std::int64_t j) { return i - j < 70; }
 bool strided(std::int64_t i, std::int64_t j) { return (i - j) % 5 == 0 || i - j < 3; }
 bool sinks(std::int64_t i, std::int64_t j) { return j < 4 || (i - j < 20 && i % 7 != 0); }  // rows without any key beside the sinks
-bool holes(std::int64_t i, std::int64_t j) { return i % 3 == 1 && j / 64 % 2 == 1; }       // empty rows, empty columns, empty tiles
+bool holes(std::int64_t i, std::int64_t j) { return i % 3 == 1 && j / 64 % 2 == 1; }        // empty rows, empty columns, empty tiles
 
 std::string describe(const AttentionMath& m, const AttentionShape& s, CudaAttentionPath path) {
   const char *scores[] = {"dot", "cosine", "fidelity"}, *gates[] = {"relu", "relu2", "relu4", "softmax"}, *norms[] = {"none", "length", "sum", "rms"};
-  return std::string(name_of(path)) + " " + scores[int(m.score)] + " " + gates[int(m.gate)] + " " + norms[int(m.normalizer)] + " D=" +
-         std::to_string(s.head_size) + " T=" + std::to_string(s.tokens);
+  return std::string(name_of(path)) + " " + scores[int(m.score)] + " " + gates[int(m.gate)] + " " + norms[int(m.normalizer)] +
+         " D=" + std::to_string(s.head_size) + " T=" + std::to_string(s.tokens);
 }
 
 TEST(CudaAttention, MatchesTheDefinitionInEveryCombination) {
@@ -358,7 +361,8 @@ TEST(CudaAttention, SkippingChangesNoBit) {
             const std::string what = describe(math, p.in.shape, path);
             expect_same_bits(active, all, what);
             std::uint64_t tiles = 0, visible = 0;
-            for (int h = 0; h < 3; ++h) tiles += active.counters[h * kAttentionCounters + kActiveTiles], visible += active.counters[h * kAttentionCounters + kVisibleTiles];
+            for (int h = 0; h < 3; ++h)
+              tiles += active.counters[h * kAttentionCounters + kActiveTiles], visible += active.counters[h * kAttentionCounters + kVisibleTiles];
             EXPECT_GT(tiles, 0u) << what << ": nothing to compare";
             EXPECT_LT(tiles, visible) << what << ": nothing was skipped";
           }
@@ -371,7 +375,8 @@ TEST(CudaAttention, TenRunsGiveTheSameBits) {
       const Problem p = make_problem({2, 3, 900, D}, {}, {is_causal, strided}, true, 1.5, 11);
       const auto tiles = upload_tiles_cuda(make_tiles(900, 3, p.patterns));
       const Result first = run(p, path, Visit::active, tiles.get());
-      for (int n = 1; n < 10; ++n) expect_same_bits(first, run(p, path, Visit::active, tiles.get()), std::string(name_of(path)) + " run " + std::to_string(n));
+      for (int n = 1; n < 10; ++n)
+        expect_same_bits(first, run(p, path, Visit::active, tiles.get()), std::string(name_of(path)) + " run " + std::to_string(n));
     }
 }
 

@@ -39,7 +39,9 @@ class Device {
     TESSERA_CUDA_CHECK(cudaMalloc(&data_, std::max<std::size_t>(n, 1) * sizeof(T)));
     TESSERA_CUDA_CHECK(cudaMemset(data_, 0xff, n * sizeof(T)));
   }
-  explicit Device(const std::vector<T>& v) : Device(v.size()) { TESSERA_CUDA_CHECK(cudaMemcpy(data_, v.data(), n_ * sizeof(T), cudaMemcpyHostToDevice)); }
+  explicit Device(const std::vector<T>& v) : Device(v.size()) {
+    TESSERA_CUDA_CHECK(cudaMemcpy(data_, v.data(), n_ * sizeof(T), cudaMemcpyHostToDevice));
+  }
   Device(Device&& o) noexcept : data_(o.data_), n_(o.n_) { o.data_ = nullptr; }
   Device& operator=(const Device&) = delete;
   ~Device() { cudaFree(data_); }
