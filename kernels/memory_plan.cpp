@@ -55,12 +55,22 @@ MemoryPlan::Slot MemoryPlan::reserve(MemoryCategory category, std::string name, 
   if (allocated()) throw std::logic_error(fmt::format("memory plan: '{}' is reserved after allocate()", name));
   const std::size_t bytes = padded_bytes(name, dtype, shape);
   std::size_t& arena = arena_bytes_[static_cast<int>(category)];
-  if (total_bytes() > std::numeric_limits<std::int64_t>::max() - bytes) {
-    throw std::invalid_argument(fmt::format("with '{}' the plan has more bytes than 64 bits can count; use a smaller model or batch", name));
-  }
+  check_countable(name, bytes);
   blocks_.push_back({std::move(name), category, dtype, shape, arena});
   arena += bytes;
   return static_cast<Slot>(blocks_.size()) - 1;
+}
+
+void MemoryPlan::account(MemoryCategory category, std::string name, std::size_t bytes) {
+  if (allocated()) throw std::logic_error(fmt::format("memory plan: '{}' is accounted after allocate()", name));
+  check_countable(name, bytes);
+  accounted_bytes_[static_cast<int>(category)] += bytes;
+}
+
+void MemoryPlan::check_countable(const std::string& name, std::size_t bytes) const {
+  constexpr auto kMost = static_cast<std::size_t>(std::numeric_limits<std::int64_t>::max());
+  if (bytes > kMost || total_bytes() > kMost - bytes)
+    throw std::invalid_argument(fmt::format("with '{}' the plan has more bytes than 64 bits can count; use a smaller model or batch", name));
 }
 
 void MemoryPlan::allocate(Ops& ops) { allocate(ops, ops.memory_available()); }
@@ -70,7 +80,8 @@ void MemoryPlan::allocate(Ops& ops, std::size_t available) {
   const auto fail = [&] {
     std::string parts;
     for (int c = 0; c < kMemoryCategories; ++c) {
-      parts += fmt::format("\n  {:<14}{:>18} bytes {:>14.1f} MiB", name_of(static_cast<MemoryCategory>(c)), arena_bytes_[c], arena_bytes_[c] / kMiB);
+      parts += fmt::format("\n  {:<14}{:>18} bytes {:>14.1f} MiB", name_of(static_cast<MemoryCategory>(c)), bytes(static_cast<MemoryCategory>(c)),
+                           bytes(static_cast<MemoryCategory>(c)) / kMiB);
     }
     throw std::runtime_error(
         fmt::format("not enough memory on {}: {} bytes ({:.1f} MiB) are needed, {} bytes ({:.1f} MiB) are available:{}\n"
@@ -107,7 +118,7 @@ Tensor MemoryPlan::operator[](Slot slot) const {
 
 std::size_t MemoryPlan::total_bytes() const {
   std::size_t total = 0;
-  for (std::size_t bytes : arena_bytes_) total += bytes;
+  for (int c = 0; c < kMemoryCategories; ++c) total += bytes(static_cast<MemoryCategory>(c));
   return total;
 }
 

@@ -40,6 +40,10 @@ class MemoryPlan {
   /// std::invalid_argument when the bytes cannot be counted in 64 bits.
   Slot reserve(MemoryCategory category, std::string name, DType dtype, Shape shape);
 
+  /// Counts bytes that their user allocates itself (tile lists, a library's workspace), so that totals and the check of what is available
+  /// have them. Throws as reserve() does.
+  void account(MemoryCategory category, std::string name, std::size_t bytes);
+
   /// Allocates one arena a category from `ops`, zero-filled; the arenas live as long as the plan, and `ops` must live longer.
   /// Throws std::runtime_error that lists the bytes of every category when they are more than `available`, or memory does not suffice.
   void allocate(Ops& ops, std::size_t available);
@@ -50,13 +54,16 @@ class MemoryPlan {
   /// The tensor behind a slot. Throws std::logic_error before allocate().
   Tensor operator[](Slot slot) const;
 
-  std::size_t bytes(MemoryCategory category) const { return arena_bytes_[static_cast<int>(category)]; }
+  /// Reserved and accounted.
+  std::size_t bytes(MemoryCategory category) const { return arena_bytes_[static_cast<int>(category)] + accounted_bytes_[static_cast<int>(category)]; }
   std::size_t total_bytes() const;
   const std::vector<Block>& blocks() const { return blocks_; }
 
  private:
+  void check_countable(const std::string& name, std::size_t bytes) const;
+
   std::vector<Block> blocks_;
-  std::size_t arena_bytes_[kMemoryCategories] = {};
+  std::size_t arena_bytes_[kMemoryCategories] = {}, accounted_bytes_[kMemoryCategories] = {};
   void* arena_[kMemoryCategories] = {};
   Ops* ops_ = nullptr;
 };

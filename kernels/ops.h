@@ -2,6 +2,11 @@
 // The operation set: everything a device does for the model and the optimizer. The model is written once against this
 // interface and never asks which device it runs on. kernels/cpu implements it readably (fp32, OpenMP, BLAS), kernels/cuda fast.
 //
+// Element types. A device computes in one type (compute_type in kernels/device.h): f32 on the CPU, bf16 with f32 sums on a GPU. Of that type are
+// activations, their gradients, and what multiplies them as a matrix or is added by a linear layer: LinearForward::w and bias, the classifier's w
+// and workspace, wte, wpe. Everything else is as stated: norm gains and biases, head gains, scales and thresholds, statistics (mean, rstd,
+// inverse_norm, z, losses) and every gradient of a parameter are f32.
+//
 // Conventions. N = rows (batch x tokens), C = width, H heads of D, V vocabulary rows. Matrices are row-major.
 // "added to": the operation accumulates into the output; all other outputs are overwritten. Operations on one Ops run in the
 // order of the calls; on a GPU they return before they are done (synchronize() or download() wait), on the CPU they are done on return.
@@ -9,10 +14,12 @@
 // Wrong shapes or element types throw std::logic_error: they are bugs of the caller, never of the user.
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
 #include "kernels/attention.h"
+#include "kernels/device.h"
 #include "kernels/tensor.h"
 
 namespace tessera {
@@ -109,6 +116,7 @@ struct AdamW {               // Loshchilov & Hutter, arXiv 1711.05101; on this r
   std::int64_t decayed = 0;  // the first `decayed` elements of the shard take weight decay
   float lr = 0, beta1 = 0.9f, beta2 = 0.95f, epsilon = 1e-8f, weight_decay = 0;
   std::int64_t update = 1;  // 1-based number of this update, for bias correction
+  Tensor weights{};         // out, optional [n] of the compute type: the updated parameters, rounded to nearest even
   Tensor gradient_sumsq{};  // in [1] f64: squared global norm of the whole gradient
   float clip = 0;           // > 0: the gradient is scaled by min(1, clip / norm)
   // A gradient_sumsq that is not finite makes the whole call do nothing.
@@ -124,10 +132,18 @@ struct ThresholdUpdate {
   float rate = 0, low = 0, high = 0;
 };
 
+/// A sequence of operations that runs again as one (a CUDA graph): the same memory, the same scalar arguments.
+class RecordedWork {
+ public:
+  virtual ~RecordedWork() = default;
+  virtual void replay() = 0;
+};
+
 class Ops {
  public:
   virtual ~Ops() = default;
 
+  virtual DeviceKind kind() const = 0;
   virtual std::string device_name() const = 0;       // for logs: "cpu (2 threads, OpenBLAS 0.3.21)"
   virtual std::size_t memory_available() const = 0;  // bytes that allocate() may expect to get
   virtual double peak_flops() const = 0;             // dense FLOP/s of the precision in use where known, else 0
@@ -140,6 +156,12 @@ class Ops {
   virtual void copy(const Tensor& to, const Tensor& from) = 0;  // same number of elements; converts f32 <-> bf16
   virtual void zero(const Tensor& t) = 0;
   virtual void synchronize() = 0;
+  /// Allocates the scratch memory (scratch_bytes in kernels/device.h) of operations on at most `rows` rows of a model of this width. Without it, or
+  /// beyond it, the first operation that needs more does so, and waits.
+  virtual void prepare(std::int64_t /*rows*/, std::int64_t /*width*/) {}
+  /// Records the operations that `work` calls on this Ops, without running them. nullptr where the device does not record: then nothing was called.
+  /// `work` must neither wait (download, synchronize) nor upload.
+  virtual std::unique_ptr<RecordedWork> record(const std::function<void()>& /*work*/) { return nullptr; }
 
   // -- layers
   /// out[n] = wte[tokens[n]] + (wpe ? wpe[positions[n]] : 0).  out [N, C], tokens and positions [N] i32.
@@ -157,6 +179,8 @@ class Ops {
   virtual void head_norm_forward(const HeadNorm& a) = 0;
   virtual void head_norm_backward(const HeadNormBackward& a) = 0;
   virtual void classifier(const Classifier& a) = 0;
+  /// y = gelu(x), as LinearForward's activation has it: the same bits from the pre_activation that it wrote.
+  virtual void gelu(const Tensor& y, const Tensor& x) = 0;
   /// to[i] = a[i] + b[i]
   virtual void add(const Tensor& to, const Tensor& a, const Tensor& b) = 0;
 

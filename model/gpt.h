@@ -3,7 +3,9 @@
 // are written once against Ops.
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -22,6 +24,13 @@ struct Batch {
   Tensor document_start;  // with attention.document_mask: index of the first token of the token's document
 };
 
+/// What is not kept from the forward pass and computed again, to the same bits, in the backward pass (Chen et al., arXiv 1604.06174).
+enum class Recompute {
+  none,
+  gelu_norm,  // outputs of norms and of the gelu
+  block       // everything inside a block: only its input is kept
+};
+
 class Gpt {
  public:
   struct Options {
@@ -29,6 +38,15 @@ class Gpt {
     std::int64_t tokens = 0;       // tokens a sequence, at most; 0: config.context
     bool training = true;          // false: no gradients, activations of one layer only
     int shard_multiple = 1;        // the flat buffers are padded to a multiple of this (ranks)
+    Recompute recompute = Recompute::none;
+    std::optional<DeviceKind> device;  // whose memory is planned; the Ops' own unless set (a plan without that device)
+  };
+
+  /// Called while a pass is put together, for communication beside it. `block` is -1 for what is outside the blocks (embeddings, last norm,
+  /// every parameter that is no matrix).
+  struct Hooks {
+    std::function<void(int block)> before_forward;  // parameters of the block are about to be used: -1 first, then 0, 1, ...
+    std::function<void(int block)> after_backward;  // the gradients of the block's matrices are complete: the last block first, then -1: all are
   };
 
   /// Reserves everything in `plan`; nothing is allocated. Throws std::invalid_argument when the configuration makes no model.
@@ -40,13 +58,18 @@ class Gpt {
 
   const ModelConfig& config() const;
   const ParameterLayout& layout() const;
-  Tensor parameters() const;  // flat f32 [padded]
-  Tensor gradients() const;   // flat f32 [padded]
+  Tensor weights() const;    // flat [padded] of the compute type: every parameter, as matrix products read it
+  Tensor vectors() const;    // f32 [count - decayed_count]: the parameters behind the matrices, as everything else reads them. A part of weights()
+                             // where the compute type is f32
+  Tensor gradients() const;  // flat f32 [padded]
+  /// A parameter as the model reads it: f32 for vectors, the compute type for matrices.
   Tensor parameter(const std::string& name) const;
+  /// Elements [first, first + values.size()) of the flat parameters, from the host: rounded to nearest even in weights(), exact in vectors().
+  void set_parameters(std::int64_t first, std::span<const float> values);
   Tensor thresholds() const;  // f32 [layers, heads]: tau of modes fixed and controlled (unused zeros otherwise)
   Tensor counters() const;    // u64 [layers, heads, kAttentionCounters], added to by forward passes
 
-  /// Fills the parameters from a counter-based generator: a pure function of (seed, name, index).
+  /// Fills the parameters with initial_values(): set_parameters() of each.
   void initialize(std::uint64_t seed);
   void zero_gradients();
   void zero_counters();
@@ -55,6 +78,7 @@ class Gpt {
   void forward(const Batch& batch, bool predictions = false);
   /// As forward, and adds gradient_scale * d(sum of losses)/d(parameters) to gradients(). Needs training.
   void forward_backward(const Batch& batch, float gradient_scale);
+  void set_hooks(Hooks hooks);  // empty functions: none
   Tensor losses() const;
   Tensor predictions() const;  // i32 [B*T], after forward(batch, true)
 

@@ -1,9 +1,9 @@
 #pragma once
-// One interface for talking to the other ranks, with an MPI implementation (host memory) and, later, an NCCL one.
+// One interface for talking to the other ranks, with an MPI implementation (host memory) and an NCCL one (device memory, nccl.h).
 // Collectives are called by every rank of the communicator in the same order with the same sizes. Results do not depend on timing:
-// sums are taken in rank order 0, 1, 2, ...  Wrong shapes or types throw std::logic_error, failed calls std::runtime_error with MPI's text.
-// A failure (a dead peer, an MPI error) takes the whole job down with one message on
-// stderr: an exception on one rank must end in abort(), never in a hang.
+// MPI sums are taken in rank order 0, 1, 2, ..., NCCL's in an order that depends on ranks and sizes only.  Wrong shapes or types throw
+// std::logic_error, failed calls std::runtime_error with MPI's text. A failure (a dead peer, an MPI error) takes the whole job down with one message
+// on stderr: an exception on one rank must end in abort(), never in a hang.
 
 #include <cstdint>
 #include <memory>
@@ -29,6 +29,14 @@ class Communicator {
   virtual void all_gather(const Tensor& in, const Tensor& out) = 0;
   virtual void broadcast(const Tensor& x, int root) = 0;
   virtual void barrier() = 0;
+
+  // The same, begun after what the device has been asked to do so far and done beside what it is asked next. What is asked after wait() comes
+  // after the collective; the host does not wait. A communicator over host memory does it all at once. Until wait(), nothing else may touch
+  // the tensors.
+  using Ticket = std::int64_t;
+  virtual Ticket begin_reduce_scatter_sum(const Tensor& in, const Tensor& out) { return reduce_scatter_sum(in, out), 0; }
+  virtual Ticket begin_all_gather(const Tensor& in, const Tensor& out) { return all_gather(in, out), 0; }
+  virtual void wait(Ticket /*begun*/) {}
 
   /// Host values, for control flow; every rank gets the same answer.
   virtual std::int64_t max(std::int64_t value) = 0;

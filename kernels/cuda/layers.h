@@ -1,0 +1,57 @@
+#pragma once
+// Launchers of the CUDA operations: what kernels/ops.h defines, on one stream. Each checks its descriptor (std::logic_error), launches, and
+// throws std::runtime_error for what CUDA reports. None allocates, waits, or uses atomics on values; every sum has a fixed order.
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#include "kernels/ops.h"
+
+namespace tessera::cuda {
+
+/// What a launcher may use. `scratch` is free at the start of each operation; operations follow each other on `stream`.
+struct Context {
+  cudaStream_t stream = nullptr;
+  int multiprocessors = 0;
+  void* scratch = nullptr;  // 256-byte aligned
+  std::size_t scratch_bytes = 0;
+};
+
+// norm.cu
+void norm_forward(const Context& c, const NormForward& a);
+void norm_backward(const Context& c, const NormBackward& a);  // scratch: norm_backward_scratch(width)
+void head_norm_forward(const Context& c, const HeadNorm& a);
+void head_norm_backward(const Context& c, const HeadNormBackward& a);  // scratch: norm_backward_scratch(heads x head size)
+std::size_t norm_backward_scratch(std::int64_t width);
+
+// qk_transform.cu
+void qk_transform_forward(const Context& c, const QkTransform& a);
+void qk_transform_backward(const Context& c, const QkTransform& transformed, const Tensor& gradients);
+
+// embedding.cu
+void embedding_forward(const Context& c, const Tensor& out, const Tensor& tokens, const Tensor& positions, const Tensor& wte, const Tensor& wpe);
+void embedding_backward(const Context& c, const Tensor& dout, const Tensor& tokens, const Tensor& positions, const Tensor& dwte, const Tensor& dwpe);
+std::size_t embedding_backward_scratch(std::int64_t rows);
+
+// elementwise.cu
+void convert(const Context& c, const Tensor& to, const Tensor& from);  // f32 and bf16, either way or the same
+void add(const Context& c, const Tensor& to, const Tensor& a, const Tensor& b);
+void gelu_forward(const Context& c, const Tensor& y, const Tensor& x);
+void gelu_backward(const Context& c, const Tensor& dx, const Tensor& x);  // dx *= gelu'(x), both bf16
+void add_column_sums(const Context& c, const Tensor& to,
+                     const Tensor& x);  // to [M] f32 += sum over rows of x [N, M] bf16; scratch: norm_backward_scratch(M)
+
+// optimizer.cu
+void add_sum(const Context& c, const Tensor& out, const Tensor& x);             // scratch: 64 KiB
+void add_sum_of_squares(const Context& c, const Tensor& out, const Tensor& x);  // scratch: 64 KiB
+void adamw(const Context& c, const AdamW& a);
+void update_thresholds(const Context& c, const ThresholdUpdate& a);
+
+// classifier.cu: the part between the two matrix products
+/// From logits [rows, V] bf16: losses and predictions (optional); with `gradient`, the logits become gradient_scale * dloss/dlogits.
+/// Columns >= vocabulary are padding: their logits are ignored, their gradient is 0. A target of -1: loss and gradient 0.
+void cross_entropy(const Context& c, const Tensor& logits, std::int64_t vocabulary, const Tensor& targets, const Tensor& losses,
+                   const Tensor& predictions, bool gradient, float gradient_scale);
+
+}  // namespace tessera::cuda

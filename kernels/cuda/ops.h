@@ -1,0 +1,29 @@
+#pragma once
+// The CUDA backend of the operation set (kernels/ops.h): bf16 in and out, fp32 sums. All calls are asynchronous on one stream.
+
+#include <cuda_runtime_api.h>
+
+#include <memory>
+#include <string>
+
+#include "kernels/ops.h"
+
+namespace tessera {
+
+/// Why this process cannot compute on a GPU (no driver, no GPU, too old a driver or GPU), or "" when it can. Needs no GPU.
+std::string cuda_problem();
+
+/// GPUs that this process sees.
+int cuda_device_count();
+
+/// Operations on GPU `device` (0-based, as this process sees them). Throws std::invalid_argument when there is no such device,
+/// std::runtime_error for what CUDA reports.
+std::unique_ptr<Ops> make_cuda_ops(int device);
+
+/// The stream that orders the operations of an Ops from make_cuda_ops(). Throws std::logic_error for another Ops.
+cudaStream_t cuda_stream(Ops& ops);
+
+/// Bytes in use on the device of a cuda Ops, by every process (cudaMemGetInfo).
+std::size_t cuda_memory_used(Ops& ops);
+
+}  // namespace tessera

@@ -1,0 +1,39 @@
+#include "kernels/device.h"
+
+#include <algorithm>
+
+namespace tessera {
+namespace {
+
+constexpr std::size_t kMiB = std::size_t{1} << 20;
+
+}  // namespace
+
+const char* name_of(DeviceKind kind) { return kind == DeviceKind::cuda ? "cuda" : "cpu"; }
+
+DType compute_type(DeviceKind kind) { return kind == DeviceKind::cuda ? DType::bf16 : DType::f32; }
+
+std::size_t scratch_bytes(DeviceKind kind, std::int64_t rows, std::int64_t width) {
+  if (kind == DeviceKind::cpu) return 0;
+  // Norms: two partial sums a column and block; embedding: (token, row) pairs, sorted, with the sorter's own memory.
+  const auto norms = static_cast<std::size_t>(width) * 512 * 2 * sizeof(float), pairs = static_cast<std::size_t>(rows) * 32 + 4 * kMiB;
+  return std::max(norms, pairs);
+}
+
+std::size_t tiles_bytes(DeviceKind kind, const TileMap& map) {
+  std::size_t entries = 0, offsets = 0;
+  for (const TileGroup& group : map.groups) {
+    entries += group.query_entries.size();
+    offsets += group.query_offsets.size() + group.key_offsets.size();
+  }
+  const std::size_t masks = map.masks.size() * sizeof(std::uint64_t);
+  if (kind == DeviceKind::cpu) return 2 * entries * sizeof(TileEntry) + offsets * sizeof(std::int64_t) + masks;
+  // 16-byte entries of two query tiles, of three, and of two key tiles; masks by query and by key (kernels/cuda/attention/tiles.h).
+  return entries * 16 * 4 / 3 + offsets * 2 * sizeof(std::int64_t) + 2 * masks;
+}
+
+std::size_t library_bytes(DeviceKind kind) { return kind == DeviceKind::cuda ? 576 * kMiB : 0; }
+
+std::size_t logits_bytes(DeviceKind kind) { return kind == DeviceKind::cuda ? 1024 * kMiB : 64 * kMiB; }
+
+}  // namespace tessera

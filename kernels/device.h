@@ -1,0 +1,31 @@
+#pragma once
+// What a memory plan needs to know of a kind of device without having one: `tessera plan` runs where there is no GPU.
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/tensor.h"
+#include "kernels/tiles.h"
+
+namespace tessera {
+
+enum class DeviceKind { cpu, cuda };
+
+const char* name_of(DeviceKind kind);  // "cpu", "cuda"
+
+/// The type of activations and of the weights that multiply them (kernels/ops.h): f32 on the CPU, bf16 on a GPU.
+DType compute_type(DeviceKind kind);
+
+/// Bytes that Ops::prepare(rows, width) allocates.
+std::size_t scratch_bytes(DeviceKind kind, std::int64_t rows, std::int64_t width);
+
+/// Bytes of Ops::upload_tiles(map), lists and masks; within a few per cent on a GPU.
+std::size_t tiles_bytes(DeviceKind kind, const TileMap& map);
+
+/// Bytes that the device's libraries take once a process (CUDA context, cuBLASLt's workspace), as measured; 0 on the CPU.
+std::size_t library_bytes(DeviceKind kind);
+
+/// Bytes of a chunk of logits in the classifier: large enough for a matrix product to be efficient.
+std::size_t logits_bytes(DeviceKind kind);
+
+}  // namespace tessera
