@@ -179,7 +179,7 @@ class Ops {
   virtual void head_norm_forward(const HeadNorm& a) = 0;
   virtual void head_norm_backward(const HeadNormBackward& a) = 0;
   virtual void classifier(const Classifier& a) = 0;
-  /// y = gelu(x), as LinearForward's activation has it: the same bits from the pre_activation that it wrote.
+  /// y = gelu(x). On a GPU linear_forward's own gelu reads the product before it is rounded to pre_activation: the same function, not the same bits.
   virtual void gelu(const Tensor& y, const Tensor& x) = 0;
   /// to[i] = a[i] + b[i]
   virtual void add(const Tensor& to, const Tensor& a, const Tensor& b) = 0;
