@@ -1,0 +1,90 @@
+#pragma once
+// bf16 in pieces of one 16-byte (or 8-byte) access, and sums over lanes whose order depends on the lane numbers alone.
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace tessera::cuda {
+
+using bf16 = __nv_bfloat16;
+
+/// N consecutive bf16 as they lie in memory. Its address is a multiple of its size.
+template <int N>
+struct alignas(2 * N) Piece {
+  static_assert(N == 4 || N == 8);
+  uint32_t pair[N / 2];
+};
+
+template <int N = 8>
+__device__ __forceinline__ Piece<N> load_piece(const bf16* p) {
+  return *reinterpret_cast<const Piece<N>*>(p);
+}
+template <int N>
+__device__ __forceinline__ void store_piece(bf16* p, const Piece<N>& v) {
+  *reinterpret_cast<Piece<N>*>(p) = v;
+}
+
+template <int N>
+__device__ __forceinline__ void unpack(const Piece<N>& v, float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    x[2 * i] = __uint_as_float(v.pair[i] << 16);
+    x[2 * i + 1] = __uint_as_float(v.pair[i] & 0xffff0000u);
+  }
+}
+/// Rounds to nearest even.
+template <int N>
+__device__ __forceinline__ Piece<N> pack(const float (&x)[N]) {
+  Piece<N> v;
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+    v.pair[i] = *reinterpret_cast<const uint32_t*>(&both);
+  }
+  return v;
+}
+
+/// N floats (a multiple of 4) at a 16-byte aligned address.
+template <int N>
+__device__ __forceinline__ void load_floats(const float* p, float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    const float4 v = *reinterpret_cast<const float4*>(p + i);
+    x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
+  }
+}
+template <int N>
+__device__ __forceinline__ void store_floats(float* p, const float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i += 4) *reinterpret_cast<float4*>(p + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+}
+
+/// The sum over groups of `lanes` lanes (a power of two, aligned), in each of them: a butterfly, so that all get the same bits. All 32 lanes call.
+template <class T>
+__device__ __forceinline__ T group_sum(T x, int lanes) {
+  for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+/// The sum over a block, in each of its threads; `shared` has room for one T a warp. All threads call.
+template <class T>
+__device__ __forceinline__ T block_sum(T x, T* shared) {
+  x = warp_sum(x);
+  if (blockDim.x <= 32) return x;
+  const unsigned lane = threadIdx.x % 32, warps = (blockDim.x + 31) / 32;
+  if (lane == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = warp_sum(lane < warps ? shared[lane] : T{});
+  __syncthreads();  // `shared` may be used again
+  return x;
+}
+
+}  // namespace tessera::cuda
