@@ -1,6 +1,5 @@
 // Memory of the CPU backend: allocation, copies, and how much there is to have.
 
-#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -10,6 +9,7 @@
 #include <sstream>
 #include <string>
 
+#include "kernels/bf16.h"
 #include "kernels/cpu/check.h"
 #include "kernels/cpu/ops.h"
 #include "kernels/cpu/parallel.h"
@@ -62,15 +62,6 @@ std::size_t left_in_group(const fs::path& mount, fs::path group, const GroupFile
     if (!group.has_relative_path()) return left;
   }
 }
-
-std::uint16_t to_bf16(float f) {
-  const auto bits = std::bit_cast<std::uint32_t>(f);
-  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const std::uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
-  return static_cast<std::uint16_t>((nan ? bits | 0x400000u : rounded) >> 16);
-}
-
-float from_bf16(std::uint16_t b) { return std::bit_cast<float>(static_cast<std::uint32_t>(b) << 16); }
 
 }  // namespace
 
