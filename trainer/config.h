@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "model/config.h"
+#include "model/gpt.h"
 
 namespace tessera {
 
@@ -18,7 +19,7 @@ class ConfigError : public std::invalid_argument {
 
 enum class Schedule { constant, cosine, wsd };
 enum class ModelSize { custom, gpt2, gpt2_medium, gpt2_large, gpt2_xl };
-enum class Precision { fp32, bf16 };
+enum class Precision { automatic, fp32, bf16 };  // automatic: the device's, fp32 on the cpu, bf16 on a GPU
 
 struct RunConfig {
   std::string dir = "runs/default";
@@ -35,7 +36,8 @@ struct TrainConfig {
   std::int64_t steps = 1000;
   std::int64_t tokens_per_step = 65536;
   std::int64_t micro_batch = 4;  // sequences a forward pass and rank
-  Precision precision = Precision::fp32;
+  Precision precision = Precision::automatic;
+  Recompute recompute = Recompute::none;
   int max_nonfinite = 10;  // skipped steps in a row after which the run stops
 };
 struct OptimizerConfig {
@@ -70,6 +72,9 @@ struct LogConfig {
 };
 struct ParallelConfig {
   int sequence = 1;
+  int bucket_mib = 100;    // gradients that are reduced as one, beside the backward pass
+  double deadline = 300;   // seconds that a collective between GPUs may take
+  bool share_gpu = false;  // whether ranks may share a GPU
 };
 
 struct Config {
@@ -107,7 +112,4 @@ std::string schema_json();
 void resolve_vocabulary(Config& config, std::int64_t vocabulary, const std::string& origin);
 /// Throws ConfigError when a step of train.tokens_per_step cannot be dealt evenly to `ranks`; the message lists ranks and micro-batches that can.
 void check_ranks(const Config& config, int ranks);
-/// Why this build cannot train on `device` ("cpu", "cuda"), or "" when it can.
-std::string device_problem(const std::string& device);
-
 }  // namespace tessera

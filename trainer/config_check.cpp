@@ -188,22 +188,51 @@ class Resolver {
   }
 
   void device() {
-    if (const std::string problem = device_problem(c_.device); !problem.empty()) fail({"device"}, problem);
-    if (c_.device == "cpu" && c_.train.precision == Precision::bf16)
-      fail({"train.precision", "device"}, "the cpu computes in fp32; expected train.precision fp32");
+    if (c_.device == "cuda")
+      cuda();
+    else
+      cpu();
     if (c_.parallel.sequence != 1)
       fail({"parallel.sequence"}, fmt::format("expected 1 for now (a sequence cannot be shared between ranks yet), found {}", c_.parallel.sequence));
+  }
+
+  void cpu() {
+    if (c_.train.precision == Precision::bf16)
+      fail({"train.precision", "device"}, "the cpu computes in fp32; expected train.precision auto or fp32, or device cuda");
+    if (c_.parallel.share_gpu) c_.notices.push_back("parallel.share_gpu has no effect with device cpu");
+    if (c_.parallel.deadline != ParallelConfig().deadline) c_.notices.push_back("parallel.deadline has no effect with device cpu");
+  }
+
+  /// What the GPU's kernels are made for.
+  void cuda() {
+    constexpr int kTile = 64, kRows = 8;
+    if (c_.train.precision == Precision::fp32)
+      fail({"train.precision", "device"}, "a GPU computes in bf16 with sums in fp32; expected train.precision auto or bf16, or device cpu");
+    const auto tile = [&](const char* path, int size) {
+      if (size != kTile)
+        fail({path, "device"}, fmt::format("device cuda computes tiles of {0} x {0}; expected {1} {0}, found {2}", kTile, path, size));
+    };
+    tile("attention.tile.query", c_.model.attention.tile_query);
+    tile("attention.tile.key", c_.model.attention.tile_key);
+    if (const int size = c_.model.head_size(); c_.model.width % c_.model.heads == 0 && size != 64 && size != 128)
+      fail({"model.heads", "model.width", "device"},
+           fmt::format("model.width {} / model.heads {} is a head size of {}; expected 64 or 128 with device cuda: model.heads {}", c_.model.width,
+                       c_.model.heads, size, heads_of_width(c_.model.width)));
+    if (c_.vocabulary_multiple % kRows != 0)
+      fail({"model.vocabulary_multiple", "device"},
+           fmt::format("device cuda reads rows of logits in pieces of {0}; expected a multiple of {0}, found {1}", kRows, c_.vocabulary_multiple));
+  }
+
+  /// "8 or 4": heads of 64 or 128 that make this width.
+  static std::string heads_of_width(int width) {
+    if (width % 64 != 0) return fmt::format("{} with model.width {}", std::max(1, width / 64), neighbours(width, 64));
+    return width % 128 == 0 ? fmt::format("{} or {}", width / 64, width / 128) : fmt::format("{}", width / 64);
   }
 };
 
 }  // namespace
 
 void resolve(Config& config, const Places& places, Problems& problems) { Resolver(config, places, problems).run(); }
-
-std::string device_problem(const std::string& device) {
-  if (device == "cpu") return "";
-  return "this build trains on the cpu only: it has no CUDA trainer; expected device cpu";
-}
 
 void resolve_vocabulary(Config& config, std::int64_t vocabulary, const std::string& origin) {
   if (config.model.vocabulary != 0 && config.model.vocabulary != vocabulary)

@@ -225,8 +225,13 @@ std::vector<Key> make_schema() {
               "Tokens an update over all ranks; a multiple of context x micro_batch x ranks."),
       integer("train.micro_batch", FIELD(train.micro_batch), 1, 1 << 20,
               "Sequences that a rank computes at once; more makes a step faster and takes memory."),
-      choice<Precision>("train.precision", FIELD(train.precision), {{"fp32", Precision::fp32}, {"bf16", Precision::bf16}},
-                        "Arithmetic of activations; the optimizer is fp32."),
+      choice<Precision>("train.precision", FIELD(train.precision),
+                        {{"auto", Precision::automatic}, {"fp32", Precision::fp32}, {"bf16", Precision::bf16}},
+                        "Arithmetic of activations; the optimizer is fp32. auto: the device's, fp32 on the cpu, bf16 on cuda."),
+      choice<Recompute>("train.recompute", FIELD(train.recompute),
+                        {{"none", Recompute::none}, {"gelu+norm", Recompute::gelu_norm}, {"block", Recompute::block}},
+                        "What the backward pass computes again instead of keeping it, for memory: nothing; outputs of norms and of the gelu; "
+                        "everything inside a block. Same bits."),
       integer("train.max_nonfinite", FIELD(train.max_nonfinite), 1, 1'000'000,
               "Steps in a row with a loss or gradient that is not finite, each skipped, after which the run stops."),
 
@@ -259,6 +264,12 @@ std::vector<Key> make_schema() {
       integer("log.heads_every", FIELD(log.heads_every), 0, kSteps, "Steps between rows with the active-edge share by layer and head. 0: none."),
 
       integer("parallel.sequence", FIELD(parallel.sequence), 1, 1024, "Ranks that share one sequence. 1 for now."),
+      integer("parallel.bucket_mib", FIELD(parallel.bucket_mib), 1, 1 << 20,
+              "MiB of gradients that the ranks add up as one, beside the backward pass of what comes before."),
+      number("parallel.deadline", FIELD(parallel.deadline), {0, 1e6, true, false},
+             "Seconds that a collective between GPUs may take before the run ends with a message."),
+      boolean("parallel.share_gpu", FIELD(parallel.share_gpu),
+              "Whether ranks may share a GPU (slow, for tests); otherwise more ranks than GPUs stop."),
   };
 }
 

@@ -1,0 +1,100 @@
+#include "trainer/device.h"
+
+#include <stdexcept>
+
+#include "trainer/collective.h"
+
+#ifdef TESSERA_HAS_CUDA
+#include "kernels/comm/nccl.h"
+#include "kernels/cuda/ops.h"
+#endif
+
+namespace tessera {
+namespace {
+
+void require(const std::string& device) {
+  if (const std::string problem = device_problem(device); !problem.empty()) throw ConfigError("device " + device + ": " + problem);
+}
+
+#ifdef TESSERA_HAS_CUDA
+NcclOptions nccl_options(const ParallelConfig& parallel) { return {.deadline_seconds = parallel.deadline, .share_gpu = parallel.share_gpu}; }
+#endif
+
+std::unique_ptr<Communicator> make_own(const ParallelConfig& parallel, Communicator& host, Ops& ops) {
+  if (ops.kind() == DeviceKind::cpu) return nullptr;
+  // Alone, every collective is one in place, which this one leaves alone; the launcher's would copy through the host.
+  if (host.size() == 1) return make_single_communicator();
+#ifdef TESSERA_HAS_CUDA
+  return make_nccl_communicator(host, ops, nccl_options(parallel));
+#else
+  (void)parallel;
+  throw std::logic_error("operations of a device that this build does not have");
+#endif
+}
+
+}  // namespace
+
+std::string device_problem(const std::string& device) {
+  if (device_kind(device) == DeviceKind::cpu) return "";
+#ifdef TESSERA_HAS_CUDA
+  return cuda_problem();
+#else
+  return "this build has no CUDA backend; configure it where nvcc is found (-DTESSERA_CUDA=ON), or use device cpu";
+#endif
+}
+
+DeviceKind device_kind(const std::string& device) {
+  if (device == "cpu") return DeviceKind::cpu;
+  if (device == "cuda") return DeviceKind::cuda;
+  throw std::invalid_argument("device: expected cpu or cuda, found " + device);
+}
+
+std::unique_ptr<Ops> make_ops(const std::string& device, int threads) {
+  require(device);
+#ifdef TESSERA_HAS_CUDA
+  if (device == "cuda") return make_cuda_ops(0);
+#endif
+  return make_cpu_ops(threads);
+}
+
+std::unique_ptr<Ops> make_ops(const std::string& device, int threads, const ParallelConfig& parallel, Communicator& host) {
+  agree(host, [&] { require(device); });
+  int gpu = 0;
+#ifdef TESSERA_HAS_CUDA
+  if (device == "cuda") gpu = choose_gpu(host, nccl_options(parallel));
+#endif
+  (void)parallel, (void)gpu;
+  std::unique_ptr<Ops> ops;
+  agree(host, [&] {
+#ifdef TESSERA_HAS_CUDA
+    if (device == "cuda") {
+      ops = make_cuda_ops(gpu);
+      return;
+    }
+#endif
+    ops = make_cpu_ops(threads);
+  });
+  return ops;
+}
+
+Device::Device(const std::string& device, int threads, const ParallelConfig& parallel, Communicator& host)
+    : ops_(make_ops(device, threads, parallel, host)), own_(make_own(parallel, host, *ops_)), comm_(own_ ? *own_ : host) {}
+
+int ranks_on_device(DeviceKind kind, const ParallelConfig& parallel, const Communicator& host) {
+  if (kind == DeviceKind::cpu) return host.local_size();
+#ifdef TESSERA_HAS_CUDA
+  if (parallel.share_gpu) return (host.local_size() + cuda_device_count() - 1) / cuda_device_count();
+#endif
+  (void)parallel;
+  return 1;
+}
+
+std::size_t device_memory_used(Ops& ops) {
+#ifdef TESSERA_HAS_CUDA
+  if (ops.kind() == DeviceKind::cuda) return cuda_memory_used(ops);
+#endif
+  (void)ops;
+  return 0;
+}
+
+}  // namespace tessera
