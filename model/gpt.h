@@ -39,7 +39,7 @@ class Gpt {
     bool training = true;          // false: no gradients, activations of one layer only
     int shard_multiple = 1;        // the flat buffers are padded to a multiple of this (ranks)
     Recompute recompute = Recompute::none;
-    std::optional<DeviceKind> device;  // whose memory is planned; the Ops' own unless set (a plan without that device)
+    std::optional<DeviceKind> device{};  // whose memory is planned; the Ops' own unless set (a plan without that device)
   };
 
   /// Called while a pass is put together, for communication beside it. `block` is -1 for what is outside the blocks (embeddings, last norm,
@@ -62,7 +62,7 @@ class Gpt {
   Tensor vectors() const;    // f32 [count - decayed_count]: the parameters behind the matrices, as everything else reads them. A part of weights()
                              // where the compute type is f32
   Tensor gradients() const;  // flat f32 [padded]
-  /// A parameter as the model reads it: f32 for vectors, the compute type for matrices.
+  /// A matrix as weights() has it (the compute type), any other parameter as vectors() does (f32).
   Tensor parameter(const std::string& name) const;
   /// Elements [first, first + values.size()) of the flat parameters, from the host: rounded to nearest even in weights(), exact in vectors().
   void set_parameters(std::int64_t first, std::span<const float> values);

@@ -9,50 +9,57 @@
 namespace tessera {
 namespace {
 
-constexpr std::int64_t kLogitsBytes = std::int64_t{64} << 20;  // a chunk of logits: large enough for a matrix product to be efficient
-
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-ModelTensors slice_flat(const ParameterLayout& layout, int layers, const Tensor& flat) {
-  std::unordered_map<std::string, Tensor> by_name;
-  for (const auto& p : layout.parameters) by_name[p.name] = flat.slice(p.offset, p.shape.numel()).view(p.shape);
-  const auto tensor = [&](const std::string& name) {
+Tensor vectors_of(const ParameterLayout& layout, const Tensor& flat) { return flat.slice(layout.decayed_count, layout.count - layout.decayed_count); }
+
+ModelTensors slice_flat(const ParameterLayout& layout, int layers, const Tensor& flat, const Tensor& vectors) {
+  std::unordered_map<std::string, const ParameterInfo*> by_name;
+  for (const auto& p : layout.parameters) by_name[p.name] = &p;
+  const auto slice = [&](const Tensor& buffer, std::int64_t start, const std::string& name) {
     const auto found = by_name.find(name);
-    return found == by_name.end() ? Tensor{} : found->second;
+    if (found == by_name.end()) return Tensor{};
+    const ParameterInfo& p = *found->second;
+    return buffer.slice(p.offset - start, p.shape.numel()).view(p.shape);
   };
+  const auto linear = [&](const std::string& name) { return slice(flat, 0, name); };
+  const auto vector = [&](const std::string& name) { return slice(vectors, layout.decayed_count, name); };
   ModelTensors m;
-  m.wte = tensor("wte.weight");
-  m.wpe = tensor("wpe.weight");
+  m.wte = linear("wte.weight");
+  m.wpe = linear("wpe.weight");
   for (int l = 0; l < layers; ++l) {
-    const auto of_block = [&](const char* name) { return tensor(fmt::format("h.{}.{}", l, name)); };
+    const std::string h = fmt::format("h.{}.", l);
     BlockTensors b;
-    b.ln_1 = of_block("ln_1.weight");
-    b.ln_1_bias = of_block("ln_1.bias");
-    b.qkv = of_block("attn.c_attn.weight");
-    b.qkv_bias = of_block("attn.c_attn.bias");
-    b.head_gain = of_block("attn.norm");
-    b.proj = of_block("attn.c_proj.weight");
-    b.proj_bias = of_block("attn.c_proj.bias");
-    b.scale = of_block("attn.scale");
-    b.threshold = of_block("attn.threshold");
-    b.ln_2 = of_block("ln_2.weight");
-    b.ln_2_bias = of_block("ln_2.bias");
-    b.fc = of_block("mlp.c_fc.weight");
-    b.fc_bias = of_block("mlp.c_fc.bias");
-    b.out = of_block("mlp.c_proj.weight");
-    b.out_bias = of_block("mlp.c_proj.bias");
+    b.ln_1 = vector(h + "ln_1.weight");
+    b.ln_1_bias = vector(h + "ln_1.bias");
+    b.qkv = linear(h + "attn.c_attn.weight");
+    b.qkv_bias = linear(h + "attn.c_attn.bias");
+    b.head_gain = vector(h + "attn.norm");
+    b.proj = linear(h + "attn.c_proj.weight");
+    b.proj_bias = linear(h + "attn.c_proj.bias");
+    b.scale = vector(h + "attn.scale");
+    b.threshold = vector(h + "attn.threshold");
+    b.ln_2 = vector(h + "ln_2.weight");
+    b.ln_2_bias = vector(h + "ln_2.bias");
+    b.fc = linear(h + "mlp.c_fc.weight");
+    b.fc_bias = linear(h + "mlp.c_fc.bias");
+    b.out = linear(h + "mlp.c_proj.weight");
+    b.out_bias = linear(h + "mlp.c_proj.bias");
     m.blocks.push_back(b);
   }
-  m.ln_f = tensor("ln_f.weight");
-  m.ln_f_bias = tensor("ln_f.bias");
+  m.ln_f = vector("ln_f.weight");
+  m.ln_f_bias = vector("ln_f.bias");
   return m;
 }
 
 GptMemory::GptMemory(const ModelConfig& config, const ParameterLayout& layout, const Gpt::Options& options, MemoryPlan& plan) {
+  using Slot = MemoryPlan::Slot;
   constexpr auto activations = MemoryCategory::activations, workspace = MemoryCategory::workspace;
   const AttentionConfig& attention = config.attention;
+  const DeviceKind device = options.device.value();
+  const DType compute = compute_type(device);
   const std::int64_t B = options.micro_batch, T = options.tokens, N = B * T;
   const std::int64_t L = config.layers, H = config.heads, C = config.width, D = config.head_size(), hidden = C * config.mlp_ratio;
   const std::int64_t padded = ceil_div(layout.count, options.shard_multiple) * options.shard_multiple;
@@ -60,54 +67,72 @@ GptMemory::GptMemory(const ModelConfig& config, const ParameterLayout& layout, c
   const auto reserve = [&](MemoryCategory category, std::string name, Shape shape, DType type = DType::f32) {
     return plan.reserve(category, std::move(name), type, shape);
   };
-  parameters = reserve(MemoryCategory::parameters, "parameters", {padded});
+  weights = reserve(MemoryCategory::parameters, "weights", {padded}, compute);
+  if (compute != DType::f32) vectors = reserve(MemoryCategory::parameters, "vectors", {layout.count - layout.decayed_count});
   if (options.training) gradients = reserve(MemoryCategory::gradients, "gradients", {padded});
   thresholds = reserve(MemoryCategory::parameters, "thresholds", {L, H});
   constant_scale = reserve(workspace, "constant scale", {H});
   counters = reserve(workspace, "attention counters", {L, H, kAttentionCounters}, DType::u64);
   if (config.positions == Positions::rotary) rotary = reserve(workspace, "rotary table", {T, D / 2, 2});
 
-  const auto norm = [&](const std::string& name) {
-    const MemoryPlan::Slot stream = reserve(activations, name + ".input", {N, C}), y = reserve(activations, name + ".output", {N, C});
-    const MemoryPlan::Slot mean = config.norm == NormKind::layernorm ? reserve(activations, name + ".mean", {N}) : -1;
+  narrow = reserve(workspace, "branch", {N, C}, compute);
+  if (options.training) {
+    wide = reserve(workspace, "ln_f.output, gradient of qkv, mlp.hidden", {N, std::max(3 * C, hidden)}, compute);
+    d_stream = reserve(workspace, "gradient of the residual stream", {N, C}, compute);
+    if (attention.head_norm()) d_heads = reserve(workspace, "gradient of attn.output", {N, C}, compute);
+    attention_workspace = reserve(workspace, "attention backward", {attention_backward_workspace({B, H, T, D}, attention.tile_query)});
+  }
+
+  const auto activation = [&](std::string name, std::int64_t columns) { return reserve(activations, std::move(name), {N, columns}, compute); };
+  const auto norm = [&](const std::string& name, Slot stream, Slot y) {
+    const Slot mean = config.norm == NormKind::layernorm ? reserve(activations, name + ".mean", {N}) : -1;
     return NormSlots{stream, y, mean, reserve(activations, name + ".rstd", {N})};
   };
   const std::int64_t query_tiles = ceil_div(T, attention.tile_query), key_tiles = ceil_div(T, attention.tile_key);
-  const auto block = [&](const std::string& name) {
+  const auto block = [&](const std::string& name, Slot passing) {  // passing: memory of what is not kept, or -1
+    const auto output = [&](const char* of, std::int64_t columns) { return passing >= 0 ? passing : activation(name + of, columns); };
     BlockSlots b;
-    b.qkv = reserve(activations, name + "attn.qkv", {N, 3 * C});
+    b.qkv = activation(name + "attn.qkv", 3 * C);
     b.inverse_norm = attention.score != Score::dot ? reserve(activations, name + "attn.inverse_norm", {N, 2, H}) : -1;
-    b.attention = reserve(activations, name + "attn.output", {N, C});
+    b.attention = activation(name + "attn.output", C);
     b.z = reserve(activations, name + "attn.z", {B, H, T});
     b.active_tiles = reserve(activations, name + "attn.active_tiles", {B, H, query_tiles, bitmap_words(key_tiles)}, DType::u32);
-    b.head_norm = attention.head_norm() ? reserve(activations, name + "attn.norm.output", {N, C}) : -1;
+    b.head_norm = attention.head_norm() ? output("attn.norm.output", C) : -1;
     b.head_rstd = attention.head_norm() ? reserve(activations, name + "attn.norm.rstd", {N, H}) : -1;
-    b.hidden = reserve(activations, name + "mlp.hidden", {N, hidden});
-    b.hidden_gelu = reserve(activations, name + "mlp.gelu", {N, hidden});
+    b.hidden = activation(name + "mlp.hidden", hidden);
+    b.hidden_gelu = output("mlp.gelu", hidden);
     return b;
   };
-  if (options.training) {
-    for (int l = 0; l < config.layers; ++l) {
-      const std::string h = fmt::format("h.{}.", l);
-      norms.push_back(norm(h + "ln_1"));
-      blocks.push_back(block(h));
-      norms.push_back(norm(h + "ln_2"));
-    }
-    norms.push_back(norm("ln_f"));
+
+  if (!options.training) {
+    const Slot stream = activation("norm.input", C), y = activation("norm.output", C);
+    norms.assign(static_cast<std::size_t>(2 * L + 1), norm("norm", stream, y));
+    blocks.assign(static_cast<std::size_t>(L), block("block.", -1));
   } else {
-    norms.assign(static_cast<std::size_t>(2 * L + 1), norm("norm"));
-    blocks.assign(static_cast<std::size_t>(L), block("block."));
+    const bool shared = options.recompute == Recompute::block;
+    const Slot passing = options.recompute == Recompute::gelu_norm ? activation("outputs of norms and gelu", hidden) : -1;
+    const auto output = [&](const std::string& name) { return passing >= 0 ? passing : activation(name + ".output", C); };
+    for (int l = 0; l < config.layers; ++l) {
+      const Slot input = activation(fmt::format("h.{}.ln_1.input", l), C);
+      if (shared && l > 0) {
+        norms.push_back(norms[0]);
+        norms.back().stream = input;
+        blocks.push_back(blocks[0]);
+        norms.push_back(norms[1]);
+        continue;
+      }
+      const std::string h = shared ? "block." : fmt::format("h.{}.", l);
+      norms.push_back(norm(h + "ln_1", input, output(h + "ln_1")));
+      blocks.push_back(block(h, passing));
+      const Slot between = activation(h + "ln_2.input", C);
+      norms.push_back(norm(h + "ln_2", between, output(h + "ln_2")));
+    }
+    norms.push_back(norm("ln_f", activation("ln_f.input", C), wide));
   }
 
-  narrow = reserve(workspace, "branch", {N, C});
-  if (options.training) {
-    wide = reserve(workspace, "gradient of qkv, mlp.hidden", {N, std::max(3 * C, hidden)});
-    d_stream = reserve(workspace, "gradient of the residual stream", {N, C});
-    if (attention.head_norm()) d_heads = reserve(workspace, "gradient of attn.output", {N, C});
-    attention_workspace = reserve(workspace, "attention backward", {attention_backward_workspace({B, H, T, D}, attention.tile_query)});
-  }
-  const std::int64_t row_bytes = config.vocabulary_padded * static_cast<std::int64_t>(sizeof(float));
-  logits = reserve(workspace, "logits", {std::clamp<std::int64_t>(kLogitsBytes / row_bytes, 1, N), config.vocabulary_padded});
+  const auto row_bytes = static_cast<std::size_t>(config.vocabulary_padded) * size_of(compute);
+  const auto chunk = static_cast<std::int64_t>(std::max<std::size_t>(1, logits_bytes(device) / row_bytes));
+  logits = reserve(workspace, "logits", {std::min(chunk, N), config.vocabulary_padded}, compute);
   losses = reserve(workspace, "losses", {N});
   predictions = reserve(workspace, "predictions", {N}, DType::i32);
   prompt_tokens = reserve(workspace, "prompt tokens", {T}, DType::i32);

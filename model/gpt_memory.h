@@ -28,8 +28,11 @@ struct ModelTensors {
   Tensor ln_f, ln_f_bias;
 };
 
-/// The named slices of a flat buffer.
-ModelTensors slice_flat(const ParameterLayout& layout, int layers, const Tensor& flat);
+/// The part of a flat buffer behind the matrices.
+Tensor vectors_of(const ParameterLayout& layout, const Tensor& flat);
+
+/// The named slices of a flat buffer. Matrices and the biases of linear layers come from `flat`, everything else from `vectors`.
+ModelTensors slice_flat(const ParameterLayout& layout, int layers, const Tensor& flat, const Tensor& vectors);
 
 /// What a norm remembers of the forward pass: its input (the residual stream at that point), its output, its statistics.
 struct NormSlots {
@@ -49,22 +52,27 @@ struct BlockSlots {
   MemoryPlan::Slot hidden_gelu;   // [N, 4C]
 };
 
-/// Slots of a model of at most B sequences of at most T tokens, N = B T. -1: not needed.
+/// Slots of a model of at most B sequences of at most T tokens, N = B T. -1: not needed. `options` are complete: tokens and device are set.
 struct GptMemory {
   GptMemory(const ModelConfig& config, const ParameterLayout& layout, const Gpt::Options& options, MemoryPlan& plan);
 
-  MemoryPlan::Slot parameters, gradients = -1;  // flat f32 [padded]
-  MemoryPlan::Slot thresholds;                  // [layers, H]
-  MemoryPlan::Slot counters;                    // u64 [layers, H, kAttentionCounters]
-  MemoryPlan::Slot constant_scale;              // [H], scores without a learned scale
-  MemoryPlan::Slot rotary = -1;                 // [T, D/2, 2]
+  MemoryPlan::Slot weights;         // flat [padded] of the compute type
+  MemoryPlan::Slot vectors = -1;    // f32 [count - decayed_count], where the compute type is another
+  MemoryPlan::Slot gradients = -1;  // flat f32 [padded]
+  MemoryPlan::Slot thresholds;      // [layers, H]
+  MemoryPlan::Slot counters;        // u64 [layers, H, kAttentionCounters]
+  MemoryPlan::Slot constant_scale;  // [H], scores without a learned scale
+  MemoryPlan::Slot rotary = -1;     // [T, D/2, 2]
 
-  // Norm 2l is ln_1 of block l, 2l + 1 its ln_2, 2 layers is ln_f. Without training all norms share their memory, and all blocks theirs.
+  // Norm 2l is ln_1 of block l, 2l + 1 its ln_2, 2 layers is ln_f. What is needed only for a moment is one memory for all of them:
+  //   not for training      every norm, every block
+  //   Recompute::gelu_norm  outputs of ln_1, ln_2, of the head norm and of the gelu: one buffer, each is read by the very next operation
+  //   Recompute::block      all of a block but the stream that ln_1 reads. ln_f has its own: the last block is not computed again
   std::vector<NormSlots> norms;
   std::vector<BlockSlots> blocks;
 
-  MemoryPlan::Slot narrow;         // [N, C]: a branch's output on the way forward, a gradient of that size on the way back
-  MemoryPlan::Slot wide = -1;      // [N, max(3, mlp_ratio) C]: gradients of qkv and of the hidden layer
+  MemoryPlan::Slot narrow;     // [N, C]: a branch's output on the way forward, a gradient of that size on the way back
+  MemoryPlan::Slot wide = -1;  // [N, max(3, mlp_ratio) C]: output of ln_f until the classifier is done, then gradients of qkv and of the hidden layer
   MemoryPlan::Slot d_stream = -1;  // [N, C]: gradient of the residual stream
   MemoryPlan::Slot d_heads = -1;   // [N, C]: gradient of the attention's output before the head norm
   MemoryPlan::Slot attention_workspace = -1;

@@ -48,11 +48,11 @@ void expect_matches_reference(const ModelConfig& config, unsigned seed = 1) {
   std::vector<float> gradient_change(gradients.size());
   for (int trial = 0; trial < 4; ++trial) {
     auto moved = parameters;
-    std::vector<float> moved32(static_cast<std::size_t>(model.gpt.parameters().numel()));
+    std::vector<float> moved32(moved.size());
     for (std::size_t i = 0; i < moved.size(); ++i) moved[i] = moved32[i] = static_cast<float>(parameters[i] * (1 + (rng() % 3 - 1.0) * 0x1p-23));
     const auto result = reference.run(moved, thresholds, batch);
     for (std::size_t i = 0; i < losses.size(); ++i) loss_change[i] = std::max(loss_change[i], std::abs(result.losses[i] - expected.losses[i]));
-    model.ops->upload(model.gpt.parameters(), moved32.data());
+    model.gpt.set_parameters(0, moved32);
     const auto g = model.gradients(batch, scale);
     for (std::size_t i = 0; i < g.size(); ++i) gradient_change[i] = std::max(gradient_change[i], std::abs(g[i] - gradients[i]));
   }

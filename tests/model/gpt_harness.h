@@ -1,12 +1,14 @@
 #pragma once
-// A model on the CPU with host vectors in and out.
+// A model with host vectors in and out: on the CPU, or on the Ops given.
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <memory>
 #include <random>
 #include <vector>
 
+#include "kernels/bf16.h"
 #include "kernels/memory_plan.h"
 #include "kernels/ops.h"
 #include "model/gpt.h"
@@ -50,8 +52,9 @@ inline Sequences random_sequences(const ModelConfig& m, std::int64_t B, std::int
 
 class TestModel {
  public:
-  explicit TestModel(const ModelConfig& config, Gpt::Options options = {.micro_batch = 3}, unsigned seed = 1)
-      : ops(make_cpu_ops(1)), gpt(config, *ops, plan, options) {
+  explicit TestModel(const ModelConfig& config, Gpt::Options options = {.micro_batch = 3}, unsigned seed = 1,
+                     std::unique_ptr<Ops> device = make_cpu_ops(1))
+      : ops(std::move(device)), gpt(config, *ops, plan, options) {
     const std::int64_t n = options.micro_batch * (options.tokens ? options.tokens : config.context);
     for (auto* slot : {&tokens_, &targets_, &positions_, &document_start_})
       *slot = plan.reserve(MemoryCategory::activations, "batch", DType::i32, {n});
@@ -68,7 +71,7 @@ class TestModel {
     for (const auto& p : gpt.layout().parameters) {
       std::vector<float> values(static_cast<std::size_t>(p.shape.numel()));
       for (float& v : values) v = p.decayed ? 0.3f * normal(rng) : p.init_value + 0.2f * (p.init_value != 0 ? p.init_value : 1.0f) * normal(rng);
-      ops->upload(gpt.parameter(p.name), values.data());
+      gpt.set_parameters(p.offset, values);
     }
   }
 
@@ -88,9 +91,16 @@ class TestModel {
     return batch;
   }
 
+  /// bf16 tensors are read as float.
   template <class T = float>
   std::vector<T> host(const Tensor& t) {
     std::vector<T> values(static_cast<std::size_t>(t.numel()));
+    if (t.dtype == DType::bf16) {
+      std::vector<std::uint16_t> narrow(values.size());
+      ops->download(narrow.data(), t);
+      std::transform(narrow.begin(), narrow.end(), values.begin(), from_bf16);
+      return values;
+    }
     ops->download(values.data(), t);
     return values;
   }
@@ -106,7 +116,7 @@ class TestModel {
     return host(gpt.gradients().slice(0, gpt.layout().count));
   }
 
-  std::vector<double> parameters() { return widen(host(gpt.parameters().slice(0, gpt.layout().count))); }
+  std::vector<double> parameters() { return widen(host(gpt.weights().slice(0, gpt.layout().count))); }
   std::vector<double> thresholds() { return widen(host(gpt.thresholds())); }
 
   std::unique_ptr<Ops> ops;

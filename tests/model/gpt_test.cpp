@@ -262,10 +262,10 @@ TEST(Gpt, BindGivesFirstValues) {
   TestModel model(config, {.micro_batch = 1, .shard_multiple = 192});
   EXPECT_EQ(model.host(model.gpt.thresholds()), std::vector<float>(4, 0.25f));
   EXPECT_EQ(model.gpt.thresholds().shape, (Shape{2, 2}));
-  EXPECT_EQ(model.gpt.parameters().numel() % 192, 0);
-  EXPECT_GE(model.gpt.parameters().numel(), model.gpt.layout().count);
-  EXPECT_LT(model.gpt.parameters().numel(), model.gpt.layout().count + 192);
-  EXPECT_EQ(model.gpt.gradients().numel(), model.gpt.parameters().numel());
+  EXPECT_EQ(model.gpt.weights().numel() % 192, 0);
+  EXPECT_GE(model.gpt.weights().numel(), model.gpt.layout().count);
+  EXPECT_LT(model.gpt.weights().numel(), model.gpt.layout().count + 192);
+  EXPECT_EQ(model.gpt.gradients().numel(), model.gpt.weights().numel());
   for (float g : model.host(model.gpt.gradients())) EXPECT_EQ(g, 0.0f);
   config.attention.threshold.mode = ThresholdMode::learned;  // then they are parameters
   EXPECT_EQ(TestModel(config).thresholds(), std::vector<double>(4, 0.0));
@@ -278,7 +278,7 @@ TEST(Gpt, MemoryHasNames) {
     if (b.name == "batch") continue;
     EXPECT_TRUE(names.insert(b.name).second) << b.name << " twice";
   }
-  for (const char* name : {"parameters", "gradients", "h.0.attn.qkv", "h.1.mlp.gelu", "h.1.ln_2.input", "ln_f.output", "logits"})
+  for (const char* name : {"weights", "gradients", "h.0.attn.qkv", "h.1.mlp.gelu", "h.1.ln_2.input", "ln_f.input", "logits"})
     EXPECT_TRUE(names.contains(name)) << name;
   EXPECT_EQ(model.plan.bytes(MemoryCategory::gradients), (static_cast<std::size_t>(model.gpt.layout().count) * 4 + 255) / 256 * 256);
 }

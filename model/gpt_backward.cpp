@@ -1,0 +1,98 @@
+// The backward pass: the forward pass read from its end. The stream's gradient passes each branch unchanged and takes the branch's own.
+
+#include "model/gpt_impl.h"
+
+namespace tessera {
+
+void Gpt::Impl::norm_backward(int norm, const Tensor& dy) {
+  const NormSlots& s = memory.norms[norm];
+  const NormTensors g = norm_of(d, norm);
+  ops.norm_backward({.kind = config.norm,
+                     .dy = dy,
+                     .x = stream(norm),
+                     .gain = norm_of(w, norm).gain,
+                     .mean = optional_rows(s.mean),
+                     .rstd = optional_rows(s.rstd),
+                     .dx = rows(memory.d_stream, C),
+                     .dgain = g.gain,
+                     .dbias = g.bias});
+}
+
+/// Fills the memory that blocks share, from the stream that this one began with: the same calls as in the forward pass, up to the last tensor that
+/// the backward pass reads. narrow() is free between two blocks.
+void Gpt::Impl::compute_again(int layer, const Batch& batch) {
+  norm_forward(2 * layer, NormInput::stream);
+  attention_branch(layer, batch, false);
+  norm_forward(2 * layer + 1, NormInput::stream_and_branch);
+  mlp_hidden(layer);
+}
+
+void Gpt::Impl::mlp_branch_backward(int layer) {
+  const BlockSlots& s = memory.blocks[layer];
+  const BlockTensors &p = w.blocks[layer], &g = d.blocks[layer];
+  const bool again = options.recompute == Recompute::gelu_norm;
+  const Tensor argument = rows(s.hidden, hidden), gelu = rows(s.hidden_gelu, hidden), d_hidden = rows(memory.wide, hidden);
+  if (again) ops.gelu(gelu, argument);
+  ops.linear_backward(
+      {.dy = rows(memory.d_stream, C), .x = gelu, .w = p.out, .dx = d_hidden, .gelu_argument = argument, .dw = g.out, .dbias = g.out_bias});
+  if (again) norm_forward(2 * layer + 1, NormInput::stream);
+  ops.linear_backward({.dy = d_hidden, .x = normed(2 * layer + 1), .w = p.fc, .dx = narrow(), .gelu_argument = {}, .dw = g.fc, .dbias = g.fc_bias});
+  norm_backward(2 * layer + 1, narrow());
+}
+
+void Gpt::Impl::attention_branch_backward(int layer, const Batch& batch) {
+  const BlockSlots& s = memory.blocks[layer];
+  const BlockTensors &p = w.blocks[layer], &g = d.blocks[layer];
+  const bool again = options.recompute == Recompute::gelu_norm;
+  const Tensor o = again ? head_norm_forward(layer) : rows(p.head_gain ? s.head_norm : s.attention, C);
+  Tensor d_o = narrow();
+  ops.linear_backward({.dy = rows(memory.d_stream, C), .x = o, .w = p.proj, .dx = d_o, .gelu_argument = {}, .dw = g.proj, .dbias = g.proj_bias});
+  if (p.head_gain) {
+    const Tensor d_sum = rows(memory.d_heads, C);
+    ops.head_norm_backward({.dy = per_head(d_o),
+                            .x = per_head(rows(s.attention, C)),
+                            .gain = p.head_gain,
+                            .rstd = head_rstd(s),
+                            .dx = per_head(d_sum),
+                            .dgain = g.head_gain});
+    d_o = d_sum;
+  }
+
+  const Tensor d_qkv = rows(memory.wide, 3 * C);
+  AttentionBackward a;
+  a.forward = attention(layer, batch);
+  a.d_o = heads_of(d_o, T, C, D);
+  a.dq = packed_heads(d_qkv, 0, T, C, D);
+  a.dk = packed_heads(d_qkv, 1, T, C, D);
+  a.dv = packed_heads(d_qkv, 2, T, C, D);
+  a.dscale = g.scale;
+  a.dthreshold = g.threshold;
+  a.workspace = plan[memory.attention_workspace];
+  ops.attention_backward(a);
+
+  if (transforms_qk()) ops.qk_transform_backward(qk_transform(layer, batch), d_qkv);
+  if (again) norm_forward(2 * layer, NormInput::stream);
+  ops.linear_backward({.dy = d_qkv, .x = normed(2 * layer), .w = p.qkv, .dx = narrow(), .gelu_argument = {}, .dw = g.qkv, .dbias = g.qkv_bias});
+  norm_backward(2 * layer, narrow());
+}
+
+/// From the gradient of the last norm's output in narrow().
+void Gpt::Impl::trunk_backward(const Batch& batch) {
+  const auto hook = [&](int block) {
+    if (hooks.after_backward) hooks.after_backward(block);
+  };
+  const Tensor d_stream = rows(memory.d_stream, C);
+  ops.zero(d_stream);
+  norm_backward(2 * config.layers, narrow());
+  for (int l = config.layers - 1; l >= 0; --l) {
+    // The last block's own memory still stands as the forward pass left it.
+    if (options.recompute == Recompute::block && l + 1 < config.layers) compute_again(l, batch);
+    mlp_branch_backward(l);
+    attention_branch_backward(l, batch);
+    hook(l);
+  }
+  ops.embedding_backward(d_stream, rows(batch.tokens), rows(batch.positions), d.wte, d.wpe);
+  hook(-1);
+}
+
+}  // namespace tessera

@@ -1,0 +1,134 @@
+// The forward pass.
+
+#include "model/gpt_impl.h"
+
+namespace tessera {
+
+/// Norm 0 reads the stream as the embedding left it; every other one first adds the branch in narrow() to the stream. One computed again reads the
+/// stream that it left the first time.
+void Gpt::Impl::norm_forward(int norm, NormInput input) {
+  const NormTensors p = norm_of(w, norm);
+  NormForward a;
+  a.kind = config.norm;
+  if (input == NormInput::stream) {
+    a.x = stream(norm);
+  } else {
+    a.x = narrow();
+    a.residual = stream(norm - 1);
+    a.residual_out = stream(norm);
+  }
+  a.gain = p.gain;
+  a.bias = p.bias;
+  a.y = normed(norm);
+  a.mean = optional_rows(memory.norms[norm].mean);
+  a.rstd = optional_rows(memory.norms[norm].rstd);
+  ops.norm_forward(a);
+}
+
+QkTransform Gpt::Impl::qk_transform(int layer, const Batch& batch) const {
+  QkTransform t;
+  t.qkv = rows(memory.blocks[layer].qkv, 3 * C);
+  t.heads = H;
+  t.unit = unit;
+  if (unit) t.inverse_norm = plan[memory.blocks[layer].inverse_norm].view({N, 2, H});
+  if (memory.rotary >= 0) {
+    t.rotary = plan[memory.rotary];
+    t.positions = rows(batch.positions);
+  }
+  return t;
+}
+
+AttentionForward Gpt::Impl::attention(int layer, const Batch& batch) const {
+  const BlockSlots& s = memory.blocks[layer];
+  const Tensor qkv = rows(s.qkv, 3 * C);
+  const std::int64_t query_tiles = (T + config.attention.tile_query - 1) / config.attention.tile_query;
+  const std::int64_t key_tiles = (T + config.attention.tile_key - 1) / config.attention.tile_key;
+  AttentionForward a;
+  a.shape = {B, H, T, D};
+  a.math = math;
+  a.visit = config.attention.visit;
+  a.tiles = device_tiles[layer].get();
+  a.q = packed_heads(qkv, 0, T, C, D);
+  a.k = packed_heads(qkv, 1, T, C, D);
+  a.v = packed_heads(qkv, 2, T, C, D);
+  a.o = heads_of(plan[s.attention], T, C, D);
+  a.scale = w.blocks[layer].scale ? w.blocks[layer].scale : plan[memory.constant_scale];
+  a.threshold = w.blocks[layer].threshold ? w.blocks[layer].threshold : plan[memory.thresholds].slice(layer * H, H);
+  if (config.attention.document_mask) a.document_start = batch.document_start.view({B, T});
+  a.z = plan[s.z].view({B, H, T});
+  a.active_tiles = plan[s.active_tiles].view({B, H, query_tiles, bitmap_words(key_tiles)});
+  return a;
+}
+
+/// The output of the block's attention as c_proj reads it: with normalizer rms after the norm of each head.
+Tensor Gpt::Impl::head_norm_forward(int layer) {
+  const BlockSlots& s = memory.blocks[layer];
+  const Tensor o = rows(s.attention, C), gain = w.blocks[layer].head_gain;
+  if (!gain) return o;
+  const Tensor y = rows(s.head_norm, C);
+  ops.head_norm_forward({.x = per_head(o), .gain = gain, .y = per_head(y), .rstd = head_rstd(s)});
+  return y;
+}
+
+/// From the output of ln_1 to narrow().
+void Gpt::Impl::attention_branch(int layer, const Batch& batch, bool count) {
+  const BlockTensors& p = w.blocks[layer];
+  ops.linear_forward({.x = normed(2 * layer), .w = p.qkv, .bias = p.qkv_bias, .y = rows(memory.blocks[layer].qkv, 3 * C), .pre_activation = {}});
+  if (transforms_qk()) ops.qk_transform_forward(qk_transform(layer, batch));
+
+  AttentionForward a = attention(layer, batch);
+  if (count) a.counters = plan[memory.counters].slice(layer * H * kAttentionCounters, H * kAttentionCounters).view({H, kAttentionCounters});
+  ops.attention_forward(a);
+
+  ops.linear_forward({.x = head_norm_forward(layer), .w = p.proj, .bias = p.proj_bias, .y = narrow(), .pre_activation = {}});
+}
+
+/// From the output of ln_2 to the gelu.
+void Gpt::Impl::mlp_hidden(int layer) {
+  const BlockSlots& s = memory.blocks[layer];
+  const BlockTensors& p = w.blocks[layer];
+  const Tensor x = normed(2 * layer + 1), argument = rows(s.hidden, hidden), gelu = rows(s.hidden_gelu, hidden);
+  if (options.recompute == Recompute::gelu_norm) {
+    // The gelu comes again from its stored argument, so it must now; and x may be in the same memory as the gelu.
+    ops.linear_forward({.x = x, .w = p.fc, .bias = p.fc_bias, .y = argument, .pre_activation = {}});
+    ops.gelu(gelu, argument);
+  } else {
+    ops.linear_forward({.x = x, .w = p.fc, .bias = p.fc_bias, .y = gelu, .activation = Activation::gelu, .pre_activation = argument});
+  }
+}
+
+/// From the output of ln_2 to narrow().
+void Gpt::Impl::mlp_branch(int layer) {
+  mlp_hidden(layer);
+  const BlockTensors& p = w.blocks[layer];
+  ops.linear_forward({.x = rows(memory.blocks[layer].hidden_gelu, hidden), .w = p.out, .bias = p.out_bias, .y = narrow(), .pre_activation = {}});
+}
+
+void Gpt::Impl::trunk(const Batch& batch, bool count) {
+  const auto hook = [&](int block) {
+    if (hooks.before_forward) hooks.before_forward(block);
+  };
+  hook(-1);
+  ops.embedding_forward(stream(0), rows(batch.tokens), rows(batch.positions), w.wte, w.wpe);
+  for (int l = 0; l < config.layers; ++l) {
+    hook(l);
+    norm_forward(2 * l, l == 0 ? NormInput::stream : NormInput::stream_and_branch);
+    attention_branch(l, batch, count);
+    norm_forward(2 * l + 1, NormInput::stream_and_branch);
+    mlp_branch(l);
+  }
+  norm_forward(2 * config.layers, NormInput::stream_and_branch);
+}
+
+Classifier Gpt::Impl::classifier(const Batch& batch) const {
+  Classifier c;
+  c.x = normed(2 * config.layers);
+  c.w = w.wte;
+  c.vocabulary = config.vocabulary;
+  c.targets = rows(batch.targets);
+  c.losses = rows(plan[memory.losses]);
+  c.workspace = plan[memory.logits];
+  return c;
+}
+
+}  // namespace tessera

@@ -1,0 +1,99 @@
+#pragma once
+// The inside of a Gpt, which gpt.cpp (set-up, public functions), gpt_forward.cpp and gpt_backward.cpp share.
+//
+// Notation: N = B T rows, C = width, H heads of D, V = rows of the embedding. A block is
+//
+//   stream -> ln_1 -> c_attn -> q, k to unit length, rotated -> attention -> (head norm) -> c_proj -> + stream
+//          -> ln_2 -> c_fc -> gelu -> c_proj -> + stream
+//
+// Each norm adds the branch before it to the stream (NormForward::residual), so no addition is a pass of its own.
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "model/gpt.h"
+#include "model/gpt_memory.h"
+
+namespace tessera {
+
+using HostTiles = std::vector<std::shared_ptr<const TileMap>>;  // a layer
+
+struct Gpt::Impl {
+  Impl(const ModelConfig& config, Ops& ops, MemoryPlan& plan, const Options& options);
+
+  // -- set-up (gpt.cpp)
+  void bind();
+  void fill_tables();
+  void begin(const Batch& batch);
+  Tensor weights() const { return plan[memory.weights]; }
+  Tensor vectors() const { return memory.vectors < 0 ? vectors_of(layout, weights()) : plan[memory.vectors]; }
+
+  // -- views of the current batch
+  Tensor rows(MemoryPlan::Slot slot, std::int64_t columns) const { return plan[slot].view({N, columns}); }
+  Tensor rows(const Tensor& t) const { return t.view({N}); }
+  Tensor optional_rows(MemoryPlan::Slot slot) const { return slot < 0 ? Tensor{} : plan[slot].view({N}); }
+  Tensor stream(int norm) const { return rows(memory.norms[norm].stream, C); }
+  Tensor normed(int norm) const { return rows(memory.norms[norm].y, C); }
+  Tensor narrow() const { return rows(memory.narrow, C); }
+  Tensor head_rstd(const BlockSlots& s) const { return rows(s.head_rstd, H); }
+  Tensor per_head(const Tensor& heads) const { return heads.view({N, H, D}); }
+  /// Most columns that an operation's scratch memory is for: sums over rows for gains and, with biases, for those.
+  std::int64_t widest() const { return config.bias ? std::max(3 * C, hidden) : C; }
+  bool transforms_qk() const { return unit || memory.rotary >= 0; }
+
+  struct NormTensors {
+    Tensor gain, bias;
+  };
+  NormTensors norm_of(const ModelTensors& m, int norm) const {
+    if (norm == 2 * config.layers) return {m.ln_f, m.ln_f_bias};
+    const BlockTensors& b = m.blocks[norm / 2];
+    return norm % 2 == 0 ? NormTensors{b.ln_1, b.ln_1_bias} : NormTensors{b.ln_2, b.ln_2_bias};
+  }
+
+  // -- forward (gpt_forward.cpp)
+  enum class NormInput { stream, stream_and_branch };
+  void norm_forward(int norm, NormInput input);
+  QkTransform qk_transform(int layer, const Batch& batch) const;
+  AttentionForward attention(int layer, const Batch& batch) const;
+  Tensor head_norm_forward(int layer);
+  void attention_branch(int layer, const Batch& batch, bool count);
+  void mlp_hidden(int layer);
+  void mlp_branch(int layer);
+  void trunk(const Batch& batch, bool count);
+  Classifier classifier(const Batch& batch) const;
+
+  // -- backward (gpt_backward.cpp)
+  void norm_backward(int norm, const Tensor& dy);
+  void compute_again(int layer, const Batch& batch);
+  void mlp_branch_backward(int layer);
+  void attention_branch_backward(int layer, const Batch& batch);
+  void trunk_backward(const Batch& batch);
+
+  const ModelConfig config;
+  Ops& ops;
+  MemoryPlan& plan;
+  const Options options;  // complete: tokens and device are set
+  const ParameterLayout layout;
+  const HostTiles tiles;
+  const GptMemory memory;
+  AttentionMath math;
+
+  const std::int64_t C = config.width, H = config.heads, D = config.head_size(), hidden = C * config.mlp_ratio;
+  const bool unit = config.attention.score != Score::dot;
+
+  std::vector<std::shared_ptr<const DeviceTiles>> device_tiles;  // a layer; empty until bind()
+  ModelTensors w, d;                                             // parameters and gradients by name
+  Hooks hooks;
+  std::int64_t B = 0, T = 0, N = 0;  // of the current batch
+};
+
+/// Part 0, 1, 2 (q, k, v) of a packed projection [B, T, 3, H, D].
+inline HeadsView packed_heads(const Tensor& qkv, std::int64_t part, std::int64_t T, std::int64_t C, std::int64_t D) {
+  return {qkv.slice(part * C, 1).data, qkv.dtype, T * 3 * C, D, 3 * C};
+}
+
+/// [B, T, H, D].
+inline HeadsView heads_of(const Tensor& t, std::int64_t T, std::int64_t C, std::int64_t D) { return {t.data, t.dtype, T * C, D, C}; }
+
+}  // namespace tessera
