@@ -61,11 +61,14 @@ __device__ __forceinline__ void store_floats(float* p, const float (&x)[N]) {
   for (int i = 0; i < N; i += 4) *reinterpret_cast<float4*>(p + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
 }
 
-/// The sum over groups of `lanes` lanes (a power of two, aligned), in each of them: a butterfly, so that all get the same bits. All 32 lanes call.
-template <class T>
-__device__ __forceinline__ T group_sum(T x, int lanes) {
-  for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
+/// N sums at once over groups of `lanes` lanes (a power of two, aligned), in each of them: a butterfly, so that all get the same bits. All 32 lanes
+/// call.
+template <int N>
+__device__ __forceinline__ void group_sums(float (&x)[N], int lanes) {
+  for (int step = lanes / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], step);
+  }
 }
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {
