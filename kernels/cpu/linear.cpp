@@ -72,4 +72,14 @@ void linear_backward(const LinearBackward& a) {
   }
 }
 
+void gelu(const Tensor& y, const Tensor& x) {
+  const std::int64_t count = y.numel();
+  float* to = elements<float>("gelu", "y", y, count);
+  const float* from = elements<float>("gelu", "x", x, count);
+  parallel_ranges(count, 1 << 14, [&](std::int64_t first, std::int64_t last) {
+#pragma omp simd
+    for (std::int64_t i = first; i < last; ++i) to[i] = gelu(from[i]);
+  });
+}
+
 }  // namespace tessera::cpu

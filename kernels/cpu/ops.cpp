@@ -18,6 +18,7 @@ class CpuOps final : public Ops {
  public:
   explicit CpuOps(int threads) : threads_(threads) {}
 
+  DeviceKind kind() const override { return DeviceKind::cpu; }
   std::string device_name() const override { return fmt::format("cpu ({} thread{}, {})", threads_, threads_ == 1 ? "" : "s", cpu::blas_name()); }
   std::size_t memory_available() const override { return cpu::memory_available(); }
   double peak_flops() const override { return 0; }
@@ -49,6 +50,7 @@ class CpuOps final : public Ops {
   void head_norm_forward(const HeadNorm& a) override { cpu::head_norm_forward(a); }
   void head_norm_backward(const HeadNormBackward& a) override { cpu::head_norm_backward(a); }
   void classifier(const Classifier& a) override { cpu::classifier(a); }
+  void gelu(const Tensor& y, const Tensor& x) override { cpu::gelu(y, x); }
   void add(const Tensor& to, const Tensor& a, const Tensor& b) override {
     const std::int64_t count = to.numel();
     float* out = cpu::elements<float>("add", "to", to, count);

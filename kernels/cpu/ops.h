@@ -21,6 +21,7 @@ void head_norm_backward(const HeadNormBackward& a);
 // linear.cpp
 void linear_forward(const LinearForward& a);
 void linear_backward(const LinearBackward& a);
+void gelu(const Tensor& y, const Tensor& x);
 
 // qk_transform.cpp
 void qk_transform_forward(const QkTransform& a);

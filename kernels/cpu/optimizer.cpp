@@ -46,6 +46,7 @@ void adamw(const AdamW& a) {
   const float* gradient = elements<float>(kOp, "gradient", a.gradient, count);
   float* m = elements<float>(kOp, "m", a.m, count);
   float* v = elements<float>(kOp, "v", a.v, count);
+  float* weights = optional_elements<float>(kOp, "weights", a.weights, count);
   const double sumsq = *elements<double>(kOp, "gradient_sumsq", a.gradient_sumsq, 1);
   require(a.update >= 1, kOp, "update counts from 1");
   require(a.decayed >= 0 && a.decayed <= count, kOp, "decayed must be within the shard");
@@ -71,6 +72,7 @@ void adamw(const AdamW& a) {
     const std::int64_t border = std::clamp(a.decayed, first, last);
     update(first, border, decay);
     update(border, last, 0.0f);
+    if (weights && weights != parameter) std::copy(parameter + first, parameter + last, weights + first);
   });
 }
 

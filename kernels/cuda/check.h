@@ -11,11 +11,13 @@
 
 namespace tessera::cuda {
 
-/// Throws std::runtime_error "CUDA <what>: <CUDA's text>" unless `e` is success; the error is not left behind for the next call.
+/// Throws std::runtime_error "CUDA, <what>: <CUDA's text>" unless `e` is success; the error is not left behind for the next call.
 inline void check(cudaError_t e, const char* what) {
   if (e == cudaSuccess) return;
   cudaGetLastError();
-  throw std::runtime_error(std::string("CUDA ") + what + ": " + cudaGetErrorString(e));
+  std::string message = std::string("CUDA, ") + what + ": " + cudaGetErrorString(e);
+  if (e == cudaErrorNoKernelImageForDevice) message += "; build with -DTESSERA_CUDA_ARCHITECTURES=<this GPU's, e.g. 80>";
+  throw std::runtime_error(message);
 }
 
 /// After a kernel launch.

@@ -16,8 +16,11 @@ std::string cuda_problem();
 /// GPUs that this process sees.
 int cuda_device_count();
 
-/// Operations on GPU `device` (0-based, as this process sees them). Throws std::invalid_argument when there is no such device,
-/// std::runtime_error for what CUDA reports.
+/// Operations on GPU `device` (0-based, as this process sees them), which becomes the calling thread's current one: an Ops belongs to the thread
+/// that made it. Throws std::invalid_argument when there is no such device, std::runtime_error for what CUDA reports. An error of asynchronous work
+/// is reported by the next call that meets it, at the latest by download() or synchronize().
+/// memory_available() leaves a reserve for kernels' code and does not subtract what is allocated later: prepare(), tile lists, the caller's own.
+/// Uploads leave the host's memory free on return, and wait only when 16 MiB or 64 of them are on their way.
 std::unique_ptr<Ops> make_cuda_ops(int device);
 
 /// The stream that orders the operations of an Ops from make_cuda_ops(). Throws std::logic_error for another Ops.

@@ -1,0 +1,88 @@
+#pragma once
+// Matrix products through cuBLASLt: linear layers with bias and GELU in the product's epilogue, and the fused classifier.
+//
+// bf16 in, f32 sums. What is written in bf16 is rounded once; gradients of weights are added to f32 inside the product (beta = 1).
+// The algorithm of a product is cuBLASLt's first answer for its shape: nothing is timed, and addresses do not matter beyond their 16-byte
+// alignment, so a shape has the same bits in every run on the same kind of GPU. Sums split over the inner extent are added in f32 in a
+// fixed order.
+
+#include <cublasLt.h>
+
+#include <compare>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/layers.h"
+#include "kernels/cuda/memory.h"
+
+namespace tessera::cuda {
+
+/// Which activations go into the epilogue of their product; the others are kernels of their own. For measurements: runs take the default.
+struct LinearPolicy {
+  bool fuse_gelu_forward = true, fuse_gelu_backward = true;
+};
+
+class Linear {
+ public:
+  static constexpr std::size_t kWorkspaceBytes = std::size_t{32} << 20;  // what NVIDIA recommends for Hopper
+
+  explicit Linear(LinearPolicy policy = {});
+
+  void forward(const Context& c, const LinearForward& a);
+  void backward(const Context& c, const LinearBackward& a);  // scratch: norm_backward_scratch(M) with dbias
+
+  /// to [n, m] = left [n, k] right [k, m], all row-major: to is f32 and added to, or bf16 and overwritten. A transposed operand is
+  /// stored as [k, n] or [m, k].
+  struct Operand {
+    const void* data;
+    bool transposed;
+  };
+  void multiply(const Context& c, std::int64_t n, std::int64_t m, std::int64_t k, Operand left, Operand right, void* to, DType type);
+
+  /// The products met so far: shape, epilogue, and what cuBLASLt chose. One line each.
+  std::vector<std::string> describe() const;
+
+ private:
+  enum class Epilogue : std::uint8_t { none, bias, gelu, gelu_bias, gelu_backward };
+  struct Key {
+    std::int64_t n, m, k;
+    bool left_transposed, right_transposed, adds;
+    Epilogue epilogue;
+    auto operator<=>(const Key&) const = default;
+  };
+  struct Product {
+    Key key;
+    const void *left, *right;
+    void* to;
+    const void* bias = nullptr;
+    void* argument = nullptr;  // of the gelu: written by gelu and gelu_bias, read by gelu_backward
+  };
+  struct Plan {
+    cublasLtMatmulDescOpaque_t operation{};
+    cublasLtMatrixLayoutOpaque_t first{}, second{}, to{};
+    cublasLtMatmulHeuristicResult_t choice{};
+    bool found = false;
+  };
+  struct Destroy {
+    void operator()(cublasLtHandle_t h) const { cublasLtDestroy(h); }
+  };
+
+  Plan make_plan(const Product& p) const;
+  /// False, with nothing done, where cuBLASLt has no algorithm.
+  bool try_run(const Context& c, const Product& p);
+  /// Throws std::logic_error there.
+  void run(const Context& c, const Product& p);
+
+  LinearPolicy policy_;
+  std::unique_ptr<cublasLtContext, Destroy> handle_;
+  DeviceMemory workspace_;
+  std::map<Key, Plan> plans_;
+};
+
+/// kernels/ops.h's Classifier, for as many rows at a time as the workspace holds.
+void classifier(const Context& c, Linear& linear, const Classifier& a);
+
+}  // namespace tessera::cuda
