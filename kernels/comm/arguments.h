@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include <cstdint>
 #include <stdexcept>
 
 #include "kernels/tensor.h"
@@ -27,6 +28,16 @@ inline void check_all_gather(const Tensor& in, const Tensor& out, int size) {
     throw std::logic_error(
         fmt::format("all_gather: {} {} must be {} times {} {}", out.shape.str(), name_of(out.dtype), size, in.shape.str(), name_of(in.dtype)));
   }
+}
+
+/// For libraries that read and write as they please: `block` is block `rank` of `whole`, or they have no byte in common.
+inline void check_overlap(const char* collective, const Tensor& whole, const Tensor& block, int rank) {
+  if (block.bytes() == 0) return;
+  const auto first = reinterpret_cast<std::uintptr_t>(whole.data), part = reinterpret_cast<std::uintptr_t>(block.data);
+  const bool in_place = part == first + static_cast<std::uintptr_t>(rank) * block.bytes();
+  if (!in_place && part < first + whole.bytes() && first < part + block.bytes())
+    throw std::logic_error(
+        fmt::format("{}: the block must be block {} of {} {} or lie outside it", collective, rank, whole.shape.str(), name_of(whole.dtype)));
 }
 
 inline void check_root(int root, int size) {

@@ -1,0 +1,139 @@
+#pragma once
+// NCCL's communicator as kernels/comm/nccl.cpp uses it: without blocking calls. A call that waits for another rank (the first collective of a kind
+// makes connections) returns "in progress" and is asked about until it is done, so that nothing but our own code decides how long to wait.
+
+#include <fmt/format.h>
+#include <nccl.h>
+
+#include <atomic>
+#include <chrono>
+#include <future>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "kernels/comm/communicator.h"
+
+namespace tessera::comm {
+
+using Clock = std::chrono::steady_clock;
+
+inline double seconds(Clock::duration d) { return std::chrono::duration<double>(d).count(); }
+
+inline std::string nccl_problem(ncclResult_t code) {
+  const char* detail = ncclGetLastError(nullptr);
+  return fmt::format("{}{}{}", ncclGetErrorString(code), detail && *detail ? ": " : "", detail ? detail : "");
+}
+
+inline void check_nccl(ncclResult_t code, const char* what) {
+  if (code != ncclSuccess) throw std::runtime_error(fmt::format("NCCL {}: {}", what, nccl_problem(code)));
+}
+
+/// NCCL's communicator and all calls on it: one at a time, since the watchdog asks for errors while the owner issues collectives, and none any more
+/// once the job is being ended.
+class NcclLink {
+ public:
+  /// With the other ranks of `host`. What NCCL has begun may outlive an error: then abort().
+  void open(Communicator& host, double limit) {
+    std::string id;
+    if (host.rank() == 0) {
+      ncclUniqueId made;
+      const ncclResult_t code = ncclGetUniqueId(&made);
+      id = code == ncclSuccess ? "+" + std::string(made.internal, sizeof made.internal) : "-" + nccl_problem(code);
+    }
+    id = host.broadcast(id, 0);
+    ncclUniqueId unique;
+    if (id[0] != '+' || id.size() != 1 + sizeof unique.internal) throw std::runtime_error("NCCL unique id on rank 0: " + id.substr(1));
+    id.copy(unique.internal, sizeof unique.internal, 1);
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    const auto join = [&] { return ncclCommInitRankConfig(&comm_, host.size(), unique, host.rank(), &config); };
+    call("set-up", join, limit);
+  }
+
+  /// Makes a call of NCCL and waits until it is done, which for a collective means: it is on its stream. Throws std::runtime_error for an error, or
+  /// when it takes longer than `limit` seconds (0: however long).
+  template <class Call>
+  void call(const std::string& what, Call&& function, double limit = 0) {
+    const Clock::time_point start = Clock::now();
+    ncclResult_t code = ncclSuccess;
+    {
+      const auto lock = enter();
+      code = function();
+    }
+    for (int polls = 0; code == ncclInProgress; ++polls) {
+      if (limit > 0 && seconds(Clock::now() - start) > limit)
+        throw std::runtime_error(
+            fmt::format("NCCL {}: the other ranks did not answer for {:.0f} s. NCCL_DEBUG=INFO shows what it tries; "
+                        "NCCL_SOCKET_IFNAME names the network to use",
+                        what, limit));
+      if (polls < 1000) {
+        std::this_thread::yield();
+      } else {
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+      }
+      const auto lock = enter();
+      const ncclResult_t asked = ncclCommGetAsyncError(comm_, &code);
+      if (asked != ncclSuccess) code = asked;
+    }
+    if (code == ncclSuccess) return;
+    const bool remote = code == ncclRemoteError || code == ncclSystemError;
+    throw std::runtime_error(fmt::format("NCCL {}: {}{}", what, nccl_problem(code),
+                                         remote ? ". Another rank may have ended: see its output; NCCL_DEBUG=WARN says more" : ""));
+  }
+
+  ncclComm_t get() const { return comm_; }
+
+  /// What NCCL reports of work under way; "" when nothing, or when the owner is in a call just now.
+  std::string error() {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock || ended_) return "";
+    ncclResult_t code = ncclSuccess;
+    const ncclResult_t asked = ncclCommGetAsyncError(comm_, &code);
+    if (asked != ncclSuccess) code = asked;
+    return code == ncclSuccess || code == ncclInProgress ? "" : nccl_problem(code);
+  }
+
+  /// In order, with the other ranks.
+  void close(double limit) {
+    const auto finalize = [&] { return ncclCommFinalize(comm_); };
+    call("end", finalize, limit);
+    const auto lock = enter();
+    ended_ = true;
+    const ncclResult_t code = ncclCommDestroy(std::exchange(comm_, nullptr));
+    if (code != ncclInProgress) check_nccl(code, "end");  // there is nothing left to ask whether it is done
+  }
+
+  /// Stops what runs on the GPU and cuts the connections. Calls under way in another thread do not return any more.
+  static void abort(const std::shared_ptr<NcclLink>& link) {
+    static constexpr std::chrono::seconds kLimit(3);  // ncclCommAbort may itself hang
+    link->ended_ = true;
+    auto done = std::make_shared<std::promise<void>>();
+    const auto future = done->get_future();
+    std::thread([link, done] {
+      const std::unique_lock lock(link->mutex_, kLimit);
+      if (lock && link->comm_) ncclCommAbort(std::exchange(link->comm_, nullptr));
+      done->set_value();
+    }).detach();
+    future.wait_for(kLimit);
+  }
+
+ private:
+  std::unique_lock<std::timed_mutex> enter() {
+    std::unique_lock lock(mutex_);
+    if (ended_) {
+      lock.unlock();
+      while (true) std::this_thread::sleep_for(std::chrono::hours(1));  // the process is being ended
+    }
+    return lock;
+  }
+
+  std::timed_mutex mutex_;
+  std::atomic<bool> ended_ = false;
+  ncclComm_t comm_ = nullptr;
+};
+
+}  // namespace tessera::comm
