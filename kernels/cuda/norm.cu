@@ -31,7 +31,7 @@ struct NormForwardArgs {
   float *mean, *rstd;  // mean: null is rmsnorm
   std::int64_t rows;
   int columns;
-  float epsilon;
+  float inverse_columns, epsilon;
 };
 
 struct NormBackwardArgs {
@@ -41,6 +41,7 @@ struct NormBackwardArgs {
   float* partials;                  // [1 or 2][blocks][columns]
   std::int64_t rows;
   int columns;
+  float inverse_columns;
 };
 
 struct HeadNormArgs {
@@ -50,7 +51,7 @@ struct HeadNormArgs {
   float *rstd, *partials;
   std::int64_t rows;
   int heads, size, lanes;  // lanes: size / 8, rounded up to a power of two
-  float epsilon;
+  float inverse_size, epsilon;
 };
 
 /// Waits for the threads of a team of several warps. The barriers' numbers are constants: a number that the compiler does not know reserves all 16,
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_forward_kernel(NormForwardAr
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum += x[k][i];
     }
-    mean = team_sum<1>(make_float2(sum, 0), shared).x / static_cast<float>(a.columns);
+    mean = team_sum<1>(make_float2(sum, 0), shared).x * a.inverse_columns;
   }
   float squares = 0;
 #pragma unroll
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_forward_kernel(NormForwardAr
 #pragma unroll
     for (int i = 0; i < 8; ++i) squares += (x[k][i] - mean) * (x[k][i] - mean);
   }
-  const float rstd = 1.0f / sqrtf(team_sum<1>(make_float2(squares, 0), shared).x / static_cast<float>(a.columns) + a.epsilon);
+  const float rstd = rsqrtf(team_sum<1>(make_float2(squares, 0), shared).x * a.inverse_columns + a.epsilon);
   if (threadIdx.x == 0) {
     if (a.mean) a.mean[row] = mean;
     a.rstd[row] = rstd;
@@ -180,7 +181,6 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) norm_backward_kernel(
   __shared__ float2 shared[32];
   __shared__ __align__(16) float shared_columns[kMostTeams > 1 ? kSharedColumns : 4];
   float dgain[kPieces][8] = {}, dbias[kBias ? kPieces : 1][8] = {};
-  const float inverse_columns = 1.0f / static_cast<float>(a.columns);
 
   for (std::int64_t row = std::int64_t{blockIdx.x} * blockDim.y + threadIdx.y; row < a.rows; row += std::int64_t{gridDim.x} * blockDim.y) {
     const std::int64_t start = row * a.columns;
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) norm_backward_kernel(
       }
     }
     sums = team_sum<kMostTeams>(sums, shared);
-    const float g_mean = a.mean ? sums.x * inverse_columns : 0.0f, gx_mean = sums.y * inverse_columns;
+    const float g_mean = a.mean ? sums.x * a.inverse_columns : 0.0f, gx_mean = sums.y * a.inverse_columns;
 
 #pragma unroll
     for (int k = 0; k < kPieces; ++k) {
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(128) head_norm_forward_kernel(HeadNormArgs a) 
 #pragma unroll
   for (int k = 0; k < kHeadsAtOnce; ++k) {
     if (!place.has(k, a)) continue;
-    const float rstd = 1.0f / sqrtf(squares[k] / static_cast<float>(a.size) + a.epsilon);
+    const float rstd = rsqrtf(squares[k] * a.inverse_size + a.epsilon);
     if (place.within == 0) a.rstd[row * a.heads + place.head(k)] = rstd;
     float gain[8];
     load_floats(a.gain + place.column(k, a), gain);
@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(256, 2) head_norm_backward_kernel(HeadNormArgs
 #pragma unroll
     for (int k = 0; k < kHeadsAtOnce; ++k) {
       if (!place.has(k, a)) continue;
-      const float mean = along[k] / static_cast<float>(a.size);
+      const float mean = along[k] * a.inverse_size;
       float gain[8], dy_[8], x_[8];
       load_floats(a.gain + place.column(k, a), gain), unpack(dy[k], dy_), unpack(x[k], x_);
 #pragma unroll
@@ -392,6 +392,7 @@ HeadNormArgs head_arguments(const char* operation, const Extents& e, const Tenso
   a.gain = elements<float>(operation, "gain", gain, e.columns);
   a.rows = e.rows, a.heads = static_cast<int>(gain.shape[0]), a.size = static_cast<int>(gain.shape[1]);
   a.lanes = static_cast<int>(std::bit_ceil(static_cast<unsigned>(a.size / 8)));
+  a.inverse_size = 1.0f / static_cast<float>(a.size);
   return a;
 }
 
@@ -423,7 +424,7 @@ void norm_forward(const Context& c, const NormForward& f) {
   a.bias = optional_elements<float>(kOp, "bias", f.bias, e.columns);
   a.mean = layernorm ? elements<float>(kOp, "mean", f.mean, e.rows, sizeof(float)) : nullptr;
   a.rstd = elements<float>(kOp, "rstd", f.rstd, e.rows, sizeof(float));
-  a.rows = e.rows, a.columns = e.columns, a.epsilon = f.epsilon;
+  a.rows = e.rows, a.columns = e.columns, a.inverse_columns = 1.0f / static_cast<float>(e.columns), a.epsilon = f.epsilon;
   if (a.rows == 0) return;
 
   const Team team(a.columns);
@@ -451,7 +452,7 @@ void norm_backward(const Context& c, const NormBackward& b) {
   auto* dgain = elements<float>(kOp, "dgain", b.dgain, e.columns, sizeof(float));
   auto* dbias = optional_elements<float>(kOp, "dbias", b.dbias, e.columns, sizeof(float));
   require_scratch(c, kOp, e.columns);
-  a.partials = static_cast<float*>(c.scratch), a.rows = e.rows, a.columns = e.columns;
+  a.partials = static_cast<float*>(c.scratch), a.rows = e.rows, a.columns = e.columns, a.inverse_columns = 1.0f / static_cast<float>(e.columns);
   if (a.rows == 0) return;
 
   const Team team(a.columns);

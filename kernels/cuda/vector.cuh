@@ -19,11 +19,24 @@ struct alignas(2 * N) Piece {
 
 template <int N = 8>
 __device__ __forceinline__ Piece<N> load_piece(const bf16* p) {
-  return *reinterpret_cast<const Piece<N>*>(p);
+  if constexpr (N == 8) {
+    const uint4 v = *reinterpret_cast<const uint4*>(p);
+    return {{v.x, v.y, v.z, v.w}};
+  } else {
+    const uint2 v = *reinterpret_cast<const uint2*>(p);
+    return {{v.x, v.y}};
+  }
 }
+// One instruction by name: a store through a pointer the compiler now and then takes apart into words.
 template <int N>
 __device__ __forceinline__ void store_piece(bf16* p, const Piece<N>& v) {
-  *reinterpret_cast<Piece<N>*>(p) = v;
+  const auto address = __cvta_generic_to_global(p);
+  if constexpr (N == 8) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.pair[0]), "r"(v.pair[1]), "r"(v.pair[2]), "r"(v.pair[3])
+                 : "memory");
+  } else {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(v.pair[0]), "r"(v.pair[1]) : "memory");
+  }
 }
 
 template <int N>
