@@ -1,0 +1,120 @@
+// The preflight: silent when all is well, and for each thing that can be wrong one line that says what and what to do, the same on every rank.
+
+#include "trainer/preflight.h"
+
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <set>
+
+#include "tests/trainer/thread_ranks.h"
+#include "trainer/collective.h"
+
+namespace tessera {
+namespace {
+
+constexpr std::size_t kGiB = std::size_t{1} << 30;
+
+void expect_line(const std::string& text, std::initializer_list<const char*> parts) {
+  EXPECT_EQ(text.find('\n'), std::string::npos) << text;
+  for (const char* part : parts) EXPECT_NE(text.find(part), std::string::npos) << "expected: " << part << "\nfound: " << text;
+}
+
+/// A communicator that does as `comm`, and adds `error` to sums.
+class Wrong final : public Communicator {
+ public:
+  Wrong(Communicator& comm, float error) : comm_(comm), error_(error) {}
+  int rank() const override { return comm_.rank(); }
+  int size() const override { return comm_.size(); }
+  int local_rank() const override { return comm_.local_rank(); }
+  int local_size() const override { return comm_.local_size(); }
+  void all_reduce_sum(const Tensor& x) override {
+    comm_.all_reduce_sum(x);
+    if (x.dtype == DType::f32) x.as<float>()[x.numel() - 1] += error_;
+  }
+  void reduce_scatter_sum(const Tensor& in, const Tensor& out) override { comm_.reduce_scatter_sum(in, out); }
+  void all_gather(const Tensor& in, const Tensor& out) override { comm_.all_gather(in, out); }
+  void broadcast(const Tensor& x, int root) override { comm_.broadcast(x, root); }
+  void barrier() override { comm_.barrier(); }
+  std::int64_t max(std::int64_t value) override { return comm_.max(value); }
+  std::string broadcast(const std::string& text, int root) override { return comm_.broadcast(text, root); }
+  std::unique_ptr<Communicator> split(int color, int key) override { return comm_.split(color, key); }
+  void abort(int, const std::string& message) override { FAIL() << message; }
+
+ private:
+  Communicator& comm_;
+  float error_;
+};
+
+/// What each of `ranks` threw from work(communicator, ops).
+std::multiset<std::string> errors(int ranks, const std::function<void(Communicator&, Ops&)>& work) {
+  std::multiset<std::string> all;
+  std::mutex mutex;
+  testing::ThreadRanks::run(ranks, [&](Communicator& comm) {
+    std::string text;
+    try {
+      const auto ops = make_cpu_ops(1);
+      work(comm, *ops);
+    } catch (const std::exception& e) {
+      text = e.what();
+    }
+    const std::lock_guard lock(mutex);
+    all.insert(text);
+  });
+  return all;
+}
+
+TEST(Preflight, IsSilentWhenAllIsWell) {
+  for (const int ranks : {1, 2, 3}) {
+    const auto all = errors(ranks, [](Communicator& comm, Ops& ops) { preflight({comm, comm, ops, 1 << 20}); });
+    EXPECT_EQ(all.count(""), static_cast<std::size_t>(ranks)) << *all.rbegin();
+  }
+}
+
+TEST(Preflight, AddsUpWhatTheRanksOfADevicePlan) {
+  const auto two_thirds = [](Communicator& comm, Ops& ops) { preflight({comm, comm, ops, ops.memory_available() / 3 * 2}); };
+  EXPECT_EQ(errors(1, two_thirds).count(""), 1u);
+  const auto all = errors(2, two_thirds);
+  ASSERT_EQ(all.count(*all.begin()), 2u) << "the ranks throw alike";
+  expect_line(*all.begin(), {"preflight: ", "2 ranks on it need ", "GiB", "train.micro_batch"});
+}
+
+TEST(Preflight, FindsAWrongSumOnOneRank) {
+  for (const int ranks : {1, 2, 4}) {
+    const auto all = errors(ranks, [&](Communicator& comm, Ops& ops) {
+      Wrong wrong(comm, comm.rank() == ranks - 1 ? 1.0f : 0.0f);
+      preflight({comm, wrong, ops, 0});
+    });
+    ASSERT_EQ(all.count(*all.begin()), static_cast<std::size_t>(ranks)) << "the ranks throw alike";
+    expect_line(*all.begin(), {"preflight: ", "a sum over the ", " in place of ", "NCCL_DEBUG=INFO"});
+  }
+}
+
+TEST(Preflight, SaysWhenMpiDoesNotKnowTheRanksThatWereLaunched) {
+  EXPECT_EQ(launch_problem(0, 4, 4), "");
+  EXPECT_EQ(launch_problem(4, 4, 4), "");
+  expect_line(launch_problem(4, 1, 1), {"the launcher started 4 processes", "MPI here knows of 1", "mpirun"});
+  expect_line(launch_problem(0, 4, 3), {"a one from each of 4 ranks to 3"});
+}
+
+TEST(Preflight, NamesTheFirstRankOfAnotherBuild) {
+  EXPECT_EQ(build_problem({"a"}, {"h0"}), "");
+  EXPECT_EQ(build_problem({"a", "a", "a"}, {"h0", "h0", "h1"}), "");
+  expect_line(build_problem({"tessera 2", "tessera 2", "tessera 1"}, {"h0", "h0", "h1"}),
+              {"rank 2 on host h1 is tessera 1", "rank 0 on host h0 is tessera 2", "the same build"});
+}
+
+TEST(Preflight, NamesTheDeviceWithoutEnoughMemory) {
+  const std::size_t gib = kGiB;
+  EXPECT_EQ(memory_problem({{"gpu 0", 10 * gib, 20 * gib}, {"gpu 1", 20 * gib, 20 * gib}}), "");
+  EXPECT_EQ(memory_problem({{"gpu 0", 10 * gib, 20 * gib}, {"gpu 0", 10 * gib, 20 * gib}}), "");
+  expect_line(memory_problem({{"gpu 0", 10 * gib, 20 * gib}, {"gpu 1", 21 * gib, 20 * gib}}),
+              {"gpu 1 has 20.00 GiB", "1 rank on it needs 21.00 GiB"});
+  expect_line(memory_problem({{"gpu 0", 10 * gib, 20 * gib}, {"gpu 0", 10 * gib, 19 * gib}}),
+              {"gpu 0 has 19.00 GiB", "2 ranks on it need 20.00 GiB"});
+}
+
+}  // namespace
+}  // namespace tessera

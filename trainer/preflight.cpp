@@ -1,0 +1,178 @@
+#include "trainer/preflight.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <sstream>
+#include <stdexcept>
+
+#include "kernels/device.h"
+#include "trainer/collective.h"
+
+#ifdef TESSERA_HAS_CUDA
+#include "kernels/comm/nccl.h"
+#endif
+
+namespace tessera {
+namespace {
+
+constexpr double kGiB = 1 << 30;
+constexpr std::int64_t kProbe = 1000;  // elements
+
+std::string host_name() {
+  char name[256] = "";
+  gethostname(name, sizeof name - 1);
+  return *name ? name : "localhost";
+}
+
+/// Ranks that the launcher says it started; 0 when it says nothing.
+int launched_ranks() {
+  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"})
+    if (const char* text = std::getenv(name)) return std::atoi(text);
+  return 0;
+}
+
+std::string build(const Ops& ops) {
+  std::string text = "tessera " TESSERA_VERSION;
+#ifdef TESSERA_HAS_CUDA
+  if (ops.kind() == DeviceKind::cuda) text += ", " + nccl_versions();
+#endif
+  return fmt::format("{} for {}", text, name_of(ops.kind()));
+}
+
+/// Of this rank's device, as a name that tells it from others on the host.
+std::string device_text(Ops& ops) {
+#ifdef TESSERA_HAS_CUDA
+  if (ops.kind() == DeviceKind::cuda) return fmt::format("GPU {} of host {}", gpu_address(ops), host_name());
+#endif
+  (void)ops;
+  return "host " + host_name();
+}
+
+MemoryClaim parse_claim(const std::string& text) {
+  MemoryClaim claim;
+  std::istringstream in(text);
+  in >> claim.planned >> claim.available >> std::ws;
+  std::getline(in, claim.device);
+  return claim;
+}
+
+/// All ranks throw, or none: `problem` is the same on all.
+void stop_on(Communicator& host, const std::string& problem) {
+  if (problem.empty()) return;
+  const std::string text = "preflight: " + problem;
+  if (host.size() == 1) throw std::runtime_error(text);
+  throw CommonError(1, text);
+}
+
+double sum_of_ones(Communicator& comm) {
+  double one = 1;
+  comm.all_reduce_sum(Tensor(&one, DType::f64, {1}));
+  return one;
+}
+
+/// A sum over the devices, each rank giving other values.
+void check_device(const PreflightRequest& r) {
+  const int rank = r.host.rank(), ranks = r.host.size();
+  const auto release = [&](void* p) { r.ops.deallocate(p); };
+  std::unique_ptr<void, decltype(release)> memory(nullptr, release);
+  Tensor x;
+  std::vector<float> values(kProbe), found(kProbe);
+  for (std::int64_t i = 0; i < kProbe; ++i) values[static_cast<std::size_t>(i)] = static_cast<float>(rank + 1) + static_cast<float>(i);
+  agree(r.host, [&] {
+    memory.reset(r.ops.allocate(kProbe * sizeof(float)));
+    x = Tensor(memory.get(), DType::f32, {kProbe});
+    r.ops.upload(x, values.data());
+    r.ops.download(found.data(), x);
+    if (found != values) {
+      throw std::runtime_error(
+          fmt::format("preflight: {} does not give back what was written to its memory. Take it out of use: it, or its driver, "
+                      "is faulty (nvidia-smi -q shows its errors)",
+                      device_text(r.ops)));
+    }
+  });
+  try {
+    r.device.all_reduce_sum(x);
+    r.ops.download(found.data(), x);
+  } catch (const std::runtime_error& e) {
+    throw std::runtime_error(fmt::format("preflight: a sum over the {} devices failed: {}", ranks, e.what()));
+  }
+  agree(r.host, [&] {
+    for (std::int64_t i = 0; i < kProbe; ++i) {
+      const double wanted = 0.5 * ranks * (ranks + 1) + static_cast<double>(ranks * i);
+      if (found[static_cast<std::size_t>(i)] != wanted) {
+        throw std::runtime_error(
+            fmt::format("preflight: a sum over the {} devices gave {} in place of {} on {}. Connections between devices corrupt "
+                        "data; NCCL_DEBUG=INFO shows which are used, NCCL_P2P_DISABLE=1 avoids those between GPUs of a host",
+                        ranks, found[static_cast<std::size_t>(i)], wanted, device_text(r.ops)));
+      }
+    }
+  });
+}
+
+}  // namespace
+
+std::string launch_problem(int launched, int found, double sum) {
+  if (launched > 0 && launched != found) {
+    return fmt::format(
+        "the launcher started {} processes, and MPI here knows of {}: mpirun and the MPI library that tessera was built with are not "
+        "of the same installation. Start it with that library's own mpirun",
+        launched, found);
+  }
+  if (sum != found) {
+    return fmt::format("MPI summed a one from each of {} ranks to {}. Is the same MPI library installed on every host (mpirun --version)?", found,
+                       sum);
+  }
+  return "";
+}
+
+std::string build_problem(const std::vector<std::string>& builds, const std::vector<std::string>& hosts) {
+  for (std::size_t r = 1; r < builds.size(); ++r) {
+    if (builds[r] != builds[0]) {
+      return fmt::format("rank {} on host {} is {}, and rank 0 on host {} is {}: install the same build and libraries on every host", r, hosts.at(r),
+                         builds[r], hosts.at(0), builds[0]);
+    }
+  }
+  return "";
+}
+
+std::string memory_problem(const std::vector<MemoryClaim>& ranks) {
+  struct Total {
+    std::size_t planned = 0, available = SIZE_MAX;
+    int ranks = 0;
+  };
+  std::map<std::string, Total> devices;
+  for (const MemoryClaim& claim : ranks) {
+    Total& t = devices[claim.device];
+    t.planned += claim.planned;
+    t.available = std::min(t.available, claim.available);
+    ++t.ranks;
+  }
+  for (const auto& [device, t] : devices) {
+    if (t.planned > t.available) {
+      return fmt::format(
+          "{} has {:.2f} GiB of memory free, and {} rank{} on it need{} {:.2f} GiB. Use a smaller train.micro_batch, model.context or "
+          "model, or more ranks on other devices; or end what else uses its memory",
+          device, static_cast<double>(t.available) / kGiB, t.ranks, t.ranks == 1 ? "" : "s", t.ranks == 1 ? "s" : "",
+          static_cast<double>(t.planned) / kGiB);
+    }
+  }
+  return "";
+}
+
+void preflight(const PreflightRequest& r) {
+  stop_on(r.host, launch_problem(launched_ranks(), r.host.size(), sum_of_ones(r.host)));
+  stop_on(r.host, build_problem(all_gather(r.host, build(r.ops)), all_gather(r.host, host_name())));
+  std::vector<MemoryClaim> claims;
+  for (const std::string& text : all_gather(r.host, fmt::format("{} {} {}", r.planned_bytes, r.ops.memory_available(), device_text(r.ops))))
+    claims.push_back(parse_claim(text));
+  stop_on(r.host, memory_problem(claims));
+  check_device(r);
+}
+
+}  // namespace tessera

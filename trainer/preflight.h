@@ -1,0 +1,41 @@
+#pragma once
+// A check of what a run of several ranks stands on, before it starts: a few seconds in which mistakes of set-up show as one line each, and not as a
+// hang or a wrong sum an hour later.
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "kernels/comm/communicator.h"
+#include "kernels/ops.h"
+
+namespace tessera {
+
+struct PreflightRequest {
+  Communicator& host;    // all ranks of the job (make_mpi_communicator)
+  Communicator& device;  // between the devices; on the CPU, or alone, it may be `host` itself
+  Ops& ops;
+  std::size_t planned_bytes = 0;  // of device memory that this rank is about to allocate
+};
+
+/// Looks, in this order, at: whether MPI reaches as many ranks as were launched and sums right; the same build and libraries on every rank; memory
+/// for what all ranks of a device plan together; whether the device gives back what it was given; one small sum over the devices. Silent when all is
+/// well. Throws an error that every rank throws alike (CommonError, or of a single rank std::runtime_error) with one line that says what is wrong and
+/// what to do; what NCCL itself reports, std::runtime_error on the rank that it reports it to. Collective.
+void preflight(const PreflightRequest& request);
+
+// Its parts that need no other rank; "" when all is well.
+
+/// `launched` as the launcher's variables state it (0: not stated), `found` as MPI counts, `sum` of a one from each rank.
+std::string launch_problem(int launched, int found, double sum);
+
+/// Texts of all ranks ("tessera 0.1.0, NCCL 2.28.9"), and the names of their hosts.
+std::string build_problem(const std::vector<std::string>& builds, const std::vector<std::string>& hosts);
+
+struct MemoryClaim {
+  std::string device;  // with its host: ranks of the same text share its memory
+  std::size_t planned = 0, available = 0;
+};
+std::string memory_problem(const std::vector<MemoryClaim>& ranks);
+
+}  // namespace tessera
