@@ -16,6 +16,7 @@
 #include "kernels/memory_plan.h"
 #include "trainer/commands/commands.h"
 #include "trainer/config.h"
+#include "trainer/device.h"
 
 namespace tessera {
 
@@ -165,21 +166,21 @@ struct Output {
   std::int64_t query_tiles = 0, key_tiles = 0;
 };
 
-Output compute(const Input& in, const Config& config, int layer) {
+Output compute(const Input& in, const Config& config, Ops& ops, int layer) {
   const AttentionConfig& a = config.model.attention;
   const auto [B, H, T, D] = in.shape;
   const std::int64_t N = B * T, C = H * D;
-  const auto ops = make_cpu_ops(config.run.threads);
   const auto map = make_tile_map(a.pattern, layer, static_cast<int>(H), T, a.tile_query, a.tile_key);
-  const auto tiles = ops->upload_tiles(map);
+  const auto tiles = ops.upload_tiles(map);
   const bool unit = a.score != Score::dot, rms = a.head_norm(), documents = !in.document_start.empty();
+  const DType type = compute_type(ops.kind());
 
   MemoryPlan plan;
-  const auto reserve = [&](const char* name, DType type, Shape shape) { return plan.reserve(MemoryCategory::activations, name, type, shape); };
-  const auto qkv = reserve("qkv", DType::f32, {N, 3 * C}), d_qkv = reserve("d_qkv", DType::f32, {N, 3 * C});
-  const auto o = reserve("o", DType::f32, {N, H, D}), d_o = reserve("d_o", DType::f32, {N, H, D});
-  const auto normed = reserve("o_normed", DType::f32, rms ? Shape{N, H, D} : Shape{1}),
-             d_sum = reserve("d_sum", DType::f32, rms ? Shape{N, H, D} : Shape{1});
+  const auto reserve = [&](const char* name, DType element, Shape shape) { return plan.reserve(MemoryCategory::activations, name, element, shape); };
+  const auto qkv = reserve("qkv", type, {N, 3 * C}), d_qkv = reserve("d_qkv", type, {N, 3 * C});
+  const auto o = reserve("o", type, {N, H, D}), d_o = reserve("d_o", type, {N, H, D});
+  const auto normed = reserve("o_normed", type, rms ? Shape{N, H, D} : Shape{1}), d_sum = reserve("d_sum", type, rms ? Shape{N, H, D} : Shape{1});
+  const auto exact = reserve("exact", DType::f32, {type == DType::f32 ? 0 : N, 3 * C});  // float32 on its way to and from bf16
   const auto gain = reserve("gain", DType::f32, {H, D}), d_gain = reserve("dgain", DType::f32, {H, D}), rstd = reserve("rstd", DType::f32, {N, H});
   const auto inverse_norm = reserve("inverse_norm", DType::f32, {N, 2, H});
   const auto scale = reserve("scale", DType::f32, {H}), tau = reserve("tau", DType::f32, {H});
@@ -189,7 +190,8 @@ Output compute(const Input& in, const Config& config, int layer) {
   const auto bitmap = reserve("active_tiles", DType::u32, {B, H, map->query_tiles, bitmap_words(map->key_tiles)});
   const auto counters = reserve("counters", DType::u64, {H, kAttentionCounters});
   const auto workspace = reserve("workspace", DType::f32, {attention_backward_workspace(in.shape, a.tile_query)});
-  plan.allocate(*ops);
+  plan.allocate(ops);
+  ops.prepare(N, C);
 
   // [B, H, T, D] in the file, [B, T, H, D] (packed: [B, T, 3, H, D]) in the model. f gets the offsets of a head's vector in both.
   const auto each_vector = [&](std::int64_t parts, std::int64_t part, auto f) {
@@ -210,19 +212,25 @@ Output compute(const Input& in, const Config& config, int layer) {
   gather(in.k, packed, 3, 1);
   gather(in.v, packed, 3, 2);
   gather(in.d_o, single, 1, 0);
-  ops->upload(plan[qkv], packed.data());
-  ops->upload(plan[d_o], single.data());
-  ops->upload(plan[scale], in.scale.data());
-  ops->upload(plan[tau], in.tau.data());
-  ops->upload(plan[gain], in.gain.data());
-  if (documents) ops->upload(plan[start], in.document_start.data());
+  const auto upload = [&](const Tensor& to, const Floats& from) {
+    if (to.dtype == DType::f32) return ops.upload(to, from.data());
+    const Tensor staging = plan[exact].view(to.shape);
+    ops.upload(staging, from.data());
+    ops.copy(to, staging);
+  };
+  upload(plan[qkv], packed);
+  upload(plan[d_o], single);
+  ops.upload(plan[scale], in.scale.data());
+  ops.upload(plan[tau], in.tau.data());
+  ops.upload(plan[gain], in.gain.data());
+  if (documents) ops.upload(plan[start], in.document_start.data());
 
   QkTransform transform;
   transform.qkv = plan[qkv];
   transform.heads = H;
   transform.unit = unit;
   transform.inverse_norm = plan[inverse_norm];
-  if (unit) ops->qk_transform_forward(transform);
+  if (unit) ops.qk_transform_forward(transform);
 
   const auto part = [&](const Tensor& t, std::int64_t n) { return HeadsView{t.slice(n * C, 1).data, t.dtype, T * 3 * C, D, 3 * C}; };
   const auto heads = [&](const Tensor& t) { return HeadsView{t.data, t.dtype, T * C, D, C}; };
@@ -246,14 +254,14 @@ Output compute(const Input& in, const Config& config, int layer) {
   forward.z = plan[z];
   forward.active_tiles = plan[bitmap];
   forward.counters = plan[counters];
-  ops->attention_forward(forward);
+  ops.attention_forward(forward);
 
   AttentionBackward backward;
   backward.forward = forward;
   backward.d_o = heads(plan[d_o]);
   if (rms) {
-    ops->head_norm_forward({.x = plan[o], .gain = plan[gain], .y = plan[normed], .rstd = plan[rstd]});
-    ops->head_norm_backward({.dy = plan[d_o], .x = plan[o], .gain = plan[gain], .rstd = plan[rstd], .dx = plan[d_sum], .dgain = plan[d_gain]});
+    ops.head_norm_forward({.x = plan[o], .gain = plan[gain], .y = plan[normed], .rstd = plan[rstd]});
+    ops.head_norm_backward({.dy = plan[d_o], .x = plan[o], .gain = plan[gain], .rstd = plan[rstd], .dx = plan[d_sum], .dgain = plan[d_gain]});
     backward.d_o = heads(plan[d_sum]);
   }
   backward.dq = part(plan[d_qkv], 0);
@@ -262,12 +270,17 @@ Output compute(const Input& in, const Config& config, int layer) {
   backward.dscale = plan[d_scale];
   backward.dthreshold = plan[d_tau];
   backward.workspace = plan[workspace];
-  ops->attention_backward(backward);
-  if (unit) ops->qk_transform_backward(transform, plan[d_qkv]);
+  ops.attention_backward(backward);
+  if (unit) ops.qk_transform_backward(transform, plan[d_qkv]);
 
   const auto download = [&]<class T>(std::vector<T>& to, MemoryPlan::Slot slot) {
-    to.resize(static_cast<std::size_t>(plan[slot].numel()));
-    ops->download(to.data(), plan[slot]);
+    Tensor from = plan[slot];
+    if (from.dtype == DType::bf16) {
+      from = plan[exact].view(from.shape);
+      ops.copy(from, plan[slot]);
+    }
+    to.resize(static_cast<std::size_t>(from.numel()));
+    ops.download(to.data(), from);
   };
   Output out;
   download(single, rms ? normed : o);
@@ -351,7 +364,11 @@ void run(const AttentionOptions& options) {
     throw std::invalid_argument(fmt::format("{}: the folder {} does not exist; make it first", options.out, folder_of(options.out)));
   const Input in(options.in, config.model.attention);
   for (const auto& name : in.unused()) fmt::print(stderr, "tessera: note: {}: dataset {} has no effect here\n", options.in, name);
-  const Output out = compute(in, config, options.layer);
+  const std::int64_t size = in.shape.head_size;
+  if (config.device == "cuda" && size != 64 && size != 128)
+    throw std::invalid_argument(fmt::format("{}: dataset q: device cuda computes head sizes 64 and 128, found {}", options.in, size));
+  const auto ops = make_ops(config.device, config.run.threads);
+  const Output out = compute(in, config, *ops, options.layer);
   write(out, in, config, options.out);
 
   const Json s = summary(out, in);
@@ -389,6 +406,7 @@ void add_attention_command(CLI::App& app) {
       "without scale: attention.scale_init, for dot 1/sqrt(D). z is the divisor of o, for softmax ln sum exp; where a row sees no key\n"
       "it is 1 for length and 0 for softmax. Threshold mode length stands inside the scale: x = scale (cos - tau_i). Normalizer rms adds\n"
       "1e-5 to the mean square. kernels/attention.h has the whole definition.\n"
+      "--set device=cuda computes on the GPU in bf16 with sums in float32: head sizes 64 and 128, tiles of 64 x 64.\n"
       "Example:\n"
       "  tessera attention in.h5 out.h5 --set attention.gate=relu --set 'attention.pattern={window: {size: 256}}' --visit all");
   command->callback([options] { run(*options); });

@@ -1,4 +1,4 @@
-// tessera bench gemm: fp32 matrix products at the shapes of a model's layers, forward and backward.
+// tessera bench gemm: matrix products at the shapes of a model's layers, forward and backward, in the device's compute type.
 
 #include <fmt/core.h>
 
@@ -27,12 +27,9 @@ nlohmann::ordered_json measure(Ops& ops, const GemmBench& options) {
                              Layer{"classifier", C, options.vocabulary}}) {
     BenchMemory memory(ops);
     const Tensor x = memory.random({N, layer.in}, 1), w = memory.random({layer.out, layer.in}, 2), y = memory.random({N, layer.out}, 3);
-    const Tensor dx = memory.zeros(DType::f32, {N, layer.in}), dw = memory.zeros(DType::f32, {layer.out, layer.in});
+    const Tensor dx = memory.zeros(x.dtype, {N, layer.in}), dw = memory.zeros(DType::f32, {layer.out, layer.in});
     const auto gflops = [&](auto call) {
-      const double ms = best_ms(options.seconds, [&] {
-        call();
-        ops.synchronize();
-      });
+      const double ms = time_ms(ops, options.seconds, call);
       return 2.0 * static_cast<double>(N) * static_cast<double>(layer.in) * static_cast<double>(layer.out) / ms * 1e-6;
     };
     LinearForward forward;
@@ -54,22 +51,30 @@ nlohmann::ordered_json measure(Ops& ops, const GemmBench& options) {
 
 void add_bench_gemm(CLI::App& bench) {
   auto options = std::make_shared<GemmBench>();
-  CLI::App* command = bench.add_subcommand("gemm", "fp32 matrix products at a model's shapes, in GFLOP/s");
+  CLI::App* command = bench.add_subcommand("gemm", "Matrix products at a model's shapes (fp32; bf16 on a GPU), in GFLOP/s");
   const CLI::Range size(1, 1 << 24);
   command->add_option("--tokens", options->tokens, "Rows: tokens of a micro-batch")->check(size)->capture_default_str();
   command->add_option("--width", options->width, "Width of the model")->check(size)->capture_default_str();
   command->add_option("--vocabulary", options->vocabulary, "Rows of the classifier")->check(size)->capture_default_str();
   options->add_to(*command);
-  command->footer("Example:\n  tessera bench gemm --tokens 4096 --width 768 --vocabulary 50304");
+  command->footer(
+      "The weight gradient is fp32 and added to what was there, as in training.\n"
+      "Example:\n  tessera bench gemm --tokens 4096 --width 768 --vocabulary 50304");
   command->callback([options] {
     const auto ops = options->make_ops();
-    const double large = measure_sgemm_gflops(*ops, options->seconds);
+    const SpeedOfLight light = measure_speed_of_light(*ops, options->seconds);
     const auto rows = measure(*ops, *options);
     if (options->json) {
-      std::cout << nlohmann::ordered_json{{"device", ops->device_name()}, {"sgemm_gflops", large}, {"layers", rows}}.dump(2) << '\n';
+      std::cout << nlohmann::ordered_json{{"device", ops->device_name()},
+                                          {"type", name_of(compute_type(ops->kind()))},
+                                          {"timing", timing_of(*ops)},
+                                          {"gemm_gflops", light.gemm_gflops},
+                                          {"layers", rows}}
+                       .dump(2)
+                << '\n';
       return;
     }
-    std::cout << fmt::format("{}; a large sgemm: {:.0f} GFLOP/s\n\n", ops->device_name(), large);
+    std::cout << fmt::format("{}; {}\n\n", ops->device_name(), text_of(light, *ops));
     std::cout << fmt::format("{:<16}{:>8}{:>8}{:>8}{:>12}{:>12}{:>12}  GFLOP/s\n", "layer", "rows", "in", "out", "forward", "d input", "d weight");
     for (const auto& r : rows)
       std::cout << fmt::format("{:<16}{:>8}{:>8}{:>8}{:>12.0f}{:>12.0f}{:>12.0f}\n", r["layer"].get<std::string>(), r["rows"].get<std::int64_t>(),
