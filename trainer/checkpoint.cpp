@@ -20,7 +20,8 @@ namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 namespace {
 
-constexpr std::int64_t kFormat = 1;
+constexpr std::int64_t kFormat = 1;           // of the folder and of model.h5
+constexpr std::int64_t kOptimizerFormat = 2;  // 1: one segment, as attributes
 constexpr const char* kMarker = "COMPLETE.json";
 
 std::string optimizer_name(int rank, int ranks) { return fmt::format("optimizer_{:04d}_of_{:04d}.h5", rank, ranks); }
@@ -44,7 +45,8 @@ std::vector<float> to_host(Ops& ops, const Tensor& x) {
   return host;
 }
 
-void write_model(const std::string& file, const CheckpointRequest& r, const Gpt& model, Ops& ops) {
+/// `parameters`: flat, f32.
+void write_model(const std::string& file, const CheckpointRequest& r, const Gpt& model, const Tensor& parameters, Ops& ops) {
   Hdf5File h5 = Hdf5File::create(file);
   h5.set_attribute("format", kFormat);
   h5.set_attribute("step", r.position.step);
@@ -63,20 +65,21 @@ void write_model(const std::string& file, const CheckpointRequest& r, const Gpt&
                                   .dump());
   h5.set_attribute("created", fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr))));
   for (const ParameterInfo& p : model.layout().parameters)
-    h5.write<float>("parameters/" + p.name, extents(p.shape), to_host(ops, model.parameters().slice(p.offset, p.shape.numel())));
+    h5.write<float>("parameters/" + p.name, extents(p.shape), to_host(ops, parameters.slice(p.offset, p.shape.numel())));
   h5.write<float>("thresholds", extents(model.thresholds().shape), to_host(ops, model.thresholds()));
   h5.close();
 }
 
 void write_optimizer(const std::string& file, std::int64_t step, const ParameterLayout& layout, const ShardedAdamW& optimizer, Ops& ops) {
   Hdf5File h5 = Hdf5File::create(file);
-  h5.set_attribute("format", kFormat);
+  h5.set_attribute("format", kOptimizerFormat);
   h5.set_attribute("step", step);
-  h5.set_attribute("first", optimizer.first());
-  h5.set_attribute("count", optimizer.count());
   h5.set_attribute("parameters", layout.count);
   h5.set_attribute("layout", layout_hash(layout));
   if (optimizer.count() > 0) {
+    std::vector<std::int64_t> segments;
+    for (const ShardedAdamW::Segment& s : optimizer.segments()) segments.insert(segments.end(), {s.first, s.count});
+    h5.write<std::int64_t>("segments", {optimizer.segments().size(), 2}, segments);
     const Hdf5Shape shape{static_cast<std::uint64_t>(optimizer.count())};
     h5.write<float>("m", shape, to_host(ops, optimizer.m()));
     h5.write<float>("v", shape, to_host(ops, optimizer.v()));
@@ -124,15 +127,36 @@ void check_marker(const std::string& directory, const Json& marker, std::vector<
   if (!complete) damaged(fmt::format("it lists {} files, not the model, the tokenizer and the optimizer of {} ranks", listed.size(), ranks));
 }
 
-Hdf5File open_part(const std::string& path) {
+Hdf5File open_part(const std::string& path, std::int64_t newest_format) {
   try {
     Hdf5File h5 = Hdf5File::open(path);
     const std::int64_t format = h5.integer_attribute("format");
-    if (format != kFormat) throw std::runtime_error(fmt::format("{}: format {}, this build reads format {}", path, format, kFormat));
+    if (format < 1 || format > newest_format)
+      throw std::runtime_error(fmt::format("{}: format {}, this build reads formats up to {}", path, format, newest_format));
     return h5;
   } catch (const std::invalid_argument& e) {  // a part of a checkpoint that is not there is damage, not bad usage
     throw std::runtime_error(e.what());
   }
+}
+
+/// The pieces of the flat parameters whose moments an optimizer file holds; `local` is where in its m and v.
+std::vector<ShardedAdamW::Segment> read_segments(const Hdf5File& h5, std::int64_t parameters) {
+  std::vector<std::int64_t> pairs;
+  if (h5.integer_attribute("format") == 1) {
+    pairs = {h5.integer_attribute("first"), h5.integer_attribute("count")};
+  } else if (h5.contains("segments")) {  // not when the rank owned nothing
+    pairs = h5.read<std::int64_t>("segments");
+  }
+  std::vector<ShardedAdamW::Segment> segments;
+  std::int64_t local = 0;
+  for (std::size_t i = 0; i + 1 < pairs.size(); i += 2) {
+    const std::int64_t first = pairs[i], count = pairs[i + 1];
+    if (first < 0 || count < 0 || count > parameters || first > parameters - count)
+      throw std::runtime_error(fmt::format("{}: {} elements from {} on, of a model of {}: the file is damaged", h5.path(), count, first, parameters));
+    segments.push_back({first, local, count});
+    local += count;
+  }
+  return segments;
 }
 
 }  // namespace
@@ -201,7 +225,7 @@ CheckpointInfo read_checkpoint_info(const std::string& directory) {
   CheckpointInfo info;
   info.directory = directory;
   info.ranks = read_marker(directory).at("ranks").get<int>();
-  const Hdf5File h5 = open_part(directory + "/model.h5");
+  const Hdf5File h5 = open_part(directory + "/model.h5", kFormat);
   info.position = {h5.integer_attribute("step"), h5.integer_attribute("updates"), h5.integer_attribute("tokens"), h5.integer_attribute("skipped"),
                    h5.integer_attribute("nonfinite_in_a_row")};
   info.parameters = h5.integer_attribute("parameters");
@@ -216,15 +240,20 @@ CheckpointInfo read_checkpoint_info(const std::string& directory) {
   return info;
 }
 
-void load_model(const std::string& directory, Gpt& model, Ops& ops) {
-  const Hdf5File h5 = open_part(directory + "/model.h5");
-  const auto load = [&](const std::string& name, const Tensor& to, const Shape& shape) {
-    std::vector<float> host(static_cast<std::size_t>(shape.numel()));
+void load_model(const std::string& directory, Gpt& model, Ops& ops, ShardedAdamW* optimizer) {
+  const Hdf5File h5 = open_part(directory + "/model.h5", kFormat);
+  std::vector<float> host;
+  const auto read = [&](const std::string& name, const Shape& shape) {
+    host.resize(static_cast<std::size_t>(shape.numel()));
     h5.read<float>(name, extents(shape), host);
-    ops.upload(to, host.data());
   };
-  for (const ParameterInfo& p : model.layout().parameters) load("parameters/" + p.name, model.parameters().slice(p.offset, p.shape.numel()), p.shape);
-  load("thresholds", model.thresholds(), model.thresholds().shape);
+  for (const ParameterInfo& p : model.layout().parameters) {
+    read("parameters/" + p.name, p.shape);
+    model.set_parameters(p.offset, host);
+    if (optimizer) optimizer->set_master(p.offset, host);
+  }
+  read("thresholds", model.thresholds().shape);
+  ops.upload(model.thresholds(), host.data());
 }
 
 void load_optimizer(const std::string& directory, const ParameterLayout& layout, ShardedAdamW& optimizer, Ops& ops) {
@@ -232,46 +261,49 @@ void load_optimizer(const std::string& directory, const ParameterLayout& layout,
   std::vector<float> m(static_cast<std::size_t>(optimizer.count())), v(m.size());
   std::int64_t filled = 0;
   for (int r = 0; r < ranks && filled < optimizer.count(); ++r) {
-    const Hdf5File h5 = open_part(directory + "/" + optimizer_name(r, ranks));
+    const Hdf5File h5 = open_part(directory + "/" + optimizer_name(r, ranks), kOptimizerFormat);
     if (h5.integer_attribute("parameters") != layout.count || h5.string_attribute("layout") != layout_hash(layout))
       throw std::runtime_error(h5.path() + ": made for a model of other parameters");
-    const std::int64_t first = h5.integer_attribute("first"), count = h5.integer_attribute("count");
-    const std::int64_t from = std::max(first, optimizer.first()), to = std::min(first + count, optimizer.first() + optimizer.count());
-    if (from >= to) continue;
-    const Hdf5Shape offset{static_cast<std::uint64_t>(from - first)}, length{static_cast<std::uint64_t>(to - from)};
-    const auto part = [&](std::vector<float>& x) { return std::span(x).subspan(from - optimizer.first(), to - from); };
-    h5.read_part<float>("m", offset, length, part(m));
-    h5.read_part<float>("v", offset, length, part(v));
-    filled += to - from;
+    for (const auto& stored : read_segments(h5, layout.count)) {
+      for (const auto& own : optimizer.segments()) {
+        const std::int64_t from = std::max(stored.first, own.first), to = std::min(stored.first + stored.count, own.first + own.count);
+        if (from >= to) continue;
+        const Hdf5Shape offset{static_cast<std::uint64_t>(stored.local + from - stored.first)}, length{static_cast<std::uint64_t>(to - from)};
+        const auto part = [&](std::vector<float>& x) { return std::span(x).subspan(own.local + from - own.first, to - from); };
+        h5.read_part<float>("m", offset, length, part(m));
+        h5.read_part<float>("v", offset, length, part(v));
+        filled += to - from;
+      }
+    }
   }
   if (filled != optimizer.count())
-    throw std::runtime_error(
-        fmt::format("{}: the optimizer files hold {} of the {} elements from {} on", directory, filled, optimizer.count(), optimizer.first()));
+    throw std::runtime_error(fmt::format("{}: the optimizer files hold {} of the {} elements of this rank", directory, filled, optimizer.count()));
   ops.upload(optimizer.m(), m.data());
   ops.upload(optimizer.v(), v.data());
 }
 
-std::string save_checkpoint(const CheckpointRequest& r, const Gpt& model, const ShardedAdamW& optimizer, Ops& ops, Communicator& comm) {
+std::string save_checkpoint(const CheckpointRequest& r, const Gpt& model, ShardedAdamW& optimizer, Ops& ops, Communicator& host) {
   const std::string final = r.checkpoints + "/" + checkpoint_name(r.position.step), aside = final + ".tmp";
-  const bool first = comm.rank() == 0;
-  agree(comm, [&] {
+  const bool first = host.rank() == 0;
+  agree(host, [&] {
     if (!first) return;
     fs::remove_all(aside);
     make_folder(aside);
   });
+  const Tensor parameters = optimizer.gather_parameters();
   const auto undo = [&](const std::string& folder) {
     if (first) remove_checkpoint(folder);
   };
 
   Json receipts = Json::array();
   try {
-    agree(comm, [&] {
-      const std::string name = optimizer_name(comm.rank(), comm.size());
+    agree(host, [&] {
+      const std::string name = optimizer_name(host.rank(), host.size());
       write_optimizer(aside + "/" + name, r.position.step, model.layout(), optimizer, ops);
       receipts.push_back(receipt(aside, name));
       r.between_files();
       if (!first) return;
-      write_model(aside + "/model.h5", r, model, ops);
+      write_model(aside + "/model.h5", r, model, parameters, ops);
       receipts.push_back(receipt(aside, "model.h5"));
       write_file(aside + "/tokenizer.json", r.tokenizer);
       receipts.push_back(receipt(aside, "tokenizer.json"));
@@ -281,18 +313,18 @@ std::string save_checkpoint(const CheckpointRequest& r, const Gpt& model, const 
     throw;
   }
   Json files = Json::array();
-  for (const std::string& text : all_gather(comm, receipts.dump()))
+  for (const std::string& text : all_gather(host, receipts.dump()))
     for (const Json& file : Json::parse(text)) files.push_back(file);
 
   try {
-    agree(comm, [&] {
+    agree(host, [&] {
       if (!first) return;
       sync_folder(aside);
       if (fs::exists(final)) remove_checkpoint(final);  // incomplete or damaged: a run never makes a sound one twice
       fs::rename(aside, final);
       sync_folder(r.checkpoints);
       write_file(final + "/" + kMarker,
-                 Json{{"format", kFormat}, {"step", r.position.step}, {"ranks", comm.size()}, {"files", files}}.dump(2) + "\n");
+                 Json{{"format", kFormat}, {"step", r.position.step}, {"ranks", host.size()}, {"files", files}}.dump(2) + "\n");
     });
   } catch (...) {
     undo(aside);

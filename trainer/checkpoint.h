@@ -6,14 +6,16 @@
 //                                     thresholds        f32 [layers, heads]
 //                                     attributes        format, step, updates, tokens, skipped, nonfinite_in_a_row, parameters,
 //                                                       config (YAML), dataset (JSON: path, tokenizer, fingerprint), created (UTC)
-//     optimizer_0001_of_0002.h5       m, v              f32 [count]: the moments of elements [first, first + count) of the flat parameters
-//                                     attributes        format, step, first, count, parameters (of the whole model), layout (hash of names and
-//                                     shapes)
+//     optimizer_0001_of_0002.h5       m, v              f32 [count]: the moments of the elements of the flat parameters that the rank owned
+//                                     segments          i64 [n, 2]: which they were, as first element and number, one segment after the other
+//                                     attributes        format, step, parameters (of the whole model), layout (hash of names and shapes)
+//                                                       (format 1 has one segment: attributes first, count)
 //     tokenizer.json                  the dataset's tokenizer
 //     COMPLETE.json                   step, and the bytes and SHA-256 of each file above: written last. Without it the folder does not count.
 //
 // Everything is written in step_NNNNNNNN.tmp, fsynced, the folder renamed, then COMPLETE.json is written. The moments are stored by flat
-// offset, so any number of ranks can read what any other number wrote. Which data comes next needs no state: it is a function of run.seed and step.
+// offset, so any number of ranks, with any size of buckets, can read what any other wrote; parameters and moments are f32 whatever device computed
+// them. Which data comes next needs no state: it is a function of run.seed and step.
 
 #include <cstdint>
 #include <functional>
@@ -76,8 +78,9 @@ std::vector<std::string> verify_checkpoint(const std::string& directory);
 /// Throws std::runtime_error naming the file when it is damaged or of another format version.
 CheckpointInfo read_checkpoint_info(const std::string& directory);
 
-/// Fills parameters and thresholds. Throws std::runtime_error naming file and parameter when the model has another shape.
-void load_model(const std::string& directory, Gpt& model, Ops& ops);
+/// Fills parameters and thresholds, and the optimizer's master where one is given. Throws std::runtime_error naming file and parameter when the model
+/// has another shape.
+void load_model(const std::string& directory, Gpt& model, Ops& ops, ShardedAdamW* optimizer = nullptr);
 /// Fills this rank's moments from the files of however many ranks wrote them.
 void load_optimizer(const std::string& directory, const ParameterLayout& layout, ShardedAdamW& optimizer, Ops& ops);
 
@@ -92,7 +95,7 @@ struct CheckpointRequest {
 };
 
 /// Writes a checkpoint, then removes those beyond `keep`. When any rank fails (disk full), all throw one error, nothing is left of the new one,
-/// and the earlier ones are as they were. Returns its folder. Collective.
-std::string save_checkpoint(const CheckpointRequest& request, const Gpt& model, const ShardedAdamW& optimizer, Ops& ops, Communicator& comm);
+/// and the earlier ones are as they were. The model's gradients are lost. Returns its folder. Collective.
+std::string save_checkpoint(const CheckpointRequest& request, const Gpt& model, ShardedAdamW& optimizer, Ops& ops, Communicator& host);
 
 }  // namespace tessera

@@ -47,14 +47,12 @@ void run_on_ranks(Communicator& comm, const std::function<void()>& work) {
   }
 }
 
-void all_reduce_sum(Ops& ops, Communicator& comm, std::span<double> values) {
-  if (comm.size() == 1 || values.empty()) return;
-  const auto release = [&](void* p) { ops.deallocate(p); };
-  const std::unique_ptr<void, decltype(release)> memory(ops.allocate(values.size_bytes()), release);
-  const Tensor x(memory.get(), DType::f64, {static_cast<std::int64_t>(values.size())});
-  ops.upload(x, values.data());
-  comm.all_reduce_sum(x);
-  ops.download(values.data(), x);
+void all_reduce_sum(Communicator& host, std::span<double> values) {
+  host.all_reduce_sum({values.data(), DType::f64, {static_cast<std::int64_t>(values.size())}});
+}
+
+void all_reduce_sum(Communicator& host, std::span<std::uint64_t> values) {
+  host.all_reduce_sum({values.data(), DType::u64, {static_cast<std::int64_t>(values.size())}});
 }
 
 std::vector<std::string> all_gather(Communicator& comm, const std::string& text) {

@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "kernels/comm/communicator.h"
-#include "kernels/ops.h"
 
 namespace tessera {
 
@@ -31,8 +30,9 @@ void agree(Communicator& comm, const std::function<void()>& work);
 /// (std::invalid_argument) or 1; with a single rank it passes through.
 void run_on_ranks(Communicator& comm, const std::function<void()>& work);
 
-/// Sums host values over the ranks in rank order, through memory of the device that the communicator serves. Collective.
-void all_reduce_sum(Ops& ops, Communicator& comm, std::span<double> values);
+/// Sums host values over the ranks in rank order; no device is involved. Collective.
+void all_reduce_sum(Communicator& host, std::span<double> values);
+void all_reduce_sum(Communicator& host, std::span<std::uint64_t> values);
 
 /// The text of every rank, in rank order. Collective.
 std::vector<std::string> all_gather(Communicator& comm, const std::string& text);

@@ -24,14 +24,14 @@ Evaluator::Evaluator(const DatasetInfo& info, const SplitInfo& split, const Toke
   }
 }
 
-Evaluation Evaluator::run(Gpt& model, Ops& ops, Communicator& comm, const BatchBuffer& buffer, std::int64_t batches) {
+Evaluation Evaluator::run(Gpt& model, Ops& ops, Communicator& host, const BatchBuffer& buffer, std::int64_t batches) {
   const auto start = std::chrono::steady_clock::now();
   const std::int64_t count = batches > 0 ? std::min(batches, this->batches()) : this->batches();
   const std::int64_t sequences = std::min(sequences_, count * micro_batch_);
   std::vector<double> sums(static_cast<std::size_t>(3 * sequences));  // a sequence: nats, tokens, bytes
   model.zero_counters();
   std::vector<float> losses;
-  for (std::int64_t b = count * comm.rank() / comm.size(); b < count * (comm.rank() + 1) / comm.size(); ++b) {
+  for (std::int64_t b = count * host.rank() / host.size(); b < count * (host.rank() + 1) / host.size(); ++b) {
     const std::int64_t first = b * micro_batch_;
     const HostBatch batch = read_sequences(reader_, first, std::min(micro_batch_, sequences - first), context_);
     model.forward(buffer.upload(ops, batch));
@@ -45,8 +45,7 @@ Evaluation Evaluator::run(Gpt& model, Ops& ops, Communicator& comm, const BatchB
       sum[2] += token_bytes_.at(static_cast<std::size_t>(batch.target[i]));
     }
   }
-  all_reduce_sum(ops, comm, sums);  // each sequence is one rank's, and the others add zeros: exact
-  comm.all_reduce_sum(model.counters());
+  all_reduce_sum(host, sums);  // each sequence is one rank's, and the others add zeros: exact
 
   Evaluation e;
   e.sequences = sequences;
@@ -62,6 +61,7 @@ Evaluation Evaluator::run(Gpt& model, Ops& ops, Communicator& comm, const BatchB
   e.bits_per_byte = e.bytes > 0 ? nats / std::numbers::ln2 / static_cast<double>(e.bytes) : none;
   e.counters.resize(static_cast<std::size_t>(model.counters().numel()));
   ops.download(e.counters.data(), model.counters());
+  all_reduce_sum(host, e.counters);
   model.zero_counters();
   e.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return e;

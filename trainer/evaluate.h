@@ -33,8 +33,9 @@ class Evaluator {
 
   /// Micro-batches that the split holds: 0 when it has no two tokens.
   std::int64_t batches() const { return (sequences_ + micro_batch_ - 1) / micro_batch_; }
-  /// The first `batches` micro-batches (0: all). The model's counters are zero afterwards. Collective.
-  Evaluation run(Gpt& model, Ops& ops, Communicator& comm, const BatchBuffer& buffer, std::int64_t batches);
+  /// The first `batches` micro-batches (0: all). The model's counters are zero afterwards. Each rank computes on its own device; `host` adds up what
+  /// they found. Collective.
+  Evaluation run(Gpt& model, Ops& ops, Communicator& host, const BatchBuffer& buffer, std::int64_t batches);
 
  private:
   TokenReader reader_;

@@ -4,6 +4,9 @@
 
 #include <stdexcept>
 
+#include "trainer/collective.h"
+#include "trainer/device.h"
+
 namespace tessera {
 namespace {
 
@@ -17,24 +20,41 @@ std::unique_ptr<Tokenizer> load_own_tokenizer(const std::string& directory) {
 
 }  // namespace
 
-OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, int threads, const std::string& visit) {
-  info = read_checkpoint_info(resolve_checkpoint(path));
-  config = parse_config(info.config, info.directory + "/model.h5", {});
-  resolve_vocabulary(config, info.dataset.vocabulary, info.directory);
-  if (!visit.empty()) config.model.attention.visit = visit == "all" ? Visit::all : Visit::active;
-  tokenizer = load_own_tokenizer(info.directory);
-  if (tokenizer->hash() != info.dataset.tokenizer_hash)
-    throw std::runtime_error(fmt::format("{}/tokenizer.json is not the tokenizer that the model was trained with (SHA-256 {}, expected {})",
-                                         info.directory, tokenizer->hash(), info.dataset.tokenizer_hash));
-  ops = make_cpu_ops(threads);
-  Gpt::Options options;
-  options.micro_batch = use == Use::evaluate ? config.train.micro_batch : 1;
-  options.training = false;
-  model = std::make_unique<Gpt>(config.model, *ops, plan, options);
-  if (use == Use::evaluate) batch = std::make_unique<BatchBuffer>(plan, config.train.micro_batch, config.model.context);
-  plan.allocate(*ops);
-  model->bind();
-  load_model(info.directory, *model, *ops);
+OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, const Options& o, Communicator& host) {
+  agree(host, [&] {
+    info = read_checkpoint_info(resolve_checkpoint(path));
+    config = parse_config(info.config, info.directory + "/model.h5", {});
+    resolve_vocabulary(config, info.dataset.vocabulary, info.directory);
+    if (!o.visit.empty()) config.model.attention.visit = o.visit == "all" ? Visit::all : Visit::active;
+    tokenizer = load_own_tokenizer(info.directory);
+    if (tokenizer->hash() != info.dataset.tokenizer_hash)
+      throw std::runtime_error(fmt::format("{}/tokenizer.json is not the tokenizer that the model was trained with (SHA-256 {}, expected {})",
+                                           info.directory, tokenizer->hash(), info.dataset.tokenizer_hash));
+  });
+  choose_device(o.device, host);
+  ops = make_ops(config.device, o.threads, config.parallel, host);
+  agree(host, [&] {
+    Gpt::Options options;
+    options.micro_batch = use == Use::evaluate ? config.train.micro_batch : 1;
+    options.training = false;
+    model = std::make_unique<Gpt>(config.model, *ops, plan, options);
+    if (use == Use::evaluate) batch = std::make_unique<BatchBuffer>(plan, config.train.micro_batch, config.model.context);
+    plan.allocate(*ops);
+    model->bind();
+    load_model(info.directory, *model, *ops);
+  });
+}
+
+void OpenCheckpoint::choose_device(const std::string& wanted, Communicator& host) {
+  if (!wanted.empty()) {
+    config.device = wanted;
+    return;
+  }
+  const std::string problem = device_problem(config.device);
+  const bool missing = host.max(problem.empty() ? 0 : 1) != 0;  // on any rank: all compute on the same kind of device
+  if (!missing) return;
+  notice = fmt::format("trained on {}, computed on cpu: {}", config.device, problem.empty() ? "a rank has no such device" : problem);
+  config.device = "cpu";
 }
 
 }  // namespace tessera

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "data/tokenizer.h"
+#include "kernels/comm/communicator.h"
 #include "kernels/memory_plan.h"
 #include "kernels/ops.h"
 #include "model/gpt.h"
@@ -19,17 +20,26 @@ struct OpenCheckpoint {
     evaluate,  // micro-batches of train.micro_batch sequences
     generate   // one sequence
   };
-  /// `path`: see resolve_checkpoint(). `visit`: "all", "active", or "" as configured. Throws std::invalid_argument when it is no checkpoint,
-  /// std::runtime_error naming the file when it is damaged.
-  OpenCheckpoint(const std::string& path, Use use, int threads, const std::string& visit = "");
+  struct Options {
+    int threads = 0;     // of the CPU
+    std::string visit;   // "all", "active", or "" as configured
+    std::string device;  // "cpu", "cuda", or "" as configured where this process has that, else the cpu, with a notice
+  };
+  /// `path`: see resolve_checkpoint(). Throws std::invalid_argument when it is no checkpoint or its device is not here, std::runtime_error naming the
+  /// file when it is damaged. Collective: each rank of `host` has a model of its own.
+  OpenCheckpoint(const std::string& path, Use use, const Options& options, Communicator& host);
 
   CheckpointInfo info;
+  std::string notice;  // what is not as configured; "" when all is
   Config config;
   std::unique_ptr<Tokenizer> tokenizer;
   std::unique_ptr<Ops> ops;
   MemoryPlan plan;
   std::unique_ptr<Gpt> model;
   std::unique_ptr<BatchBuffer> batch;  // Use::evaluate
+
+ private:
+  void choose_device(const std::string& wanted, Communicator& host);
 };
 
 }  // namespace tessera

@@ -14,6 +14,7 @@
 #include "data/tokenizer.h"
 #include "trainer/checkpoint.h"
 #include "trainer/collective.h"
+#include "trainer/device.h"
 #include "trainer/evaluate.h"
 #include "trainer/fault.h"
 #include "trainer/generate.h"
@@ -24,6 +25,7 @@
 #include "trainer/run_folder.h"
 #include "trainer/schedule.h"
 #include "trainer/signals.h"
+#include "trainer/step.h"
 #include "trainer/train_state.h"
 
 namespace tessera {
@@ -56,12 +58,13 @@ class Trainer {
   void sample(std::int64_t t);
   void save();
   std::string nonfinite_message() const;
-  double sum_over_ranks(double value);
+  double planned_bytes() const;  // of memory, on this rank's device
+  void restart_clock();
   bool due(std::int64_t every, std::int64_t t) const { return every > 0 && t % every == 0; }
 
   Config config_;
   const bool resume_;
-  Communicator& comm_;
+  Communicator& comm_;  // the launcher's, for host values
   Console console_;
   FaultInjector fault_;
   StopSignals signals_;
@@ -76,8 +79,9 @@ class Trainer {
   DatasetInfo data_;
   std::string tokenizer_file_;  // rank 0: its contents
   std::unique_ptr<Tokenizer> tokenizer_;
-  std::unique_ptr<Ops> ops_;
+  std::unique_ptr<Device> device_;
   std::unique_ptr<TrainState> state_;
+  std::unique_ptr<TrainStep> step_;
   std::unique_ptr<Loader> loader_;
   std::unique_ptr<Evaluator> evaluator_;
   std::optional<FolderLock> lock_;        // rank 0
@@ -85,7 +89,8 @@ class Trainer {
   std::vector<HostBatch> micro_batches_;  // this rank's of a step
   std::vector<std::uint64_t> counters_;   // of the last step, all ranks
   Clock::time_point began_;               // of the loop
-  double peak_flops_ = 0;                 // of all ranks; 0: not known
+  Clock::time_point step_began_;
+  double peak_flops_ = 0;  // of all ranks; 0: not known
 };
 
 Trainer::Trainer(const Config& config, bool resume, Communicator& comm)
@@ -116,22 +121,24 @@ void Trainer::prepare() {
   for (const std::string& notice : start_.notices) console_.say("note: {}", notice);
 
   const int threads = threads_for_rank(comm_, config_.run.threads);
-  // Each rank of a host may have its share of what was free before any of them took something.
+  device_ = std::make_unique<Device>(config_.device, threads, config_.parallel, comm_);
+  Ops& ops = device_->ops();
+  // Each rank on a device may have its share of what was free before any of them took something.
   std::size_t memory = 0;
   agree(comm_, [&] {
-    ops_ = make_cpu_ops(threads);
-    state_ = std::make_unique<TrainState>(config_, *ops_, rank, ranks);
-    memory = ops_->memory_available() / static_cast<std::size_t>(comm_.local_size());
+    state_ = std::make_unique<TrainState>(config_, ops, rank, ranks);
+    memory = ops.memory_available() / static_cast<std::size_t>(ranks_on_device(ops.kind(), config_.parallel, comm_));
   });
   agree(comm_, [&] {
-    state_->plan.allocate(*ops_, memory);
-    state_->model.bind();
+    state_->plan.allocate(ops, memory);
+    state_->bind(ops, device_->comm());
+    step_ = std::make_unique<TrainStep>(*state_, ops, device_->comm());
     if (start_.checkpoint.empty()) {
-      state_->model.initialize(config_.run.seed);
+      state_->initialize(config_.run.seed);
     } else {
       position_ = read_checkpoint_info(start_.checkpoint).position;
-      load_model(start_.checkpoint, state_->model, *ops_);
-      load_optimizer(start_.checkpoint, state_->model.layout(), state_->optimizer, *ops_);
+      load_model(start_.checkpoint, state_->model, ops, &state_->optimizer);
+      load_optimizer(start_.checkpoint, state_->model.layout(), state_->optimizer, ops);
       saved_ = first_step_ = position_.step;
     }
     LoaderOptions o;
@@ -147,7 +154,7 @@ void Trainer::prepare() {
     evaluator_ = std::make_unique<Evaluator>(data_, data_.validation, *tokenizer_, config_.model.context, config_.train.micro_batch);
   });
   micro_batches_.resize(static_cast<std::size_t>(sequences_per_step_ / ranks / config_.train.micro_batch));
-  peak_flops_ = ranks * (config_.run.peak_tflops > 0 ? config_.run.peak_tflops * 1e12 : ops_->peak_flops());
+  peak_flops_ = ranks * (config_.run.peak_tflops > 0 ? config_.run.peak_tflops * 1e12 : ops.peak_flops());
 
   agree(comm_, [&] {
     if (rank != 0) return;
@@ -160,7 +167,7 @@ void Trainer::prepare() {
   const ModelConfig& m = config_.model;
   console_.say("model     {} parameters: {} layers, {} heads of {}, width {}, context {}, vocabulary {}", format_count(state_->model.layout().count),
                m.layers, m.heads, m.head_size(), m.width, m.context, m.vocabulary);
-  console_.say("device    {}, {} rank{}, {} a rank", ops_->device_name(), ranks, ranks == 1 ? "" : "s", format_bytes(state_->plan.total_bytes()));
+  console_.say("device    {}, {} rank{}, {} a rank", ops.device_name(), ranks, ranks == 1 ? "" : "s", format_bytes(planned_bytes()));
   const Sampler sampler(data_.train.tokens, m.context, sequences_per_step_, config_.run.seed);
   console_.say("data      {}: {} training tokens ({}), {:.2f} passes in {} steps of {} tokens", data_.directory, format_count(data_.train.tokens),
                data_.tokenizer_name, static_cast<double>(config_.train.steps * sequences_per_step_) / sampler.sequences(), config_.train.steps,
@@ -170,8 +177,10 @@ void Trainer::prepare() {
                start_.checkpoint.empty() ? std::string("from scratch") : fmt::format("going on after step {}", position_.step));
 }
 
+double Trainer::planned_bytes() const { return static_cast<double>(state_->plan.total_bytes() + library_bytes(device_->ops().kind())); }
+
 void Trainer::run() {
-  began_ = Clock::now();
+  began_ = step_began_ = Clock::now();
   if (position_.step >= config_.train.steps) {
     console_.say("step {} of {} is done already: nothing to do. More: --set train.steps=N", position_.step, config_.train.steps);
     return;
@@ -189,17 +198,20 @@ void Trainer::run() {
     const AttentionCounts counts(config_.model, counters_, sequences_per_step_, config_.model.context);
 
     Json extra = Json::object();
-    if ((last || due(config_.eval.every, t)) && evaluator_->batches() > 0) evaluate(extra);
+    const bool evaluates = (last || due(config_.eval.every, t)) && evaluator_->batches() > 0, samples = due(config_.sample.every, t);
+    if (evaluates) evaluate(extra);
     log(t, report, counts, std::move(extra));
     if (position_.nonfinite_in_a_row >= config_.train.max_nonfinite) {
       agree(comm_, [&] {
         if (comm_.rank() == 0) throw std::runtime_error(nonfinite_message());
       });
     }
-    if (due(config_.sample.every, t)) sample(t);
+    if (samples) sample(t);
     const bool stop = comm_.max(signals_.requested() ? 1 : 0) != 0;
     // A skipped step changed nothing that would be worth a checkpoint.
-    if (last || stop || (due(config_.checkpoint.every, t) && !report.skipped)) save();
+    const bool saves = last || stop || (due(config_.checkpoint.every, t) && !report.skipped);
+    if (saves) save();
+    if (evaluates || samples || saves) restart_clock();
     if (stop && !last) {
       console_.say("stopped{}{} after step {}. Continue: tessera train {} --resume", *signals_.name() ? " by " : "", signals_.name(), t,
                    folder_.config());
@@ -209,6 +221,8 @@ void Trainer::run() {
   console_.say("done: {} steps, {} tokens in {}{}. Checkpoint: {}/{}", config_.train.steps, format_count(static_cast<double>(position_.tokens)),
                format_duration(seconds_since(began_)), position_.skipped ? fmt::format(", {} steps skipped", position_.skipped) : "",
                folder_.checkpoints(), checkpoint_name(saved_));
+  if (const double used = static_cast<double>(device_memory_used(device_->ops())); used > 0)
+    console_.say("memory: {} in use on the device, {} planned", format_bytes(used), format_bytes(planned_bytes()));
 }
 
 std::string Trainer::nonfinite_message() const {
@@ -221,20 +235,14 @@ std::string Trainer::nonfinite_message() const {
       saved_ > proven_ ? fmt::format(" ({} is newer, and no step after it was good)", path(saved_)) : "");
 }
 
-double Trainer::sum_over_ranks(double value) {
-  const Tensor scalar = state_->plan[state_->scalar];
-  ops_->upload(scalar, &value);
-  comm_.all_reduce_sum(scalar);
-  ops_->download(&value, scalar);
-  return value;
+/// What is not a step does not count as one.
+void Trainer::restart_clock() {
+  device_->ops().synchronize();
+  step_began_ = Clock::now();
 }
 
 StepReport Trainer::step(std::int64_t t) {
-  const Clock::time_point start = Clock::now();
   StepReport report;
-  Gpt& model = state_->model;
-  const Tensor scalar = state_->plan[state_->scalar];
-
   // The loss is the sum over all target tokens of all ranks divided by their number, once: so the number must be known before the backward pass.
   std::uint64_t targets = 0;
   for (HostBatch& batch : micro_batches_) {
@@ -242,42 +250,34 @@ StepReport Trainer::step(std::int64_t t) {
     targets += batch.target_tokens;
   }
   report.data_wait = loader_->take_wait_seconds();
-  report.targets = static_cast<std::int64_t>(sum_over_ranks(static_cast<double>(targets)));
+  all_reduce_sum(comm_, {&targets, 1});
+  report.targets = static_cast<std::int64_t>(targets);
   const double scale = 1.0 / static_cast<double>(std::max<std::int64_t>(1, report.targets));
 
-  model.zero_gradients();
-  model.zero_counters();
-  ops_->zero(scalar);
-  for (const HostBatch& batch : micro_batches_) {
-    model.forward_backward(state_->batch.upload(*ops_, batch), static_cast<float>(scale));
-    ops_->add_sum(scalar, model.losses().slice(0, batch.batch * batch.tokens));
-  }
+  step_->begin();
   fault_.strike(t);
   if (fault_.due(FaultInjector::Kind::nan, t)) {
     const float nan = std::numeric_limits<float>::quiet_NaN();
-    ops_->upload(model.gradients().slice(0, 1), &nan);
+    device_->ops().upload(state_->model.gradients().slice(0, 1), &nan);  // what is added to it stays so
   }
-
-  double loss_sum = 0;
-  comm_.all_reduce_sum(scalar);
-  ops_->download(&loss_sum, scalar);
-  report.loss = loss_sum * scale;
-  report.grad_norm = state_->optimizer.reduce(*ops_, comm_, model.gradients());
+  TrainStep::Sums sums = step_->gradients(micro_batches_, static_cast<float>(scale));
+  report.loss = sums.loss * scale;
+  report.grad_norm = sums.grad_norm;
   report.lr = learning_rate(config_.optimizer, config_.train.steps, t);
   report.skipped = !std::isfinite(report.loss) || !std::isfinite(report.grad_norm);
+  counters_ = std::move(sums.counters);
+  // From here on the device may still be at work when the host has gone on, to logging and to the next batches.
   if (!report.skipped) {
     const OptimizerConfig& o = config_.optimizer;
-    state_->optimizer.apply(*ops_, comm_, model.parameters(), model.gradients(),
-                            {report.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.clip, position_.updates + 1});
+    step_->update({report.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.clip, position_.updates + 1});
+    const AttentionConfig& a = config_.model.attention;
+    if (a.gate != Gate::softmax && a.threshold.mode == ThresholdMode::controlled)
+      update_thresholds(t, AttentionCounts(config_.model, counters_, sequences_per_step_, config_.model.context));
   }
-  comm_.all_reduce_sum(model.counters());
-  counters_.resize(static_cast<std::size_t>(model.counters().numel()));
-  ops_->download(counters_.data(), model.counters());
-  const AttentionConfig& a = config_.model.attention;
-  if (!report.skipped && a.gate != Gate::softmax && a.threshold.mode == ThresholdMode::controlled)
-    update_thresholds(t, AttentionCounts(config_.model, counters_, sequences_per_step_, config_.model.context));
-  ops_->synchronize();
-  report.seconds = seconds_since(start);
+  // So a step's time is from one such point to the next.
+  const Clock::time_point now = Clock::now();
+  report.seconds = std::chrono::duration<double>(now - step_began_).count();
+  step_began_ = now;
   return report;
 }
 
@@ -300,7 +300,7 @@ void Trainer::update_thresholds(std::int64_t t, const AttentionCounts& counts) {
   if (!capped) {
     u.threshold = thresholds.view({rows});
     u.counters = counters.view({rows, kAttentionCounters});
-    ops_->update_thresholds(u);
+    device_->ops().update_thresholds(u);
     return;
   }
   const double wanted = u.wanted_density;
@@ -309,7 +309,7 @@ void Trainer::update_thresholds(std::int64_t t, const AttentionCounts& counts) {
     u.threshold = thresholds.slice(r, 1);
     u.counters = counters.slice(static_cast<std::int64_t>(r) * kAttentionCounters, kAttentionCounters).view({1, kAttentionCounters});
     u.wanted_density = std::min(wanted, visible(r));
-    ops_->update_thresholds(u);
+    device_->ops().update_thresholds(u);
   }
 }
 
@@ -318,7 +318,7 @@ Json Trainer::head_values() {
   const ModelConfig& m = config_.model;
   const auto numbers = [&](const Tensor& x) {
     std::vector<float> host(static_cast<std::size_t>(x.numel()));
-    ops_->download(host.data(), x);
+    device_->ops().download(host.data(), x);
     return host;
   };
   Json values = Json::object();
@@ -333,7 +333,8 @@ Json Trainer::head_values() {
 }
 
 void Trainer::evaluate(Json& row) {
-  const Evaluation e = evaluator_->run(state_->model, *ops_, comm_, state_->batch, config_.eval.batches);
+  state_->optimizer.await_all();
+  const Evaluation e = evaluator_->run(state_->model, device_->ops(), comm_, state_->batch, config_.eval.batches);
   row["validation_loss"] = e.loss;
   row["bits_per_byte"] = e.bits_per_byte;
   row["validation_tokens"] = e.tokens;
@@ -366,6 +367,7 @@ void Trainer::log(std::int64_t t, const StepReport& r, const AttentionCounts& co
   row["data_wait_share"] = std::min(1.0, r.data_wait / r.seconds);
   row["skipped"] = r.skipped;
   row["skipped_total"] = position_.skipped;
+  if (const std::size_t used = t == first_step_ + 1 ? device_memory_used(device_->ops()) : 0; used > 0) row["memory_bytes"] = used;
   if (due(config_.log.heads_every, t)) {
     row["active_share"] = counts.active_share();
     row.update(head_values());
@@ -382,6 +384,7 @@ void Trainer::log(std::int64_t t, const StepReport& r, const AttentionCounts& co
 }
 
 void Trainer::sample(std::int64_t t) {
+  state_->optimizer.await_all();
   if (comm_.rank() != 0) return;
   GenerateOptions o;
   o.tokens = config_.sample.tokens;
@@ -408,7 +411,7 @@ void Trainer::save() {
   // What a run of bad steps leaves must not push out the checkpoints from before it.
   request.keep = position_.nonfinite_in_a_row > 0 ? 0 : config_.checkpoint.keep;
   request.between_files = [&] { fault_.strike_saving(position_.step); };
-  const std::string folder = save_checkpoint(request, state_->model, state_->optimizer, *ops_, comm_);
+  const std::string folder = save_checkpoint(request, state_->model, state_->optimizer, device_->ops(), comm_);
   saved_ = position_.step;
   console_.say("step {}/{}  checkpoint {} ({:.1f} s)", position_.step, config_.train.steps, folder, seconds_since(start));
 }

@@ -22,9 +22,9 @@ namespace {
 bool may_change(const std::string& path) {
   for (const char* section : {"eval.", "checkpoint.", "sample.", "log.", "parallel."})
     if (path.starts_with(section)) return true;
-  // model.size only names layers, heads and width. train.micro_batch must be free to follow the number of ranks.
+  // model.size only names layers, heads and width. train.micro_batch must be free to follow the number of ranks, and train.precision the device.
   for (const char* key : {"run.dir", "run.threads", "run.peak_tflops", "device", "model.size", "attention.visit", "data.path", "data.tokenizer",
-                          "data.prefetch", "train.steps", "train.micro_batch", "train.max_nonfinite"})
+                          "data.prefetch", "train.steps", "train.micro_batch", "train.precision", "train.recompute", "train.max_nonfinite"})
     if (path == key) return true;
   return false;
 }

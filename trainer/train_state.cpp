@@ -1,5 +1,9 @@
 #include "trainer/train_state.h"
 
+#include <stdexcept>
+
+#include "trainer/device.h"
+
 namespace tessera {
 namespace {
 
@@ -9,7 +13,13 @@ Gpt::Options training_options(const Config& config, int ranks) {
   o.tokens = config.model.context;
   o.training = true;
   o.shard_multiple = ShardedAdamW::padding_multiple(ranks);
+  o.recompute = config.train.recompute;
+  o.device = device_kind(config.device);
   return o;
+}
+
+std::int64_t bucket_elements(const Config& config) {
+  return (std::int64_t{config.parallel.bucket_mib} << 20) / static_cast<std::int64_t>(sizeof(float));
 }
 
 }  // namespace
@@ -33,8 +43,22 @@ Batch BatchBuffer::upload(Ops& ops, const HostBatch& host) const {
 
 TrainState::TrainState(const Config& config, Ops& ops, int rank, int ranks)
     : model(config.model, ops, plan, training_options(config, ranks)),
-      optimizer(model.layout(), rank, ranks, plan),
+      optimizer(model.layout(), rank, ranks, plan, compute_type(device_kind(config.device)), bucket_elements(config)),
       batch(plan, config.train.micro_batch, config.model.context),
-      scalar(plan.reserve(MemoryCategory::workspace, "scalar", DType::f64, {1})) {}
+      sums(plan.reserve(MemoryCategory::workspace, "sums", DType::f64, {2})) {}
+
+void TrainState::bind(Ops& ops, Communicator& comm) {
+  model.bind();
+  optimizer.bind(ops, comm, {model.weights(), model.vectors(), model.gradients()});
+}
+
+void TrainState::initialize(std::uint64_t seed) {
+  for (const ParameterInfo& p : model.layout().parameters) set_parameters(p.offset, initial_values(p, seed));
+}
+
+void TrainState::set_parameters(std::int64_t first, std::span<const float> values) {
+  model.set_parameters(first, values);
+  optimizer.set_master(first, values);
+}
 
 }  // namespace tessera

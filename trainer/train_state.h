@@ -1,8 +1,12 @@
 #pragma once
-// All that a training run keeps in device memory, reserved in one plan: the model, its optimizer's block, the micro-batch. `tessera plan` makes
-// the same object for any number of ranks and never allocates it.
+// All that a training run keeps in device memory, reserved in one plan: the model, its optimizer's slices, the micro-batch. `tessera plan` makes
+// the same object for any device and number of ranks and never allocates it.
+
+#include <cstdint>
+#include <span>
 
 #include "data/loader.h"
+#include "kernels/comm/communicator.h"
 #include "kernels/memory_plan.h"
 #include "model/gpt.h"
 #include "trainer/config.h"
@@ -23,13 +27,21 @@ class BatchBuffer {
 };
 
 struct TrainState {
+  /// Of the memory of config.device, which `ops` must be of before bind().
   TrainState(const Config& config, Ops& ops, int rank, int ranks);
+
+  /// After plan.allocate(): binds model and optimizer. `comm` moves memory of `ops`; both must live longer.
+  void bind(Ops& ops, Communicator& comm);
+  /// First values of all parameters: Gpt::initialize(), and the optimizer's master.
+  void initialize(std::uint64_t seed);
+  /// Elements of the flat parameters from `first` on, in the model and in the optimizer's master.
+  void set_parameters(std::int64_t first, std::span<const float> values);
 
   MemoryPlan plan;
   Gpt model;
   ShardedAdamW optimizer;
   BatchBuffer batch;
-  MemoryPlan::Slot scalar;  // f64 [1]: sums over micro-batches and ranks
+  MemoryPlan::Slot sums;  // f64 [2]: squared norm of the gradient, loss; over micro-batches and ranks
 };
 
 }  // namespace tessera

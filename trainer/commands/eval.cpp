@@ -19,9 +19,9 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 struct Options {
-  std::string checkpoint, data, split = "validation", visit;
+  std::string checkpoint, data, split = "validation";
   std::int64_t batches = 0;
-  int threads = 0;
+  OpenCheckpoint::Options open;
   bool json = false;
 };
 
@@ -51,6 +51,7 @@ Json to_json(const Evaluation& e, const OpenCheckpoint& c, const Options& o, dou
           {"tile_skip_rate", all.tile_skip_rate},
           {"tile", {a.tile_query, a.tile_key}},
           {"empty_row_share", all.empty_rows},
+          {"device", c.ops->device_name()},
           {"visit", a.visit == Visit::all ? "all" : "active"},
           {"layers", layers},
           {"seconds", e.seconds}};
@@ -74,28 +75,28 @@ void print(const Json& r) {
 }
 
 void eval(const Options& o, Communicator& comm) {
-  std::unique_ptr<OpenCheckpoint> open;
   std::unique_ptr<Evaluator> evaluator;
-  const int threads = threads_for_rank(comm, o.threads);
-  double unigram_loss = 0;
+  OpenCheckpoint::Options options = o.open;
+  options.threads = threads_for_rank(comm, o.open.threads);
+  DatasetInfo data;
+  agree(comm, [&] { data = open_data(o.data); });
+  const OpenCheckpoint open(o.checkpoint, OpenCheckpoint::Use::evaluate, options, comm);
   agree(comm, [&] {
-    const DatasetInfo data = open_data(o.data);
-    unigram_loss = o.split == "train" ? data.unigram_entropy : data.validation_unigram_loss;
-    open = std::make_unique<OpenCheckpoint>(o.checkpoint, OpenCheckpoint::Use::evaluate, threads, o.visit);
-    if (open->info.dataset.tokenizer_hash != data.tokenizer_hash)
+    if (open.info.dataset.tokenizer_hash != data.tokenizer_hash)
       throw ConfigError(
           fmt::format("--data {}: made with tokenizer {} (hash {}), and {} was trained with {} (hash {}). Prepare the text with the "
                       "checkpoint's own: --tokenizer bpe:{}/tokenizer.json",
-                      o.data, data.tokenizer_name, data.tokenizer_hash.substr(0, 12), open->info.directory, open->info.dataset.tokenizer_name,
-                      open->info.dataset.tokenizer_hash.substr(0, 12), open->info.directory));
-    const Config& c = open->config;
+                      o.data, data.tokenizer_name, data.tokenizer_hash.substr(0, 12), open.info.directory, open.info.dataset.tokenizer_name,
+                      open.info.dataset.tokenizer_hash.substr(0, 12), open.info.directory));
+    const Config& c = open.config;
     evaluator =
-        std::make_unique<Evaluator>(data, o.split == "train" ? data.train : data.validation, *open->tokenizer, c.model.context, c.train.micro_batch);
+        std::make_unique<Evaluator>(data, o.split == "train" ? data.train : data.validation, *open.tokenizer, c.model.context, c.train.micro_batch);
     if (evaluator->batches() == 0) throw ConfigError(fmt::format("--data {}: split {} holds no text to evaluate", o.data, o.split));
   });
-  const Evaluation e = evaluator->run(*open->model, *open->ops, comm, *open->batch, o.batches);
+  if (comm.rank() == 0 && !open.notice.empty()) fmt::print(stderr, "tessera: note: {}\n", open.notice);
+  const Evaluation e = evaluator->run(*open.model, *open.ops, comm, *open.batch, o.batches);
   if (comm.rank() != 0) return;
-  const Json result = to_json(e, *open, o, unigram_loss);
+  const Json result = to_json(e, open, o, o.split == "train" ? data.unigram_entropy : data.validation_unigram_loss);
   if (o.json) {
     std::cout << result.dump(2) << "\n";
   } else {
@@ -115,9 +116,11 @@ void add_eval_command(CLI::App& app) {
       ->type_name("N")
       ->check(CLI::Range(0, 1 << 30))
       ->capture_default_str();
-  command->add_option("--visit", o->visit, "Attention tiles to compute: same result, all is slower (default: as in training)")
+  command->add_option("--visit", o->open.visit, "Attention tiles to compute: same result, all is slower (default: as in training)")
       ->check(CLI::IsMember({"all", "active"}));
-  command->add_option("--threads", o->threads, "CPU threads a rank; 0: the host's cores divided by its ranks")
+  command->add_option("--device", o->open.device, "Where to compute, with a GPU a rank (default: as in training where that is there, else cpu)")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
+  command->add_option("--threads", o->open.threads, "CPU threads a rank; 0: the host's cores divided by its ranks")
       ->type_name("N")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();

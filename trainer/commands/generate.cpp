@@ -22,7 +22,7 @@ void add_generate_command(CLI::App& app) {
   const auto not_negative = [](const std::string& text) { return text.starts_with('-') ? "expected 0 or more, found " + text : std::string(); };
   struct Options : GenerateOptions {
     std::string checkpoint, prompt;
-    int threads = 0;
+    OpenCheckpoint::Options open;
     bool ignore_end = false, json = false;
   };
   auto o = std::make_shared<Options>();
@@ -40,7 +40,9 @@ void add_generate_command(CLI::App& app) {
       ->check(CLI::Range(0, 1 << 30))
       ->capture_default_str();
   command->add_option("--seed", o->seed, "Same seed, same text")->type_name("S")->check(not_negative)->capture_default_str();
-  command->add_option("--threads", o->threads, "CPU threads; 0: all cores")->type_name("N")->check(CLI::Range(0, 4096))->capture_default_str();
+  command->add_option("--device", o->open.device, "Where to compute (default: as in training where that is there, else cpu)")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
+  command->add_option("--threads", o->open.threads, "CPU threads; 0: all cores")->type_name("N")->check(CLI::Range(0, 4096))->capture_default_str();
   command->add_flag("--ignore-end", o->ignore_end, "Go on after end of text");
   command->add_flag("--json", o->json, "Print JSON at the end, instead of text as it is made");
   command->footer(
@@ -49,7 +51,9 @@ void add_generate_command(CLI::App& app) {
   command->callback([o] {
     if (std::isnan(o->temperature)) throw ConfigError("--temperature: expected a number from 0 to 100, found nan");
     const auto alone = make_single_communicator();
-    OpenCheckpoint open(o->checkpoint, OpenCheckpoint::Use::generate, threads_for_rank(*alone, o->threads));
+    o->open.threads = threads_for_rank(*alone, o->open.threads);
+    OpenCheckpoint open(o->checkpoint, OpenCheckpoint::Use::generate, o->open, *alone);
+    if (!open.notice.empty()) fmt::print(stderr, "tessera: note: {}\n", open.notice);
     GenerateOptions options = *o;
     options.stop_at_end = !o->ignore_end;
     if (!o->json) std::cout << o->prompt << std::flush;

@@ -12,6 +12,7 @@
 #include "data/tokenizer.h"
 #include "trainer/commands/commands.h"
 #include "trainer/config.h"
+#include "trainer/device.h"
 #include "trainer/open_data.h"
 #include "trainer/train_state.h"
 
@@ -51,16 +52,20 @@ Json make_plan(Config& config, int ranks) {
   check_ranks(config, ranks);
   const auto dataset = dataset_if_there(config);
   find_vocabulary(config, dataset);
+  // Reserves, and allocates nothing: any operations will do. Every rank's slices are equal.
   const auto ops = make_cpu_ops(1);
-  const TrainState state(config, *ops, 0, ranks);  // reserves, and allocates nothing; every rank's shards are equal
+  const TrainState state(config, *ops, 0, ranks);
 
   const ParameterLayout& layout = state.model.layout();
   const Gpt::Flops flops = state.model.flops_per_token();
   const std::int64_t tokens = config.train.tokens_per_step * config.train.steps;
   Json bytes = Json::object();
   for (int c = 0; c < kMemoryCategories; ++c) bytes[name_of(static_cast<MemoryCategory>(c))] = state.plan.bytes(static_cast<MemoryCategory>(c));
-  bytes["total"] = state.plan.total_bytes();
+  const std::size_t libraries = library_bytes(device_kind(config.device));
+  if (libraries > 0) bytes["device libraries"] = libraries;
+  bytes["total"] = state.plan.total_bytes() + libraries;
   Json plan = {
+      {"device", config.device},
       {"ranks", ranks},
       {"parameters", layout.count},
       {"parameters_decayed", layout.decayed_count},
@@ -105,7 +110,8 @@ std::string plan_text(const Json& plan) {
   const auto count = [&](const char* key) { return grouped(plan[key].get<std::int64_t>()); };
   row("parameters", count("parameters"),
       fmt::format("{} of them decayed; vocabulary {} padded to {}", count("parameters_decayed"), count("vocabulary"), count("vocabulary_padded")));
-  text += fmt::format("bytes on each of {} rank{}\n", plan["ranks"].get<int>(), plan["ranks"] == 1 ? "" : "s");
+  text += fmt::format("bytes on each of {} rank{}, device {}\n", plan["ranks"].get<int>(), plan["ranks"] == 1 ? "" : "s",
+                      plan["device"].get<std::string>());
   for (const auto& [name, bytes] : plan["bytes_per_rank"].items())
     row(fmt::format("  {}", name), grouped(bytes.get<std::int64_t>()), human_bytes(bytes.get<double>()));
   row("checkpoint bytes", count("checkpoint_bytes"), human_bytes(plan["checkpoint_bytes"].get<double>()));
