@@ -16,7 +16,8 @@ const char* name_of(DeviceKind kind);  // "cpu", "cuda"
 /// The type of activations and of the weights that multiply them (kernels/ops.h): f32 on the CPU, bf16 on a GPU.
 DType compute_type(DeviceKind kind);
 
-/// Bytes that Ops::prepare(rows, width) allocates.
+/// Bytes that Ops::prepare(rows, width) allocates. width: of the widest rows that a backward pass adds up, those of linear layers with biases
+/// included.
 std::size_t scratch_bytes(DeviceKind kind, std::int64_t rows, std::int64_t width);
 
 /// Bytes of Ops::upload_tiles(map), lists and masks; within a few per cent on a GPU.
