@@ -34,14 +34,34 @@ inline ModelConfig tiny_config() {
   return m;
 }
 
-/// Random tokens; targets are the next tokens, every seventh is -1; a document ends about every sixth token.
-inline Sequences random_sequences(const ModelConfig& m, std::int64_t B, std::int64_t T, unsigned seed) {
+/// Models that between them use most of what the configuration offers.
+inline std::vector<ModelConfig> variants() {
+  ModelConfig m = tiny_config();
+  m.attention.epsilon = 0.01f;  // a nearly empty sum of weights would blow rounding up (gpt_gradient_test.cpp measures that instead)
+  std::vector<ModelConfig> v(5, m);
+  v[1].positions = Positions::learned;
+  v[1].norm = NormKind::layernorm;
+  v[1].bias = true;
+  v[1].attention.normalizer = Normalizer::rms;
+  v[2].attention.gate = Gate::softmax;
+  v[2].attention.score = Score::dot;
+  v[3].attention.score = Score::fidelity;
+  v[3].attention.normalizer = Normalizer::length;
+  v[3].attention.threshold.mode = ThresholdMode::learned;
+  v[4].attention.pattern.base.kind = PatternSpec::Kind::window;
+  v[4].attention.pattern.base.size = 6;
+  v[4].attention.threshold.mode = ThresholdMode::length;
+  return v;
+}
+
+/// Random tokens and targets, every seventh of these -1; a document ends about every sixth token unless told otherwise.
+inline Sequences random_sequences(const ModelConfig& m, std::int64_t B, std::int64_t T, unsigned seed, unsigned document = 6) {
   std::mt19937 rng(seed);
   Sequences s{B, T, {}, {}, {}};
   for (std::int64_t b = 0; b < B; ++b) {
     std::int32_t start = 0;
     for (std::int64_t t = 0; t < T; ++t) {
-      if (rng() % 6 == 0) start = static_cast<std::int32_t>(t);
+      if (rng() % document == 0) start = static_cast<std::int32_t>(t);
       s.tokens.push_back(static_cast<std::int32_t>(rng() % static_cast<unsigned>(m.vocabulary)));
       s.targets.push_back(rng() % 7 == 0 ? -1 : static_cast<std::int32_t>(rng() % static_cast<unsigned>(m.vocabulary)));
       s.document_start.push_back(start);
@@ -63,15 +83,28 @@ class TestModel {
     fill(seed);
   }
 
-  /// Every parameter random and large enough that nothing is close to linear: weights normal(0, 0.3), gains, scales and thresholds around
-  /// their first values, biases normal(0, 0.2).
-  void fill(unsigned seed) {
+  /// Every parameter random and large enough that nothing is close to linear: weights normal(0, 0.3) unless told otherwise, gains, scales and
+  /// thresholds around their first values, biases normal(0, 0.2). `rounded`: each a bf16 number.
+  void fill(unsigned seed, float weight = 0.3f, bool rounded = false) {
     std::mt19937 rng(seed);
     std::normal_distribution<float> normal;
     for (const auto& p : gpt.layout().parameters) {
       std::vector<float> values(static_cast<std::size_t>(p.shape.numel()));
-      for (float& v : values) v = p.decayed ? 0.3f * normal(rng) : p.init_value + 0.2f * (p.init_value != 0 ? p.init_value : 1.0f) * normal(rng);
+      for (float& v : values) v = p.decayed ? weight * normal(rng) : p.init_value + 0.2f * (p.init_value != 0 ? p.init_value : 1.0f) * normal(rng);
+      if (rounded) std::transform(values.begin(), values.end(), values.begin(), [](float v) { return from_bf16(to_bf16(v)); });
       gpt.set_parameters(p.offset, values);
+    }
+  }
+
+  /// NaN into all that a pass writes before it reads: what it forgets to write then shows.
+  void poison() {
+    const auto& blocks = plan.blocks();
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+      const auto& b = blocks[i];
+      if (b.category != MemoryCategory::activations && b.category != MemoryCategory::workspace) continue;
+      if (b.name == "batch" || b.name == "constant scale" || b.name == "rotary table" || b.name == "attention counters") continue;
+      const Tensor t = plan[static_cast<MemoryPlan::Slot>(i)];
+      ops->upload(t, std::vector<std::uint8_t>(t.bytes(), 0xff).data());
     }
   }
 

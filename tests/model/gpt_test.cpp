@@ -17,25 +17,6 @@ namespace {
 // A sequence computed in another company goes through matrix products of other shapes, which may sum in another order.
 constexpr float kReorder = 2e-5f;
 
-std::vector<ModelConfig> variants() {
-  ModelConfig m = tiny_config();
-  m.attention.epsilon = 0.01f;  // a nearly empty sum of weights would blow rounding up (gpt_gradient_test.cpp measures that instead)
-  std::vector<ModelConfig> v(5, m);
-  v[1].positions = Positions::learned;
-  v[1].norm = NormKind::layernorm;
-  v[1].bias = true;
-  v[1].attention.normalizer = Normalizer::rms;
-  v[2].attention.gate = Gate::softmax;
-  v[2].attention.score = Score::dot;
-  v[3].attention.score = Score::fidelity;
-  v[3].attention.normalizer = Normalizer::length;
-  v[3].attention.threshold.mode = ThresholdMode::learned;
-  v[4].attention.pattern.base.kind = PatternSpec::Kind::window;
-  v[4].attention.pattern.base.size = 6;
-  v[4].attention.threshold.mode = ThresholdMode::length;
-  return v;
-}
-
 TEST(Gpt, ATokenDoesNotChangeLossesBeforeIt) {
   for (const auto& config : variants()) {
     TestModel model(config);
