@@ -15,6 +15,7 @@ class PlanOps final : public Ops {
   explicit PlanOps(std::size_t available, bool refuse = false) : available_(available), refuse_(refuse) {}
   const std::map<void*, std::size_t>& live() const { return live_; }
 
+  DeviceKind kind() const override { return DeviceKind::cpu; }
   std::string device_name() const override { return "test device"; }
   std::size_t memory_available() const override { return available_; }
   double peak_flops() const override { return 0; }
@@ -46,6 +47,7 @@ class PlanOps final : public Ops {
   void head_norm_forward(const HeadNorm&) override { unused(); }
   void head_norm_backward(const HeadNormBackward&) override { unused(); }
   void classifier(const Classifier&) override { unused(); }
+  void gelu(const Tensor&, const Tensor&) override { unused(); }
   void add(const Tensor&, const Tensor&, const Tensor&) override { unused(); }
   std::unique_ptr<DeviceTiles> upload_tiles(std::shared_ptr<const TileMap>) override { return nullptr; }
   void attention_forward(const AttentionForward&) override { unused(); }
@@ -117,6 +119,33 @@ TEST(MemoryPlan, TakesNoMoreThanItsShare) {
   EXPECT_TRUE(ops.live().empty());
   plan.allocate(ops, 4096);
   EXPECT_TRUE(plan.allocated());
+}
+
+// What others allocate counts towards the limit and is allocated by nobody here.
+TEST(MemoryPlan, CountsWhatOthersAllocate) {
+  PlanOps ops(kPlenty);
+  MemoryPlan plan;
+  const auto a = plan.reserve(MemoryCategory::workspace, "a", DType::f32, {64});
+  plan.account(MemoryCategory::workspace, "lists", 1000);
+  plan.account(MemoryCategory::communication, "library", 5000);
+  plan.account(MemoryCategory::workspace, "nothing", 0);
+  const auto b = plan.reserve(MemoryCategory::workspace, "b", DType::f32, {64});
+  EXPECT_EQ(plan.bytes(MemoryCategory::workspace), 1512u);
+  EXPECT_EQ(plan.bytes(MemoryCategory::communication), 5000u);
+  EXPECT_EQ(plan.total_bytes(), 6512u);
+  EXPECT_THROW(plan.allocate(ops, 6511), std::runtime_error);
+  EXPECT_TRUE(ops.live().empty());
+  plan.allocate(ops, 6512);
+  ASSERT_EQ(ops.live().size(), 1u);
+  EXPECT_EQ(ops.live().begin()->second, 512u);
+  EXPECT_EQ(static_cast<char*>(plan[b].data) - static_cast<char*>(plan[a].data), 256);
+  EXPECT_THROW(plan.account(MemoryCategory::workspace, "late", 1), std::logic_error);
+
+  MemoryPlan large;
+  large.account(MemoryCategory::workspace, "half", std::size_t{1} << 62);
+  EXPECT_THROW(large.account(MemoryCategory::gradients, "other half", std::size_t{1} << 62), std::invalid_argument);
+  EXPECT_THROW(large.reserve(MemoryCategory::gradients, "other half", DType::f32, {1LL << 60}), std::invalid_argument);
+  EXPECT_THROW(large.account(MemoryCategory::gradients, "more than all", ~std::size_t{0}), std::invalid_argument);
 }
 
 TEST(MemoryPlan, TooLittleMemoryIsAnErrorThatListsEveryCategory) {
