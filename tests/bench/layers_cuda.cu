@@ -1,0 +1,187 @@
+// Times the CUDA operations that memory bounds, at the size of GPT-2 Medium's micro-batch (65,536 rows x 1024, 16 heads of 64), and prints a line
+// each: milliseconds (median over the repeats, CUDA events), GB/s read and written, and the share of what a copy on the same GPU moves.
+//
+//   layers_cuda [--rows 65536] [--width 1024] [--heads 16] [--repeats 30] [--only SUBSTRING]
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "../kernels/cuda/device.h"
+#include "kernels/cuda/layers.h"
+
+namespace {
+
+using namespace tessera;
+using namespace tessera::cuda_test;
+
+/// Uniform in [-scale, scale) + centre: values such as training has, as power (and so the clock) depends on them.
+template <class T>
+__global__ void fill(T* to, std::int64_t count, std::uint32_t seed, float scale, float centre) {
+  for (std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += std::int64_t{gridDim.x} * blockDim.x) {
+    std::uint32_t x = static_cast<std::uint32_t>(i) * 0x9e3779b9u + seed;
+    x ^= x >> 16, x *= 0x7feb352du, x ^= x >> 15, x *= 0x846ca68bu, x ^= x >> 16;
+    to[i] = T(centre + scale * (static_cast<float>(x) * 0x1p-31f - 1.0f));
+  }
+}
+
+class Values {
+ public:
+  Values(DType type, Shape shape, float scale = 1, float centre = 0)
+      : memory_(Tensor(nullptr, type, shape).bytes()), tensor_(memory_.get(), type, shape) {
+    static std::uint32_t seed = 0;
+    ++seed;
+    if (type == DType::bf16)
+      fill<<<1024, 256>>>(static_cast<Bf16*>(tensor_.data), shape.numel(), seed, scale, centre);
+    else
+      fill<<<1024, 256>>>(static_cast<float*>(tensor_.data), shape.numel(), seed, scale, centre);
+    TESSERA_CUDA_CHECK(cudaGetLastError());
+  }
+  operator const Tensor&() const { return tensor_; }  // NOLINT: stands for the tensor in descriptors
+
+ private:
+  Device<unsigned char> memory_;
+  Tensor tensor_;
+};
+
+struct Options {
+  std::int64_t rows = 65536, width = 1024, heads = 16;
+  int repeats = 30;
+  std::string only;
+};
+
+class Bench {
+ public:
+  explicit Bench(const Options& o) : options_(o) {
+    TESSERA_CUDA_CHECK(cudaEventCreate(&start_));
+    TESSERA_CUDA_CHECK(cudaEventCreate(&stop_));
+    const std::size_t bytes = static_cast<std::size_t>(o.rows * o.width) * 2 * sizeof(Bf16);
+    Device<unsigned char> from(bytes), to(bytes);
+    copy_rate_ = 2.0 * bytes / median_ms([&] { TESSERA_CUDA_CHECK(cudaMemcpyAsync(to.get(), from.get(), bytes, cudaMemcpyDeviceToDevice)); });
+    std::printf("%-44s %9s %9s %9s\n", "operation", "ms", "GB/s", "of copy");
+    std::printf("%-44s %9.4f %9.0f %9.3f\n", "copy", 2.0 * bytes / copy_rate_, copy_rate_ * 1e-6, 1.0);
+  }
+  ~Bench() {
+    cudaEventDestroy(start_);
+    cudaEventDestroy(stop_);
+  }
+  Bench(const Bench&) = delete;
+  Bench& operator=(const Bench&) = delete;
+
+  /// `bytes`: what the operation must read and write at least.
+  void time(const std::string& name, double bytes, const std::function<void()>& run) {
+    if (name.find(options_.only) == std::string::npos) return;
+    const double ms = median_ms(run);
+    std::printf("%-44s %9.4f %9.0f %9.3f\n", name.c_str(), ms, bytes / ms * 1e-6, bytes / ms / copy_rate_);
+    std::fflush(stdout);
+  }
+
+ private:
+  double median_ms(const std::function<void()>& run) {
+    for (int n = 0; n < 5; ++n) run();
+    std::vector<float> ms(options_.repeats);
+    for (float& t : ms) {
+      TESSERA_CUDA_CHECK(cudaEventRecord(start_));
+      run();
+      TESSERA_CUDA_CHECK(cudaEventRecord(stop_));
+      TESSERA_CUDA_CHECK(cudaEventSynchronize(stop_));
+      TESSERA_CUDA_CHECK(cudaEventElapsedTime(&t, start_, stop_));
+    }
+    std::sort(ms.begin(), ms.end());
+    return ms[ms.size() / 2];
+  }
+
+  Options options_;
+  cudaEvent_t start_{}, stop_{};
+  double copy_rate_ = 0;  // bytes a millisecond
+};
+
+void norms(Bench& bench, const Options& o, const cuda::Context& c) {
+  const Shape matrix{o.rows, o.width}, column{o.width}, row{o.rows};
+  const double pass = 2.0 * o.rows * o.width;  // bytes of one matrix
+  const Values x(DType::bf16, matrix), residual(DType::bf16, matrix), residual_out(DType::bf16, matrix), y(DType::bf16, matrix),
+      gain(DType::f32, column), bias(DType::f32, column), mean(DType::f32, row, 0.1f), rstd(DType::f32, row, 0.1f, 1), dgain(DType::f32, column),
+      dbias(DType::f32, column);
+  const NormForward layernorm{.kind = NormKind::layernorm, .x = x, .gain = gain, .bias = bias, .y = y, .mean = mean, .rstd = rstd};
+  NormForward with_residual = layernorm;
+  with_residual.residual = residual, with_residual.residual_out = residual_out;
+  NormForward rmsnorm = with_residual;
+  rmsnorm.kind = NormKind::rmsnorm, rmsnorm.bias = {}, rmsnorm.mean = {};
+  bench.time("norm_forward layernorm", 2 * pass, [&] { cuda::norm_forward(c, layernorm); });
+  bench.time("norm_forward layernorm, residual", 4 * pass, [&] { cuda::norm_forward(c, with_residual); });
+  bench.time("norm_forward rmsnorm, residual", 4 * pass, [&] { cuda::norm_forward(c, rmsnorm); });
+  const NormBackward backward{
+      .kind = NormKind::layernorm, .dy = x, .x = residual, .gain = gain, .mean = mean, .rstd = rstd, .dx = y, .dgain = dgain, .dbias = dbias};
+  NormBackward rms_backward = backward;
+  rms_backward.kind = NormKind::rmsnorm, rms_backward.mean = {}, rms_backward.dbias = {};
+  bench.time("norm_backward layernorm", 4 * pass, [&] { cuda::norm_backward(c, backward); });
+  bench.time("norm_backward rmsnorm", 4 * pass, [&] { cuda::norm_backward(c, rms_backward); });
+
+  const Shape heads{o.rows, o.heads, o.width / o.heads};
+  const Values head_gain(DType::f32, {o.heads, o.width / o.heads}), head_rstd(DType::f32, {o.rows, o.heads}, 0.1f, 1),
+      head_dgain(DType::f32, {o.heads, o.width / o.heads});
+  const auto per_head = [&](const Tensor& t) { return t.view(heads); };
+  const HeadNorm head{.x = per_head(x), .gain = head_gain, .y = per_head(y), .rstd = head_rstd};
+  const HeadNormBackward head_backward{
+      .dy = per_head(x), .x = per_head(residual), .gain = head_gain, .rstd = head_rstd, .dx = per_head(y), .dgain = head_dgain};
+  bench.time("head_norm_forward", 2 * pass, [&] { cuda::head_norm_forward(c, head); });
+  bench.time("head_norm_backward", 3 * pass, [&] { cuda::head_norm_backward(c, head_backward); });
+}
+
+void qk_transforms(Bench& bench, const Options& o, const cuda::Context& c) {
+  constexpr std::int64_t kPositions = 1024;
+  const std::int64_t size = o.width / o.heads;
+  const double pass = 2.0 * o.rows * 2 * o.width;  // bytes of queries and keys
+  const Values qkv(DType::bf16, {o.rows, 3 * o.width}), gradients(DType::bf16, {o.rows, 3 * o.width}),
+      inverse(DType::f32, {o.rows, 2, o.heads}, 0.1f, 1), table(DType::f32, {kPositions, size / 2, 2});
+  std::vector<std::int32_t> position(o.rows);
+  for (std::int64_t n = 0; n < o.rows; ++n) position[n] = static_cast<std::int32_t>(n % kPositions);
+  const Device<std::int32_t> positions(position);
+  for (const int which : {1, 2, 3}) {
+    QkTransform t;
+    t.qkv = qkv, t.heads = o.heads, t.unit = which & 1;
+    if (which & 1) t.inverse_norm = inverse;
+    if (which & 2) t.rotary = table, t.positions = {positions.get(), DType::i32, {o.rows}};
+    const std::string name = which == 1 ? " unit" : which == 2 ? " rotary" : " unit, rotary";
+    bench.time("qk_transform_forward" + name, 2 * pass, [&] { cuda::qk_transform_forward(c, t); });
+    bench.time("qk_transform_backward" + name, (which & 1 ? 3 : 2) * pass, [&] { cuda::qk_transform_backward(c, t, gradients); });
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (!has_gpu()) {
+    std::fprintf(stderr, "layers_cuda: no GPU here\n");
+    return 1;
+  }
+  Options o;
+  for (int n = 1; n < argc; ++n) {
+    const std::string arg = argv[n];
+    if (n + 1 < argc && arg == "--rows")
+      o.rows = std::stoll(argv[++n]);
+    else if (n + 1 < argc && arg == "--width")
+      o.width = std::stoll(argv[++n]);
+    else if (n + 1 < argc && arg == "--heads")
+      o.heads = std::stoll(argv[++n]);
+    else if (n + 1 < argc && arg == "--repeats")
+      o.repeats = std::stoi(argv[++n]);
+    else if (n + 1 < argc && arg == "--only")
+      o.only = argv[++n];
+    else
+      return std::fprintf(stderr, "layers_cuda: unknown option or missing value: %s\n", argv[n]), 2;
+  }
+  if (o.rows < 1 || o.heads < 1 || o.repeats < 1 || o.width < 8 || o.width % (8 * o.heads) != 0) {
+    return std::fprintf(stderr, "layers_cuda: rows, heads and repeats must be at least 1, and width a multiple of 8 x heads\n"), 2;
+  }
+  const Device<unsigned char> scratch(std::max<std::size_t>(cuda::norm_backward_scratch(4 * o.width), std::size_t{64} << 20));
+  cuda::Context c;
+  TESSERA_CUDA_CHECK(cudaDeviceGetAttribute(&c.multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+  c.scratch = scratch.get(), c.scratch_bytes = scratch.size();
+  Bench bench(o);
+  norms(bench, o, c);
+  qk_transforms(bench, o, c);
+}
