@@ -51,9 +51,10 @@ Linear::Linear(LinearPolicy policy) : policy_(policy), workspace_(allocate_devic
 }
 
 // The transposed product to' = right' left' is asked for, whose column-major matrices are the row-major ones as they lie in memory.
-Linear::Plan Linear::make_plan(const Product& p) const {
+std::unique_ptr<Linear::Plan> Linear::make_plan(const Product& p) const {
   const Key& k = p.key;
-  Plan plan;
+  auto made = std::make_unique<Plan>();
+  Plan& plan = *made;
   check(cublasLtMatmulDescInit(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "describing a product");
   set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, static_cast<std::int32_t>(k.right_transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
   set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, static_cast<std::int32_t>(k.left_transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
@@ -68,7 +69,7 @@ Linear::Plan Linear::make_plan(const Product& p) const {
   void* const least_aligned = static_cast<char*>(workspace_.get()) + kAlignment;
   if (p.bias) set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, least_aligned);
   if (p.argument) {
-    if (k.m % 8 != 0) return plan;  // the epilogue's demand on the matrix's stride
+    if (k.m % 8 != 0) return made;  // the epilogue's demand on the matrix's stride
     set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, least_aligned);
     set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, k.m);
   }
@@ -88,13 +89,13 @@ Linear::Plan Linear::make_plan(const Product& p) const {
   // An unsupported combination is an answer, in either of these forms; anything else is a failure.
   if (s != CUBLAS_STATUS_NOT_SUPPORTED && s != CUBLAS_STATUS_INVALID_VALUE) check(s, "choosing an algorithm");
   plan.found = s == CUBLAS_STATUS_SUCCESS && found > 0 && plan.choice.state == CUBLAS_STATUS_SUCCESS;
-  return plan;
+  return made;
 }
 
 bool Linear::try_run(const Context& c, const Product& p) {
   auto at = plans_.find(p.key);
   if (at == plans_.end()) at = plans_.emplace(p.key, make_plan(p)).first;
-  Plan& plan = at->second;
+  Plan& plan = *at->second;
   if (!plan.found) return false;
   if (p.bias) set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, p.bias);
   if (p.argument) set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, p.argument);
@@ -178,13 +179,13 @@ std::vector<std::string> Linear::describe() const {
   for (const auto& [key, plan] : plans_) {
     std::string line = fmt::format("[{}, {}]{} x [{}, {}]{} -> {}{}: ", key.n, key.k, key.left_transposed ? "^T" : "", key.k, key.m,
                                    key.right_transposed ? "^T" : "", key.adds ? "f32, added" : "bf16", kNames[static_cast<int>(key.epilogue)]);
-    if (plan.found) {
-      const cublasLtMatmulAlgo_t& algo = plan.choice.algo;
+    if (plan->found) {
+      const cublasLtMatmulAlgo_t& algo = plan->choice.algo;
       line += fmt::format("algorithm {}, tile {}, stages {}, cluster {}, split {} (scheme {}), {:.1f} MiB workspace, {:.2f} waves",
                           get<std::int32_t>(algo, CUBLASLT_ALGO_CONFIG_ID), get<std::uint32_t>(algo, CUBLASLT_ALGO_CONFIG_TILE_ID),
                           get<std::uint32_t>(algo, CUBLASLT_ALGO_CONFIG_STAGES_ID), get<std::uint16_t>(algo, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID),
                           get<std::int32_t>(algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM), get<std::uint32_t>(algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME),
-                          static_cast<double>(plan.choice.workspaceSize) / (1 << 20), plan.choice.wavesCount);
+                          static_cast<double>(plan->choice.workspaceSize) / (1 << 20), plan->choice.wavesCount);
     } else {
       line += "no algorithm";
     }

@@ -70,7 +70,7 @@ class Linear {
     void operator()(cublasLtHandle_t h) const { cublasLtDestroy(h); }
   };
 
-  Plan make_plan(const Product& p) const;
+  std::unique_ptr<Plan> make_plan(const Product& p) const;
   /// False, with nothing done, where cuBLASLt has no algorithm.
   bool try_run(const Context& c, const Product& p);
   /// Throws std::logic_error there.
@@ -79,7 +79,7 @@ class Linear {
   LinearPolicy policy_;
   std::unique_ptr<cublasLtContext, Destroy> handle_;
   DeviceMemory workspace_;
-  std::map<Key, Plan> plans_;
+  std::map<Key, std::unique_ptr<Plan>> plans_;
 };
 
 /// kernels/ops.h's Classifier, for as many rows at a time as the workspace holds.

@@ -55,9 +55,7 @@ void time(const char* name, cudaStream_t stream, double flops, const std::functi
   std::fflush(stdout);
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run(int argc, char** argv) {
   const auto number = [&](int i, std::int64_t otherwise) { return argc > i ? std::atoll(argv[i]) : otherwise; };
   const std::int64_t rows = number(1, 65536), width = number(2, 1024), vocabulary = number(3, 50304), wide = 4 * width;
   const std::unique_ptr<Ops> ops = make_cuda_ops(0);
@@ -113,4 +111,15 @@ int main(int argc, char** argv) {
   std::printf("\nWhat cuBLASLt chose:\n");
   for (const std::string& line : fused.describe()) std::printf("  %s\n", line.c_str());
   return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return run(argc, argv);
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "tessera_bench_gemm_cuda: %s\n", e.what());
+    return 1;
+  }
 }

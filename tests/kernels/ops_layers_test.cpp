@@ -283,6 +283,16 @@ INSTANTIATE_TEST_SUITE_P(Sizes, Linear,
                          ::testing::Values(LinearSize{1, 1, 1}, LinearSize{1, 7, 3}, LinearSize{5, 1, 11}, LinearSize{67, 31, 13},
                                            LinearSize{300, 97, 20}, LinearSize{17, 1100, 5}, LinearSize{260, 270, 300}));
 
+TEST(Linear, GeluAloneGivesTheBitsOfTheFusedOne) {
+  constexpr std::int64_t kRows = 37, kIn = 24, kOut = 41;
+  Floats x = random_floats({kRows, kIn}, 1), w = random_floats({kOut, kIn}, 2), y({kRows, kOut}, NAN), z({kRows, kOut}, NAN),
+         again({kRows, kOut}, NAN);
+  ops().linear_forward({.x = x.tensor(), .w = w.tensor(), .y = y.tensor(), .activation = Activation::gelu, .pre_activation = z.tensor()});
+  ops().gelu(again.tensor(), z.tensor());
+  EXPECT_EQ(again.values, y.values);
+  EXPECT_THROW(ops().gelu(again.tensor(), x.tensor()), std::logic_error);
+}
+
 TEST(Linear, PartsOfTheBackwardMayBeLeftOut) {
   Floats dy = random_floats({9, 6}, 1), x = random_floats({9, 4}, 2), w = random_floats({6, 4}, 3), dx({9, 4}), only_dx({9, 4}), dw({6, 4}),
          only_dw({6, 4});

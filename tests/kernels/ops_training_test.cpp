@@ -244,6 +244,19 @@ TEST(AdamWTest, ANonFiniteNormChangesNothing) {
   }
 }
 
+TEST(AdamWTest, WeightsReceiveTheUpdatedParameters) {
+  Floats parameter = random_floats({20'000}, 1), gradient = random_floats({20'000}, 2), m({20'000}), v({20'000}), weights({20'000}, NAN);
+  Host<double> sumsq({1}, 1.0);
+  ops().adamw({.parameter = parameter.tensor(),
+               .gradient = gradient.tensor(),
+               .m = m.tensor(),
+               .v = v.tensor(),
+               .lr = 0.1f,
+               .weights = weights.tensor(),
+               .gradient_sumsq = sumsq.tensor()});
+  EXPECT_EQ(weights, parameter);
+}
+
 TEST(AdamWTest, WrongArgumentsAreRefused) {
   Floats x({8}), y({7});
   Host<double> sumsq({1});
