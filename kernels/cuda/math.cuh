@@ -20,16 +20,15 @@ __device__ __forceinline__ float exp2_fast(float x) {
 inline constexpr float kGeluSlope = 1.5957691216057308f;  // 2 sqrt(2/pi)
 inline constexpr float kGeluCubic = 0.044715f;
 
-/// e^(-2u), at most 2^120 so that 1 / (1 + e) is a normal number.
-__device__ __forceinline__ float gelu_exponential(float x) {
-  return exp2_fast(fminf(-kGeluSlope * kLog2e * x * fmaf(kGeluCubic * x, x, 1.0f), 120.0f));
-}
+/// log2 of e^(-2u).
+__device__ __forceinline__ float gelu_exponent(float x) { return -kGeluSlope * kLog2e * x * fmaf(kGeluCubic * x, x, 1.0f); }
 
-__device__ __forceinline__ float gelu(float x) { return __fdividef(x, 1.0f + gelu_exponential(x)); }
+__device__ __forceinline__ float gelu(float x) { return __fdividef(x, 1.0f + exp2_fast(gelu_exponent(x))); }
 
-/// s + x s (1 - s) 2u'(x). The factors go from small to large, so that no intermediate overflows where the result does not.
+/// s + x s (1 - s) 2u'(x), with 1 - s = e^(-2u) s. The bound keeps s from 0 and the power finite; the factors go from small to large. So no
+/// intermediate overflows up to |x| = 10^12.
 __device__ __forceinline__ float gelu_derivative(float x) {
-  const float e = gelu_exponential(x), s = __fdividef(1.0f, 1.0f + e);
+  const float e = exp2_fast(fminf(gelu_exponent(x), 120.0f)), s = __fdividef(1.0f, 1.0f + e);
   return s * fmaf(x * (e * s), kGeluSlope * fmaf(3.0f * kGeluCubic * x, x, 1.0f), 1.0f);
 }
 
