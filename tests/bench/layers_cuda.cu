@@ -1,12 +1,15 @@
 // Times the CUDA operations that memory bounds, at the size of GPT-2 Medium's micro-batch (65,536 rows x 1024, 16 heads of 64), and prints a line
-// each: milliseconds (median over the repeats, CUDA events), GB/s read and written, and the share of what a copy on the same GPU moves.
+// each (the optimizer with all its parameters, cross-entropy with a chunk of 10,240 rows): milliseconds (median over the repeats, CUDA events), GB/s
+// read and written, and the share of what a copy on the same GPU moves.
 //
 //   layers_cuda [--rows 65536] [--width 1024] [--heads 16] [--repeats 30] [--only SUBSTRING]
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -151,6 +154,87 @@ void qk_transforms(Bench& bench, const Options& o, const cuda::Context& c) {
   }
 }
 
+constexpr std::int64_t kVocabulary = 50257, kPaddedVocabulary = 50304;
+
+/// Tokens of ranks as text has them: as many between n and 2n as between 2n and 4n.
+std::vector<std::int32_t> text_tokens(std::int64_t rows, std::int64_t vocabulary) {
+  std::mt19937 generator(1);
+  std::uniform_real_distribution<double> logarithm(0, std::log(static_cast<double>(vocabulary)));
+  std::vector<std::int32_t> tokens(rows);
+  for (std::int32_t& t : tokens) t = static_cast<std::int32_t>(std::exp(logarithm(generator))) - 1;
+  return tokens;
+}
+
+void embeddings(Bench& bench, const Options& o, const cuda::Context& c) {
+  const double pass = 2.0 * o.rows * o.width;
+  constexpr std::int64_t kPositions = 1024;
+  const Values rows(DType::bf16, {o.rows, o.width}), wte(DType::bf16, {kPaddedVocabulary, o.width}), wpe(DType::bf16, {kPositions, o.width}),
+      dwte(DType::f32, {kPaddedVocabulary, o.width}), dwpe(DType::f32, {kPositions, o.width});
+  std::vector<std::int32_t> position(o.rows), byte(o.rows);
+  for (std::int64_t n = 0; n < o.rows; ++n)
+    position[n] = static_cast<std::int32_t>(n % kPositions), byte[n] = static_cast<std::int32_t>(n * 7919 % 6);
+  const Device<std::int32_t> token_memory(text_tokens(o.rows, kVocabulary)), position_memory(position), byte_memory(byte);
+  const auto indices = [&](const Device<std::int32_t>& d) { return Tensor(d.get(), DType::i32, {o.rows}); };
+  const Tensor tokens = indices(token_memory), positions = indices(position_memory), bytes = indices(byte_memory);
+  bench.time("embedding_forward", pass, [&] { cuda::embedding_forward(c, rows, tokens, positions, wte, wpe); });
+  bench.time("embedding_backward text", pass, [&] { cuda::embedding_backward(c, rows, tokens, {}, dwte, {}); });
+  bench.time("embedding_backward text, positions", 2 * pass, [&] { cuda::embedding_backward(c, rows, tokens, positions, dwte, dwpe); });
+  bench.time("embedding_backward six tokens", pass, [&] { cuda::embedding_backward(c, rows, bytes, {}, dwte, {}); });
+}
+
+void elementwise(Bench& bench, const Options& o, const cuda::Context& c) {
+  const Shape matrix{o.rows, 4 * o.width};
+  const double pass = 2.0 * matrix.numel();
+  const Values x(DType::bf16, matrix), y(DType::bf16, matrix), z(DType::bf16, matrix), sums(DType::f32, {4 * o.width});
+  bench.time("add", 3 * pass, [&] { cuda::add(c, z, x, y); });
+  bench.time("gelu_forward", 2 * pass, [&] { cuda::gelu_forward(c, y, x); });
+  bench.time("gelu_backward", 3 * pass, [&] { cuda::gelu_backward(c, y, x); });
+  bench.time("add_column_sums", pass, [&] { cuda::add_column_sums(c, sums, x); });
+  const Values narrow_sums(DType::f32, {o.width});
+  const Tensor narrow = static_cast<const Tensor&>(x).view({o.rows, o.width});
+  bench.time("add_column_sums, narrow", pass / 4, [&] { cuda::add_column_sums(c, narrow_sums, narrow); });
+}
+
+/// The 354 million parameters of GPT-2 Medium.
+void optimizer(Bench& bench, const cuda::Context& c) {
+  constexpr std::int64_t kParameters = 354871296;
+  const Values parameter(DType::f32, {kParameters}), gradient(DType::f32, {kParameters}), m(DType::f32, {kParameters}, 1e-3f),
+      v(DType::f32, {kParameters}, 1e-3f, 2e-3f), weights(DType::bf16, {kParameters});
+  const Device<double> total(std::vector<double>(2, 1.0));
+  const Tensor sum(total.get(), DType::f64, {1}), sumsq(total.get() + 1, DType::f64, {1});
+  const AdamW update{.parameter = parameter,
+                     .gradient = gradient,
+                     .m = m,
+                     .v = v,
+                     .decayed = kParameters - 300000,
+                     .lr = 1e-6f,
+                     .weight_decay = 0.1f,
+                     .update = 1000,
+                     .weights = weights,
+                     .gradient_sumsq = sumsq,
+                     .clip = 0.5f};
+  bench.time("adamw", 30.0 * kParameters, [&] { cuda::adamw(c, update); });
+  bench.time("add_sum_of_squares", 4.0 * kParameters, [&] { cuda::add_sum_of_squares(c, sum, gradient); });
+  bench.time("convert f32 to bf16", 6.0 * kParameters, [&] { cuda::convert(c, weights, parameter); });
+  bench.time("convert bf16 to f32", 6.0 * kParameters, [&] { cuda::convert(c, parameter, weights); });
+}
+
+void cross_entropies(Bench& bench, const cuda::Context& c) {
+  constexpr std::int64_t kRows = 10240;
+  for (const std::int64_t padded : {std::int64_t{256}, kPaddedVocabulary, std::int64_t{100352}, std::int64_t{131072}}) {
+    const std::int64_t vocabulary = padded == kPaddedVocabulary ? kVocabulary : padded;
+    const Values logits(DType::bf16, {kRows, padded}, 8);
+    const Device<std::int32_t> target(text_tokens(kRows, vocabulary)), prediction(kRows);
+    const Device<float> loss(kRows);
+    const Tensor targets(target.get(), DType::i32, {kRows}), predictions(prediction.get(), DType::i32, {kRows}),
+        losses(loss.get(), DType::f32, {kRows});
+    const double pass = 2.0 * kRows * padded;
+    const std::string name = "cross_entropy of " + std::to_string(padded);
+    bench.time(name + ", losses", pass, [&] { cuda::cross_entropy(c, logits, vocabulary, targets, losses, predictions, false, 1); });
+    bench.time(name, 2 * pass, [&] { cuda::cross_entropy(c, logits, vocabulary, targets, losses, {}, true, 1e-5f); });
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -184,4 +268,8 @@ int main(int argc, char** argv) {
   Bench bench(o);
   norms(bench, o, c);
   qk_transforms(bench, o, c);
+  embeddings(bench, o, c);
+  elementwise(bench, o, c);
+  optimizer(bench, c);
+  cross_entropies(bench, c);
 }
