@@ -11,10 +11,11 @@ A step is one micro-batch forward and backward, clipped, and AdamW (--accumulate
     softmax, GPT-2's     the same layers in Tessera: gpt2-medium-softmax.yaml with layernorm, biases and learned positions
     softmax              configs/gpt2-medium-softmax.yaml as it is
     sparse, untrained    configs/gpt2-medium-sparse.yaml with thresholds of 0, as a run begins: half of the edges active, every tile computed
-    sparse, few tiles    the same with thresholds so high that most tiles are empty (--threshold), as late in a run; the measured tile skip rate is beside it
+    sparse, few tiles    the same with thresholds so high that most tiles are empty (--threshold), as late in a run; the tile skip rate is beside it
 
-Every row runs in a process of its own, so that the device's memory is its own. tokens/s are medians; memory is what the device has in use at the end
-(of all processes: nothing else may run) and, for PyTorch, also the most that its allocator handed out.
+Every row runs in a process of its own, so that the device's memory is its own. tokens/s are medians of whole steps. "used" is what the device has in
+use at the end (of all processes: nothing else may run); beside it what Tessera planned, or the most that PyTorch's allocator handed out. MFU counts
+the work that is done (Tessera: active tiles), dense-eq. that of causal attention without skipping.
 """
 import argparse
 import json
@@ -134,7 +135,7 @@ def pytorch_row(o, micro_batch):
 def tessera_row(o, micro_batch, config, sets):
     step = micro_batch * o.context * o.accumulate
     sets = [f"model.context={o.context}", f"train.micro_batch={micro_batch}", f"train.tokens_per_step={step}"] + sets + o.set
-    command = [o.tessera, "bench", "step", "--device", "cuda", "--config", str(CONFIGS / config), "--json", "--seconds", str(o.seconds)]
+    command = [o.tessera, "bench", "step", "--device", "cuda", "--config", str(CONFIGS / config), "--json", "--steps", "5", "--seconds", str(o.seconds)]
     for s in sets:
         command += ["--set", s]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -200,9 +201,12 @@ def main():
             print(f"speed of light: bf16 GEMM {first['gemm_gflops'] / 1e3:.0f} TFLOP/s, copy {first['copy_gbytes'] / 1e3:.2f} TB/s")
         print(f"{'':20}{'tokens/s':>10}{'step ms':>9}{'ratio':>7}{'MFU':>7}{'dense-eq.':>10}{'used GiB':>10}{'planned/alloc.':>15}{'edges 0':>9}{'tiles skipped':>15}")
         base = dict(results).get("pytorch")
+        if base and "mfu_dense_equivalent" in first:  # the same work a token as the first of Tessera's rows, up to embeddings
+            base["mfu"] = base["mfu_dense_equivalent"] = first["mfu_dense_equivalent"] / first["tokens_per_s"] * base["tokens_per_s"]
         for name, r in results:
             planned = r.get("planned_bytes", r.get("allocated_bytes"))
-            line = f"{name:20}{r['tokens_per_s']:>10.0f}{r['step_ms']:>9.1f}{r['tokens_per_s'] / base['tokens_per_s'] if base else math.nan:>7.3f}"
+            line = f"{name:20}{r['tokens_per_s']:>10.0f}{r['step_ms']:>9.1f}"
+            line += f"{r['tokens_per_s'] / base['tokens_per_s']:>7.3f}" if base else f"{'-':>7}"
             line += "".join(f"{100 * r[key]:>{width - 1}.1f}%" if r.get(key) else f"{'-':>{width}}" for key, width in (("mfu", 7), ("mfu_dense_equivalent", 10)))
             line += f"{gib(r.get('used_bytes')):>10}{gib(planned):>15}"
             line += f"{r['edge_sparsity']:>9.4f}{r['tile_skip_rate']:>15.4f}" if "edge_sparsity" in r else f"{'-':>9}{'-':>15}"

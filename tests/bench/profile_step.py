@@ -5,9 +5,9 @@ Nsight Compute (ncu), summed by name.
     python3 tests/bench/profile_step.py build/release/tessera --config configs/gpt2-medium-sparse.yaml --set train.micro_batch=8
 
 Arguments after the binary are those of `tessera bench step`. ncu measures one counter a kernel, the duration, at the clocks that the GPU chooses
-and with its caches as they are: about 20 ms of overhead a kernel, so a step of 24 layers takes about half a minute at any micro-batch. Kernels that
-overlap in a real step are timed one after another here: compare the sum with the measured step. Needs the right to read counters (root, or the
-driver's NVreg_RestrictProfilingToAdminUsers=0).
+and with its caches as they are. Its overhead is tens of milliseconds a kernel, and a step of 24 layers has about a thousand: half a minute or so,
+hardly more with a larger micro-batch. Kernels that overlap in a real step are timed one after another here: compare the sum with the measured step.
+Needs the right to read counters: root, or the driver's NVreg_RestrictProfilingToAdminUsers=0.
 """
 import csv
 import re

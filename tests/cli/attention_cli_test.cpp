@@ -297,19 +297,5 @@ TEST_F(AttentionCommand, DatasetsWithoutEffectAreNamed) {
   EXPECT_NE(outcome.err.find("dataset scale has no effect here"), std::string::npos) << outcome.err;
 }
 
-TEST(BenchCommand, AttentionReportsTilesTimesAndEqualBits) {
-  const auto outcome = run_tessera("bench attention --tokens 256 --heads 2 --head-size 32 --tile 32x16 --active-share 0.25 --seconds 0.001 --json");
-  ASSERT_EQ(outcome.code, 0) << outcome.err;
-  EXPECT_NE(outcome.out.find("\"same_bits\": true"), std::string::npos) << outcome.out;
-  EXPECT_NE(outcome.out.find("\"visible_tiles\": 144"), std::string::npos) << outcome.out;
-  EXPECT_EQ(run_tessera("bench attention --gate tanh").code, 2);
-  EXPECT_EQ(run_tessera("bench attention --device abacus").code, 2);
-  EXPECT_EQ(run_tessera("bench attention --head-size 12").code, 2);
-  EXPECT_EQ(run_tessera("bench attention --tile 12").code, 2);
-  const auto gemm = run_tessera("bench gemm --tokens 64 --width 32 --vocabulary 128 --seconds 0.001 --json");
-  EXPECT_EQ(gemm.code, 0) << gemm.err;
-  EXPECT_NE(gemm.out.find("\"weight_gradient_gflops\""), std::string::npos);
-}
-
 }  // namespace
 }  // namespace tessera

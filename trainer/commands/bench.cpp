@@ -103,7 +103,7 @@ SpeedOfLight measure_speed_of_light(Ops& ops, double seconds) {
     light.gemm_gflops = 2.0 * std::pow(static_cast<double>(n), 3) / time_ms(ops, seconds, [&] { ops.linear_forward(product); }) * 1e-6;
   }
   BenchMemory memory(ops);
-  const std::int64_t elements = (gpu ? std::int64_t{1} << 30 : std::int64_t{1} << 28) / 4;  // more than any cache
+  const std::int64_t elements = (gpu ? std::int64_t{1} << 30 : std::int64_t{1} << 26) / 4;  // more than caches hold
   const Tensor from = memory.zeros(DType::f32, {elements}), to = memory.zeros(DType::f32, {elements});
   light.copy_gbytes = 2.0 * static_cast<double>(from.bytes()) / time_ms(ops, seconds, [&] { ops.copy(to, from); }) * 1e-6;
   return light;

@@ -39,7 +39,7 @@ AttentionConfig configuration(const AttentionBench& o) {
 
 /// One problem on the device, and the calls on it.
 struct Problem {
-  Problem(Ops& ops, const AttentionBench& o);
+  Problem(Ops& ops, const AttentionBench& o, const AttentionConfig& config);
 
   Ops& ops;
   BenchMemory memory;
@@ -55,8 +55,7 @@ struct Problem {
   }
 };
 
-Problem::Problem(Ops& device, const AttentionBench& o) : ops(device), memory(device) {
-  const AttentionConfig config = configuration(o);
+Problem::Problem(Ops& device, const AttentionBench& o, const AttentionConfig& config) : ops(device), memory(device) {
   const std::int64_t B = o.batch, H = o.heads, T = o.tokens, D = o.head_size;
   const auto map = make_tile_map(config.pattern, 0, static_cast<int>(H), T, config.tile_query, config.tile_key);
   tiles = ops.upload_tiles(map);
@@ -140,8 +139,9 @@ Timing measure(Problem& p, Visit visit, double seconds) {
 }
 
 Json run(const AttentionBench& o) {
+  const AttentionConfig config = configuration(o);  // what is wrong with the options comes before what the device lacks
   const auto ops = o.make_ops();
-  Problem p(*ops, o);
+  Problem p(*ops, o, config);
   const Timing all = measure(p, Visit::all, o.seconds), active = measure(p, Visit::active, o.seconds);
   const bool same_bits = all.outputs == active.outputs;
 

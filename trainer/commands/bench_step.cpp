@@ -136,8 +136,10 @@ Json measure(const Options& o, const Config& c, Ops& ops) {
   const double useful = tokens_per_s * (flops.dense + flops.attention_causal * (1 - shares.tile_skip_rate)),
                dense = tokens_per_s * (flops.dense + flops.attention_causal),
                peak = c.run.peak_tflops > 0 ? c.run.peak_tflops * 1e12 : ops.peak_flops();
+  const std::size_t libraries = library_bytes(ops.kind());
   Json bytes = Json::object();
   for (int n = 0; n < kMemoryCategories; ++n) bytes[name_of(static_cast<MemoryCategory>(n))] = p.state.plan.bytes(static_cast<MemoryCategory>(n));
+  if (libraries > 0) bytes["device libraries"] = libraries;
   Json r = {{"device", ops.device_name()},
             {"type", name_of(compute_type(ops.kind()))},
             {"timing", timing_of(ops)},
@@ -158,7 +160,7 @@ Json measure(const Options& o, const Config& c, Ops& ops) {
             {"edge_sparsity", shares.edge_sparsity},
             {"tile_skip_rate", shares.tile_skip_rate},
             {"tile", {c.model.attention.tile_query, c.model.attention.tile_key}},
-            {"planned_bytes", p.state.plan.total_bytes()},
+            {"planned_bytes", p.state.plan.total_bytes() + libraries},
             {"planned_bytes_by_category", bytes}};
   if (peak > 0) {
     r["mfu"] = useful / peak;

@@ -1,0 +1,147 @@
+// tessera bench: what its reports say must follow from one another, on the CPU and on a GPU.
+
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "tests/cli/gpu.h"
+#include "tests/cli/run_tessera.h"
+
+namespace tessera {
+namespace {
+
+using Json = nlohmann::json;
+
+Json json_of(const std::string& arguments) {
+  const Outcome outcome = run_tessera(arguments + " --json");
+  EXPECT_EQ(outcome.code, 0) << outcome.err;
+  return outcome.code == 0 ? Json::parse(outcome.out) : Json();
+}
+
+bool has(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+const std::string kSmall =
+    " --set model.layers=2 --set model.width=128 --set model.heads=2 --set model.context=128 --set train.micro_batch=2 --set "
+    "train.tokens_per_step=1024";
+
+/// A report of `bench step` on the small model: two layers of two heads of 64, four micro-batches a step.
+void expect_consistent(const Json& r, const std::string& device) {
+  ASSERT_TRUE(r.is_object());
+  const auto number = [&](const char* key) { return r.at(key).get<double>(); };
+  EXPECT_EQ(r["tokens_per_step"], 1024);
+  EXPECT_EQ(r["micro_batch_tokens"], 256);
+  EXPECT_EQ(r["micro_batches"], 4);
+  EXPECT_NEAR(number("tokens_per_s"), 1024 / number("step_ms") * 1e3, 1e-6 * number("tokens_per_s"));
+  if (r["steps_measured"] == 0) {
+    EXPECT_NEAR(number("step_ms"), 4 * number("micro_batch_ms") + number("update_ms"), 1e-9 * number("step_ms"));
+  }
+  EXPECT_GT(number("forward_ms"), 0);
+  EXPECT_GT(number("gemm_gflops"), 0);
+  EXPECT_GT(number("copy_gbytes"), 0);
+  EXPECT_NEAR(number("share_of_gemm"), number("gflops") / number("gemm_gflops"), 1e-9);
+  // 6 FLOPs a token for each parameter of a matrix product, 12 x width for each of the (T + 1) / 2 keys that a query sees, in both layers.
+  const double dense = 6 * (2 * 12 * 128 * 128 + 128 * 4096) + 2 * 12 * 128 * 64.5;
+  EXPECT_NEAR(number("gflops_dense_equivalent"), number("tokens_per_s") * dense / 1e9, 1e-3 * number("gflops_dense_equivalent"));
+  EXPECT_LE(number("gflops"), number("gflops_dense_equivalent"));
+  EXPECT_GE(number("edge_sparsity"), number("tile_skip_rate"));
+  // The plan that a run would make.
+  const Json plan = json_of("plan " TESSERA_CONFIGS "/tiny.yaml --set model.vocabulary=4096 --set data.path= --set attention.tile.query=64" + kSmall +
+                            " --set attention.tile.key=64 --set device=" + device);
+  ASSERT_TRUE(plan.is_object());
+  EXPECT_EQ(r["planned_bytes"], plan["bytes_per_rank"]["total"]);
+  EXPECT_EQ(r["parameters"], plan["parameters"]);
+}
+
+TEST(BenchCommand, StepReportsItsParts) {
+  const Json r = json_of("bench step --seconds 0.01 --set run.peak_tflops=2" + kSmall);
+  expect_consistent(r, "cpu");
+  EXPECT_EQ(r["steps_measured"], 0);
+  EXPECT_EQ(r["type"], "f32");
+  EXPECT_EQ(r["tile_skip_rate"], 0.0);
+  EXPECT_NEAR(r["edge_sparsity"].get<double>(), 0.5, 0.1);  // an untrained model's scores are around 0, where the thresholds are
+  ASSERT_TRUE(r.contains("mfu"));
+  EXPECT_NEAR(r["mfu"].get<double>(), r["gflops"].get<double>() / 2000, 1e-12);
+  EXPECT_FALSE(r.contains("used_bytes"));
+}
+
+TEST(BenchCommand, StepTimesWholeSteps) {
+  // Scores are at most scale_init = 8: nothing passes a threshold of 9.
+  const Json r = json_of("bench step --seconds 0.01 --steps 3 --set attention.threshold.init=9" + kSmall);
+  expect_consistent(r, "cpu");
+  EXPECT_GE(r["steps_measured"].get<int>(), 3);
+  EXPECT_EQ(r["edge_sparsity"], 1.0);
+  EXPECT_EQ(r["tile_skip_rate"], 1.0);
+  EXPECT_FALSE(r.contains("mfu"));  // of a device whose peak nobody said
+  const Outcome text = run_tessera("bench step --seconds 0.01 --steps 3" + kSmall);
+  EXPECT_EQ(text.code, 0) << text.err;
+  EXPECT_TRUE(has(text.out, "whole steps")) << text.out;
+}
+
+TEST(BenchCommand, AttentionReportsTilesTimesAndEqualBits) {
+  const Json r = json_of("bench attention --tokens 256 --heads 2 --head-size 32 --tile 32x16 --active-share 0.25 --seconds 0.001");
+  ASSERT_TRUE(r.is_object());
+  EXPECT_EQ(r["same_bits"], true);
+  EXPECT_EQ(r["visible_tiles"], 144);
+  EXPECT_NEAR(r["active_tile_share"].get<double>(), 0.25, 0.1);
+  EXPECT_EQ(run_tessera("bench attention --gate tanh").code, 2);
+  EXPECT_EQ(run_tessera("bench attention --device abacus").code, 2);
+  EXPECT_EQ(run_tessera("bench attention --head-size 12").code, 2);
+  EXPECT_EQ(run_tessera("bench attention --tile 12").code, 2);
+}
+
+TEST(BenchCommand, GemmReportsEveryLayer) {
+  const Json r = json_of("bench gemm --tokens 64 --width 32 --vocabulary 128 --seconds 0.001");
+  ASSERT_TRUE(r.is_object());
+  ASSERT_EQ(r["layers"].size(), 5u);
+  for (const auto& layer : r["layers"])
+    for (const char* key : {"forward_gflops", "input_gradient_gflops", "weight_gradient_gflops"}) EXPECT_GT(layer[key].get<double>(), 0) << layer;
+}
+
+TEST(BenchCommand, ADeviceThatCannotBeUsedIsTwo) {
+  if (no_gpu().empty()) GTEST_SKIP() << "there is a GPU";
+  for (const std::string what : {"step", "gemm", "attention"}) {
+    const Outcome outcome = run_tessera("bench " + what + " --device cuda");
+    EXPECT_EQ(outcome.code, 2) << what;
+    EXPECT_TRUE(outcome.err.starts_with("tessera: error: device cuda: ")) << outcome.err;
+    EXPECT_EQ(outcome.out, "");
+  }
+  const Outcome profile = run_tessera("bench step --profile");
+  EXPECT_EQ(profile.code, 2);
+  EXPECT_TRUE(has(profile.err, "--device cuda")) << profile.err;
+}
+
+TEST(BenchCommand, WhatTheGpuDoesNotComputeIsTwo) {
+  for (const std::string options : {"--head-size 32", "--tile 32", "--tile 64x128"}) {
+    const Outcome outcome = run_tessera("bench attention --device cuda " + options);
+    EXPECT_EQ(outcome.code, 2) << options;
+    EXPECT_TRUE(has(outcome.err, "device cuda")) << outcome.err;
+    EXPECT_TRUE(has(outcome.err, "expected")) << outcome.err;
+  }
+}
+
+TEST(BenchCommand, OnAGpu) {
+  TESSERA_NEEDS_GPU();
+  const Json step = json_of("bench step --device cuda --seconds 0.05 --steps 3" + kSmall);
+  expect_consistent(step, "cuda");
+  EXPECT_EQ(step["type"], "bf16");
+  EXPECT_GT(step["used_bytes"].get<double>(), 0);
+  EXPECT_GT(step["copy_gbytes"].get<double>(), 100);  // any GPU with bf16 does better
+  EXPECT_GT(step["gemm_gflops"].get<double>(), 10000);
+  if (step.contains("mfu")) {
+    EXPECT_GT(step["mfu"].get<double>(), 0);
+    EXPECT_LT(step["mfu"].get<double>(), 1);
+  }
+  const Json attention = json_of("bench attention --device cuda --tokens 4096 --heads 4 --active-share 0.1 --seconds 0.01");
+  ASSERT_TRUE(attention.is_object());
+  EXPECT_EQ(attention["same_bits"], true);
+  EXPECT_EQ(attention["visible_tiles"], 4 * 64 * 65 / 2);
+  EXPECT_NEAR(attention["active_tile_share"].get<double>(), 0.1, 0.05);
+  const Json gemm = json_of("bench gemm --device cuda --tokens 1024 --width 512 --vocabulary 4096 --seconds 0.01");
+  ASSERT_TRUE(gemm.is_object());
+  EXPECT_EQ(gemm["type"], "bf16");
+  EXPECT_EQ(run_tessera("bench step --device cuda --profile" + kSmall).code, 0);
+}
+
+}  // namespace
+}  // namespace tessera
