@@ -5,7 +5,6 @@
 #include <fmt/format.h>
 #include <nccl.h>
 
-#include <atomic>
 #include <chrono>
 #include <future>
 #include <memory>
@@ -32,8 +31,7 @@ inline void check_nccl(ncclResult_t code, const char* what) {
   if (code != ncclSuccess) throw std::runtime_error(fmt::format("NCCL {}: {}", what, nccl_problem(code)));
 }
 
-/// NCCL's communicator and all calls on it: one at a time, since the watchdog asks for errors while the owner issues collectives, and none any more
-/// once the job is being ended.
+/// NCCL's communicator and all calls on it: one at a time, since the watchdog asks for errors while the owner issues collectives.
 class NcclLink {
  public:
   /// With the other ranks of `host`. What NCCL has begun may outlive an error: then abort().
@@ -61,7 +59,7 @@ class NcclLink {
     const Clock::time_point start = Clock::now();
     ncclResult_t code = ncclSuccess;
     {
-      const auto lock = enter();
+      const std::lock_guard lock(mutex_);
       code = function();
     }
     for (int polls = 0; code == ncclInProgress; ++polls) {
@@ -75,7 +73,7 @@ class NcclLink {
       } else {
         std::this_thread::sleep_for(std::chrono::microseconds(100));
       }
-      const auto lock = enter();
+      const std::lock_guard lock(mutex_);
       const ncclResult_t asked = ncclCommGetAsyncError(comm_, &code);
       if (asked != ncclSuccess) code = asked;
     }
@@ -90,49 +88,36 @@ class NcclLink {
   /// What NCCL reports of work under way; "" when nothing, or when the owner is in a call just now.
   std::string error() {
     const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock || ended_) return "";
+    if (!lock) return "";
     ncclResult_t code = ncclSuccess;
     const ncclResult_t asked = ncclCommGetAsyncError(comm_, &code);
     if (asked != ncclSuccess) code = asked;
     return code == ncclSuccess || code == ncclInProgress ? "" : nccl_problem(code);
   }
 
+  // The ends, for the owner when nobody watches any more.
+
   /// In order, with the other ranks.
   void close(double limit) {
     const auto finalize = [&] { return ncclCommFinalize(comm_); };
     call("end", finalize, limit);
-    const auto lock = enter();
-    ended_ = true;
     const ncclResult_t code = ncclCommDestroy(std::exchange(comm_, nullptr));
     if (code != ncclInProgress) check_nccl(code, "end");  // there is nothing left to ask whether it is done
   }
 
-  /// Stops what runs on the GPU and cuts the connections. Calls under way in another thread do not return any more.
+  /// Stops what runs on the GPU, whose results are then garbage, and cuts the connections.
   static void abort(const std::shared_ptr<NcclLink>& link) {
-    static constexpr std::chrono::seconds kLimit(3);  // ncclCommAbort may itself hang
-    link->ended_ = true;
     auto done = std::make_shared<std::promise<void>>();
     const auto future = done->get_future();
     std::thread([link, done] {
-      const std::unique_lock lock(link->mutex_, kLimit);
-      if (lock && link->comm_) ncclCommAbort(std::exchange(link->comm_, nullptr));
+      if (link->comm_) ncclCommAbort(std::exchange(link->comm_, nullptr));
       done->set_value();
     }).detach();
-    future.wait_for(kLimit);
+    future.wait_for(std::chrono::seconds(3));  // it may itself hang
   }
 
  private:
-  std::unique_lock<std::timed_mutex> enter() {
-    std::unique_lock lock(mutex_);
-    if (ended_) {
-      lock.unlock();
-      while (true) std::this_thread::sleep_for(std::chrono::hours(1));  // the process is being ended
-    }
-    return lock;
-  }
-
-  std::timed_mutex mutex_;
-  std::atomic<bool> ended_ = false;
+  std::mutex mutex_;
   ncclComm_t comm_ = nullptr;
 };
 

@@ -159,7 +159,8 @@ class NcclWatchdog {
     }
   }
 
-  /// One line on stderr, then the end of the process; the launcher ends the other ranks, and those that NCCL tells of it have said their line.
+  /// One line on stderr, then the end of the process, at which the launcher ends the other ranks. The collectives are not aborted: the owner's
+  /// thread, which waits for them, would go on with garbage, and might save it.
   [[noreturn]] void end(const std::string& what) {
     if (ending_.exchange(true)) {
       while (true) std::this_thread::sleep_for(std::chrono::hours(1));
@@ -176,8 +177,7 @@ class NcclWatchdog {
                     who_, what, under_way, finished);
     std::fwrite(line.data(), 1, line.size(), stderr);  // one write: lines of several ranks do not mix
     std::fflush(stderr);
-    NcclLink::abort(link_);
-    // The other ranks, whose NCCL notices the abort, say their line before the launcher ends them.
+    // Other ranks that wait as long say their line before the launcher ends them.
     std::this_thread::sleep_for(std::chrono::seconds(1));
     std::_Exit(1);
   }
