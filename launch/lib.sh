@@ -44,6 +44,29 @@ configure_and_build() {
   cmake --build "$folder" --target "$@" || die "the build failed (see above)"
 }
 
+# gpus: how many GPUs the driver shows.
+gpus() {
+  local n=0
+  if command -v nvidia-smi >/dev/null; then n=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || true; fi
+  echo "${n:-0}"
+}
+
+# cuda_architecture: of the GPU here, as CMAKE_CUDA_ARCHITECTURES takes it; where there is none, Hopper's. 90a: with the instructions that only Hopper has.
+cuda_architecture() {
+  local capability=''
+  [ "$(gpus)" = 0 ] || capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -V | head -n 1 | tr -d '. ') || true
+  case $capability in ''|90) echo 90a ;; *) echo "$capability" ;; esac
+}
+
+# cuda_missing: what a build with CUDA lacks here; nothing printed when it lacks nothing. Needs g++.
+cuda_missing() {
+  local nvcc toolkit
+  nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null) || { echo "nvcc (the CUDA Toolkit)"; return; }
+  toolkit=$(dirname "$(dirname "$(readlink -f "$nvcc")")")
+  echo '#include <cublasLt.h>' | g++ -E -x c++ -I"$toolkit/include" - >/dev/null 2>&1 || { echo "cuBLASLt (apt-get install libcublas-dev-MAJOR-MINOR)"; return; }
+  echo '#include <nccl.h>' | g++ -E -x c++ -I"$toolkit/include" - >/dev/null 2>&1 || echo "NCCL (apt-get install libnccl-dev)"
+}
+
 # OpenMPI refuses to run as root unless told twice that this is meant; containers are root.
 if [ "$(id -u)" -eq 0 ]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
 

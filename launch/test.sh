@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what is missing, builds everything with warnings as errors, runs every test. CUDA code is compiled where nvcc is found;
-# GPU tests skip, saying so, where there is no GPU.
+# Installs what is missing, builds everything with warnings as errors, runs every test. CUDA code is compiled where nvcc is found, for the GPU that
+# is there; GPU tests skip, saying so, where there is none.
 #   ./launch/test.sh              release build and all tests
 #   ./launch/test.sh --sanitize   the same tests under AddressSanitizer and UndefinedBehaviorSanitizer (no CUDA)
 #   ./launch/test.sh -R PATTERN   arguments go to ctest
@@ -16,10 +16,10 @@ say "Building (preset $preset)"
 launcher=()
 command -v ccache >/dev/null && launcher=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
 cd "$root"
-cmake --preset "$preset" "${launcher[@]}"
+cmake --preset "$preset" -DTESSERA_CUDA_ARCHITECTURES="$(cuda_architecture)" "${launcher[@]}"
 cmake --build --preset "$preset"
 
-say "Testing"
+if [ "$(gpus)" = 0 ]; then say "Testing (no GPU here: GPU tests skip)"; else say "Testing, on $(gpus) GPU(s) too where CUDA code was built"; fi
 export OMPI_MCA_rmaps_base_oversubscribe=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Leaks are not looked for: OpenMPI and HDF5 keep memory until the process ends.
 export ASAN_OPTIONS=detect_leaks=0
