@@ -201,7 +201,7 @@ struct Backward {
   Doubles dy, x, gain;
   Reference statistics;
   BackwardReference before;
-  OnDevice d_dy, d_x, d_gain, d_mean, d_rstd, dx, dgain, dbias;
+  OnDevice d_dy, d_x, d_gain, d_mean, d_rstd, dx, dgain, dbias, scratch;
   NormBackward b;
 
   explicit Backward(const Case& c_)
@@ -218,7 +218,8 @@ struct Backward {
         d_rstd(DType::f32, {c.rows}, f32(statistics.rstd)),
         dx(DType::bf16, {c.rows, c.columns}),
         dgain(DType::f32, {c.columns}),
-        dbias(DType::f32, {c.columns}) {
+        dbias(DType::f32, {c.columns}),
+        scratch(DType::f32, {static_cast<std::int64_t>(cuda::norm_backward_scratch(c.columns) / sizeof(float))}) {
     b.kind = c.kind, b.dy = d_dy, b.x = d_x, b.gain = d_gain, b.rstd = d_rstd, b.dx = dx, b.dgain = dgain;
     if (c.kind == NormKind::layernorm) b.mean = d_mean;
     if (c.bias) b.dbias = dbias;
@@ -226,7 +227,9 @@ struct Backward {
   void run() {
     dx.set(before.dx), dgain.set(before.dgain);
     if (c.bias) dbias.set(before.dbias);
-    cuda::norm_backward(context(), b);
+    cuda::Context mine = context();
+    mine.scratch = scratch.tensor().data, mine.scratch_bytes = scratch.tensor().bytes();
+    cuda::norm_backward(mine, b);
   }
 };
 
@@ -241,6 +244,7 @@ TEST(CudaNorm, BackwardMatchesTheDefinition) {
     expect_within_twice(op.dx.doubles(), exact.dx, bf16(exact.dx), "dx");
     expect_close(op.dgain.doubles(), exact.dgain, kStatistics, "dgain");
     if (c.bias) expect_close(op.dbias.doubles(), exact.dbias, kStatistics, "dbias");
+    op.scratch.bytes();  // checks that nothing behind it was written
   }
 }
 
