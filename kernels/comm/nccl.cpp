@@ -6,6 +6,7 @@
 #include <nccl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -24,6 +25,9 @@
 
 namespace tessera {
 namespace {
+
+/// Ranks load their libraries first, each in its own time.
+constexpr double kSetUpSeconds = 60;
 
 std::string host_name() {
   char name[256] = "";
@@ -53,7 +57,7 @@ class NcclCommunicator final : public Communicator {
     cuda::check(cudaSetDevice(device), "device of the operations");
     link_ = std::make_shared<comm::NcclLink>();
     try {
-      link_->open(host_, options.deadline_seconds);
+      link_->open(host_, std::max(options.deadline_seconds, kSetUpSeconds));
     } catch (...) {
       comm::NcclLink::abort(link_);
       throw;

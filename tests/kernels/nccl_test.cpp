@@ -146,7 +146,7 @@ INSTANTIATE_TEST_SUITE_P(Nccl, NcclRanks, ::testing::Values(1, 2, 4));
 
 TEST(Nccl, ALongOperationBeforeACollectiveIsNoFailure) {
   SKIP_WITHOUT_GPU();
-  const Result r = on_ranks(2, "patient 3 share");
+  const Result r = on_ranks(2, "patient 6 share");
   EXPECT_EQ(r.code, 0) << r;
 }
 
@@ -162,16 +162,16 @@ void expect_the_end(const Result& r) {
 
 TEST(Nccl, ARankThatEndsTakesTheOthersWithIt) {
   SKIP_WITHOUT_GPU();
-  expect_the_end(on_ranks(2, "exit 5 share"));
+  expect_the_end(on_ranks(2, "exit 10 share"));
 }
 
 TEST(Nccl, ARankThatHangsIsNotWaitedForLongerThanTheDeadline) {
   SKIP_WITHOUT_GPU();
-  for (const char* arguments : {"hang 5 share", "queue 5 share"}) {
+  for (const char* arguments : {"hang 10 share", "queue 10 share"}) {
     const Result r = on_ranks(2, arguments);
     expect_the_end(r);
     EXPECT_EQ(r.code, 1) << r;
-    EXPECT_TRUE(r.says(": waited 5 s in a collective; ") || r.says(": CUDA has not answered for ")) << r;
+    EXPECT_TRUE(r.says(": waited 10 s in a collective; ") || r.says(": CUDA has not answered for ")) << r;
   }
 }
 
