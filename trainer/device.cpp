@@ -80,15 +80,6 @@ std::unique_ptr<Ops> make_ops(const std::string& device, int threads, const Para
 Device::Device(const std::string& device, int threads, const ParallelConfig& parallel, Communicator& host)
     : ops_(make_ops(device, threads, parallel, host)), own_(make_own(parallel, host, *ops_)), comm_(own_ ? *own_ : host) {}
 
-int ranks_on_device(DeviceKind kind, const ParallelConfig& parallel, const Communicator& host) {
-  if (kind == DeviceKind::cpu) return host.local_size();
-#ifdef TESSERA_HAS_CUDA
-  if (parallel.share_gpu) return (host.local_size() + cuda_device_count() - 1) / cuda_device_count();
-#endif
-  (void)parallel;
-  return 1;
-}
-
 std::size_t device_memory_used(Ops& ops) {
 #ifdef TESSERA_HAS_CUDA
   if (ops.kind() == DeviceKind::cuda) return cuda_memory_used(ops);

@@ -40,9 +40,6 @@ class Device {
   Communicator& comm_;
 };
 
-/// Ranks of this host that share the memory of one device, this one included.
-int ranks_on_device(DeviceKind kind, const ParallelConfig& parallel, const Communicator& host);
-
 /// Bytes in use on the device, by every process on it; 0 where that is not known (the CPU).
 std::size_t device_memory_used(Ops& ops);
 

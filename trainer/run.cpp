@@ -21,6 +21,7 @@
 #include "trainer/host_threads.h"
 #include "trainer/metrics.h"
 #include "trainer/open_data.h"
+#include "trainer/preflight.h"
 #include "trainer/progress.h"
 #include "trainer/run_folder.h"
 #include "trainer/schedule.h"
@@ -123,14 +124,10 @@ void Trainer::prepare() {
   const int threads = threads_for_rank(comm_, config_.run.threads);
   device_ = std::make_unique<Device>(config_.device, threads, config_.parallel, comm_);
   Ops& ops = device_->ops();
-  // Each rank on a device may have its share of what was free before any of them took something.
-  std::size_t memory = 0;
+  agree(comm_, [&] { state_ = std::make_unique<TrainState>(config_, ops, rank, ranks); });
+  preflight({comm_, device_->comm(), ops, state_->plan.total_bytes()});
   agree(comm_, [&] {
-    state_ = std::make_unique<TrainState>(config_, ops, rank, ranks);
-    memory = ops.memory_available() / static_cast<std::size_t>(ranks_on_device(ops.kind(), config_.parallel, comm_));
-  });
-  agree(comm_, [&] {
-    state_->plan.allocate(ops, memory);
+    state_->plan.allocate(ops);
     state_->bind(ops, device_->comm());
     step_ = std::make_unique<TrainStep>(*state_, ops, device_->comm());
     if (start_.checkpoint.empty()) {

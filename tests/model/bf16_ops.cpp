@@ -204,7 +204,13 @@ class Bf16Ops final : public Ops {
 
   void add_sum(const Tensor& out, const Tensor& x) override { cpu_->add_sum(out, x); }
   void add_sum_of_squares(const Tensor& out, const Tensor& x) override { cpu_->add_sum_of_squares(out, x); }
-  void adamw(const AdamW&) override { throw std::logic_error("the model calls no optimizer"); }
+  void adamw(const AdamW& a) override {
+    AdamW master = a;
+    master.weights = {};
+    cpu_->adamw(master);
+    const float* from = a.parameter.as<float>();
+    std::transform(from, from + a.parameter.numel(), bf16(a.weights), to_bf16);
+  }
   void update_thresholds(const ThresholdUpdate& a) override { cpu_->update_thresholds(a); }
 
  private:

@@ -31,14 +31,16 @@ Config small_config() {
 struct Rank {
   Rank(const Config& config, Communicator& comm) : ops(make_cpu_ops(1)), state(config, *ops, comm.rank(), comm.size()) {
     state.plan.allocate(*ops);
-    state.model.bind();
+    state.bind(*ops, comm);
   }
   void fill() {
-    state.model.initialize(7);
+    state.initialize(7);
     std::vector<float> m, v;
-    for (std::int64_t i = 0; i < state.optimizer.count(); ++i) {
-      m.push_back(0.5f + static_cast<float>(state.optimizer.first() + i));
-      v.push_back(0.25f * static_cast<float>(state.optimizer.first() + i));
+    for (const auto& s : state.optimizer.segments()) {
+      for (std::int64_t i = s.first; i < s.first + s.count; ++i) {
+        m.push_back(0.5f + static_cast<float>(i));
+        v.push_back(0.25f * static_cast<float>(i));
+      }
     }
     ops->upload(state.optimizer.m(), m.data());
     ops->upload(state.optimizer.v(), v.data());
@@ -92,7 +94,7 @@ TEST_F(CheckpointTest, ComesBackExactlyOnAnyNumberOfRanks) {
         load_model(directory, rank.state.model, *rank.ops);
         load_optimizer(directory, rank.state.model.layout(), rank.state.optimizer, *rank.ops);
         const auto same = [&](const Tensor& a, const Tensor& b) { return std::memcmp(a.data, b.data, a.bytes()) == 0; };
-        EXPECT_TRUE(same(rank.state.model.parameters(), expected.state.model.parameters())) << wrote << " to " << reads;
+        EXPECT_TRUE(same(rank.state.model.weights(), expected.state.model.weights())) << wrote << " to " << reads;
         EXPECT_TRUE(same(rank.state.model.thresholds(), expected.state.model.thresholds()));
         EXPECT_TRUE(same(rank.state.optimizer.m(), expected.state.optimizer.m())) << wrote << " to " << reads;
         EXPECT_TRUE(same(rank.state.optimizer.v(), expected.state.optimizer.v()));

@@ -40,13 +40,13 @@ attention:
    threshold: {mode: learned, init: 0.25, target_edge_sparsity: 0.9966, anneal: 0.3, anneal_from: 0.6, rate: 0.01, beta: 0.7},
    pattern: {window: {size: 7}}, tile: {query: 32, key: 16}, visit: all}
 data: {path: some/data, tokenizer: bytes, prefetch: 2}
-train: {steps: 77, tokens_per_step: 1152, micro_batch: 6, precision: fp32, max_nonfinite: 5}
+train: {steps: 77, tokens_per_step: 1152, micro_batch: 6, precision: fp32, recompute: gelu+norm, max_nonfinite: 5}
 optimizer: {lr: 2e-4, betas: [0.8, 0.99], eps: 1e-7, weight_decay: 0.2, clip: 0, warmup: 4, schedule: wsd, final_lr: 0.05, decay: 0.4}
 eval: {every: 11, batches: 12}
 checkpoint: {every: 13, keep: 14}
 sample: {every: 15, prompt: "It is: 5", tokens: 16, temperature: 0.1, top_k: 17}
 log: {every: 18, heads_every: 19}
-parallel: {sequence: 1}
+parallel: {sequence: 1, bucket_mib: 7, deadline: 12.5, share_gpu: true}
 )";
   const Config c = parse_config(yaml, "test.yaml", {});
   EXPECT_EQ(c.run.dir, "a/b");
@@ -94,6 +94,7 @@ parallel: {sequence: 1}
   EXPECT_EQ(c.train.tokens_per_step, 1152);
   EXPECT_EQ(c.train.micro_batch, 6);
   EXPECT_EQ(c.train.precision, Precision::fp32);
+  EXPECT_EQ(c.train.recompute, Recompute::gelu_norm);
   EXPECT_EQ(c.train.max_nonfinite, 5);
   EXPECT_EQ(c.optimizer.lr, 2e-4);
   EXPECT_EQ(c.optimizer.beta1, 0.8);
@@ -117,6 +118,9 @@ parallel: {sequence: 1}
   EXPECT_EQ(c.log.every, 18);
   EXPECT_EQ(c.log.heads_every, 19);
   EXPECT_EQ(c.parallel.sequence, 1);
+  EXPECT_EQ(c.parallel.bucket_mib, 7);
+  EXPECT_EQ(c.parallel.deadline, 12.5);
+  EXPECT_TRUE(c.parallel.share_gpu);
   EXPECT_EQ(to_yaml(parse_config(to_yaml(c), "again", {})), to_yaml(c));
 }
 
@@ -178,6 +182,19 @@ TEST(Config, SoftmaxTwinIsOneSetAway) {
   const Config again = parse_config(to_yaml(c), "x", {});
   EXPECT_EQ(to_yaml(again), to_yaml(c));
   EXPECT_TRUE(again.notices.empty());  // nothing is left to change
+}
+
+TEST(Config, AGpuNeedsNoGpuToBeConfigured) {
+  const Config c = load_config("", {"device=cuda", "train.precision=bf16", "train.recompute=block", "parallel.share_gpu=true"});
+  EXPECT_EQ(c.device, "cuda");
+  EXPECT_EQ(c.train.recompute, Recompute::block);
+  EXPECT_TRUE(c.notices.empty());
+  EXPECT_EQ(to_yaml(parse_config(to_yaml(c), "x", {})), to_yaml(c));
+  EXPECT_EQ(load_config("", {"device=cuda"}).train.precision, Precision::automatic);
+  EXPECT_EQ(load_config("", {"device=cuda", "model.heads=4"}).model.head_size(), 128);
+  // On the cpu, what only GPUs heed is said to have no effect, unless it is the default.
+  EXPECT_EQ(load_config("", {"parallel.share_gpu=true", "parallel.deadline=10"}).notices.size(), 2u);
+  EXPECT_TRUE(load_config("", {"parallel.share_gpu=false", "parallel.deadline=300", "parallel.bucket_mib=1"}).notices.empty());
 }
 
 TEST(Config, WarmUpFitsAShortRunUnlessItIsSet) {

@@ -10,6 +10,7 @@
 #include "tests/trainer/thread_ranks.h"
 #include "trainer/collective.h"
 #include "trainer/config.h"
+#include "trainer/device.h"
 #include "trainer/fault.h"
 #include "trainer/generate.h"
 #include "trainer/host_threads.h"
@@ -83,6 +84,25 @@ TEST(Agree, GathersTexts) {
   testing::ThreadRanks::run(3, [&](Communicator& comm) {
     EXPECT_EQ(all_gather(comm, "r" + std::to_string(comm.rank())), (std::vector<std::string>{"r0", "r1", "r2"}));
   });
+}
+
+TEST(Device, ByName) {
+  EXPECT_EQ(device_problem("cpu"), "");
+  EXPECT_EQ(device_kind("cuda"), DeviceKind::cuda);
+  EXPECT_THROW(device_kind("tpu"), std::invalid_argument);
+  const auto alone = make_single_communicator();
+  const Device device("cpu", 1, {}, *alone);
+  EXPECT_EQ(device.ops().kind(), DeviceKind::cpu);
+  EXPECT_EQ(&device.comm(), alone.get());
+  EXPECT_EQ(device_memory_used(device.ops()), 0u);
+  if (const std::string problem = device_problem("cuda"); !problem.empty()) {
+    try {
+      make_ops("cuda");
+      ADD_FAILURE() << "nothing was thrown";
+    } catch (const ConfigError& e) {
+      EXPECT_EQ(e.what(), "device cuda: " + problem);
+    }
+  }
 }
 
 TEST(Metrics, CutDropsLaterRowsAndBrokenLines) {
@@ -184,8 +204,9 @@ TEST(Progress, Words) {
 TEST(RunFolder, WhichChangesMatter) {
   const Config then = load_config("", {"train.steps=100"});
   EXPECT_TRUE(changes_that_matter(then, then).empty());
-  const Config harmless = load_config("", {"train.steps=200", "run.threads=3", "eval.every=7", "checkpoint.keep=1", "log.every=9",
-                                           "attention.visit=all", "run.dir=elsewhere", "train.micro_batch=2", "sample.every=4"});
+  const Config harmless = load_config(
+      "", {"train.steps=200", "run.threads=3", "eval.every=7", "checkpoint.keep=1", "log.every=9", "attention.visit=all", "run.dir=elsewhere",
+           "train.micro_batch=2", "sample.every=4", "device=cuda", "train.precision=bf16", "train.recompute=block", "parallel.bucket_mib=5"});
   EXPECT_TRUE(changes_that_matter(then, harmless).empty());
   const auto changes = changes_that_matter(then, load_config("", {"train.steps=100", "model.layers=3", "optimizer.lr=0.5", "run.seed=9"}));
   ASSERT_EQ(changes.size(), 3u);

@@ -62,7 +62,7 @@ Json make_plan(Config& config, int ranks) {
   Json bytes = Json::object();
   for (int c = 0; c < kMemoryCategories; ++c) bytes[name_of(static_cast<MemoryCategory>(c))] = state.plan.bytes(static_cast<MemoryCategory>(c));
   const std::size_t libraries = library_bytes(device_kind(config.device));
-  if (libraries > 0) bytes["device libraries"] = libraries;
+  if (libraries > 0) bytes["device_libraries"] = libraries;
   bytes["total"] = state.plan.total_bytes() + libraries;
   Json plan = {
       {"device", config.device},
@@ -113,7 +113,7 @@ std::string plan_text(const Json& plan) {
   text += fmt::format("bytes on each of {} rank{}, device {}\n", plan["ranks"].get<int>(), plan["ranks"] == 1 ? "" : "s",
                       plan["device"].get<std::string>());
   for (const auto& [name, bytes] : plan["bytes_per_rank"].items())
-    row(fmt::format("  {}", name), grouped(bytes.get<std::int64_t>()), human_bytes(bytes.get<double>()));
+    row(name == "device_libraries" ? "  device libraries" : "  " + name, grouped(bytes.get<std::int64_t>()), human_bytes(bytes.get<double>()));
   row("checkpoint bytes", count("checkpoint_bytes"), human_bytes(plan["checkpoint_bytes"].get<double>()));
   text += "FLOPs a token, forward and backward\n";
   row("  dense-equivalent", fmt::format("{:.4g}", plan["flops_per_token"]["dense_equivalent"].get<double>()), "every causal edge");
