@@ -24,8 +24,6 @@ void norm_backward(const Context& c, const NormBackward& a);  // scratch: norm_b
 void head_norm_forward(const Context& c, const HeadNorm& a);
 void head_norm_backward(const Context& c, const HeadNormBackward& a);  // scratch: norm_backward_scratch(heads x head size)
 std::size_t norm_backward_scratch(std::int64_t width);
-/// to [width] += the sum over partials [count, width], in a fixed order; with `second`, that of the count x width behind them goes there.
-void add_partial_sums(const Context& c, const float* partials, int count, std::int64_t width, float* to, float* second = nullptr);
 
 // qk_transform.cu
 void qk_transform_forward(const Context& c, const QkTransform& a);
