@@ -182,6 +182,32 @@ TEST(PlanCommand, CountsWhatIsKnownOfGpt2) {
   EXPECT_EQ(plan["flops_per_token"]["dense_equivalent"], plan["flops_per_token"]["pattern_visible"]);
 }
 
+TEST(PlanCommand, PlansAGpuWithoutOne) {
+  const std::string common = "plan " TESSERA_CONFIGS "/gpt2-medium-sparse.yaml --set data.tokenizer=gpt2 --set device=cuda --json";
+  const auto bytes = [&](const std::string& more) {
+    const Outcome outcome = run_tessera(common + more);
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    return Json::parse(outcome.out)["bytes_per_rank"];
+  };
+  const Json one = bytes(""), two = bytes(" --ranks 2");
+  const double n = Json::parse(run_tessera(common).out)["parameters"];
+  EXPECT_NEAR(one["parameters"].get<double>(), 2 * n, 0.01 * n);  // bf16
+  EXPECT_NEAR(one["gradients"].get<double>(), 4 * n, 0.01 * n);
+  EXPECT_NEAR(one["optimizer"].get<double>(), 12 * n, 0.01 * n);  // master and two moments
+  EXPECT_NEAR(two["optimizer"].get<double>(), 6 * n, 0.01 * n);
+  EXPECT_GT(one["device_libraries"].get<double>(), 0.0);
+  std::int64_t sum = 0;
+  for (const auto& [name, value] : one.items())
+    if (name != "total") sum += value.get<std::int64_t>();
+  EXPECT_EQ(one["total"], sum);
+  const auto activations = [&](const char* recompute) {
+    return bytes(std::string(" --set train.recompute=") + recompute)["activations"].get<double>();
+  };
+  EXPECT_LT(activations("block"), 0.5 * activations("gelu+norm"));
+  EXPECT_LT(activations("gelu+norm"), 0.9 * activations("none"));
+  EXPECT_TRUE(has(run_tessera("plan " TESSERA_CONFIGS "/gpt2-medium-sparse.yaml --set data.tokenizer=gpt2").out, "  device libraries "));
+}
+
 TEST(PlanCommand, PatternsShowInTheFlops) {
   const std::string common = "plan " + kTiny + " --set model.vocabulary=300 --json";
   const Json causal = Json::parse(run_tessera(common).out);

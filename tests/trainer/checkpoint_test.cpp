@@ -2,6 +2,7 @@
 
 #include "trainer/checkpoint.h"
 
+#include <fmt/core.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -13,6 +14,8 @@
 #include "data/hdf5_file.h"
 #include "data/tokenizer.h"
 #include "tests/trainer/thread_ranks.h"
+#include "trainer/device.h"
+#include "trainer/open_checkpoint.h"
 #include "trainer/train_state.h"
 
 namespace tessera {
@@ -103,6 +106,58 @@ TEST_F(CheckpointTest, ComesBackExactlyOnAnyNumberOfRanks) {
   }
 }
 
+/// One file, as an older build wrote it for a rank that owned [first, first + count).
+void write_format_1(const std::string& file, const ParameterLayout& layout, const std::string& hash, std::int64_t first, std::int64_t count) {
+  Hdf5File h5 = Hdf5File::create(file);
+  h5.set_attribute("format", 1);
+  h5.set_attribute("step", 5);
+  h5.set_attribute("first", first);
+  h5.set_attribute("count", count);
+  h5.set_attribute("parameters", layout.count);
+  h5.set_attribute("layout", hash);
+  std::vector<float> m, v;
+  for (std::int64_t i = first; i < first + count; ++i) {
+    m.push_back(0.5f + static_cast<float>(i));
+    v.push_back(0.25f * static_cast<float>(i));
+  }
+  if (count > 0) {
+    h5.write<float>("m", {m.size()}, m);
+    h5.write<float>("v", {v.size()}, v);
+  }
+  h5.close();
+}
+
+TEST_F(CheckpointTest, OptimizersOfTheFirstFormatAreRead) {
+  const std::string directory = save(3, 5);
+  const auto file = [&](int rank) { return fmt::format("{}/optimizer_{:04}_of_0003.h5", directory, rank); };
+  const std::string hash = Hdf5File::open(file(0)).string_attribute("layout");
+  EXPECT_EQ(Hdf5File::open(file(0)).integer_attribute("format"), 2);
+  EXPECT_EQ(Hdf5File::open(file(0)).info("segments").shape.at(1), 2u);
+  const ParameterLayout layout = make_parameter_layout(config.model);
+  const std::int64_t third = layout.count / 3 + 100;
+  write_format_1(file(0), layout, hash, 0, third);
+  write_format_1(file(1), layout, hash, third, layout.count - third);
+  write_format_1(file(2), layout, hash, layout.count, 0);
+  for (const int reads : {1, 2, 5}) {
+    testing::ThreadRanks::run(reads, [&](Communicator& comm) {
+      Rank expected(config, comm), rank(config, comm);
+      expected.fill();
+      load_optimizer(directory, layout, rank.state.optimizer, *rank.ops);
+      const auto same = [&](const Tensor& a, const Tensor& b) { return std::memcmp(a.data, b.data, a.bytes()) == 0; };
+      EXPECT_TRUE(same(rank.state.optimizer.m(), expected.state.optimizer.m())) << reads;
+      EXPECT_TRUE(same(rank.state.optimizer.v(), expected.state.optimizer.v())) << reads;
+    });
+  }
+
+  const auto alone = make_single_communicator();
+  Rank rank(config, *alone);
+  write_format_1(file(0), layout, hash, 0, third - 1);  // an element is missing
+  EXPECT_THROW(load_optimizer(directory, layout, rank.state.optimizer, *rank.ops), std::runtime_error);
+  write_format_1(file(0), layout, hash, 0, third);
+  write_format_1(file(1), layout, hash, third + 1, layout.count - third);  // beyond the end
+  EXPECT_THROW(load_optimizer(directory, layout, rank.state.optimizer, *rank.ops), std::runtime_error);
+}
+
 TEST_F(CheckpointTest, SaysWhatItIs) {
   const std::string directory = save(2, 12);
   const CheckpointInfo info = read_checkpoint_info(directory);
@@ -119,6 +174,33 @@ TEST_F(CheckpointTest, SaysWhatItIs) {
   EXPECT_EQ(h5.info("parameters/wte.weight").shape, (Hdf5Shape{64, 16}));
   EXPECT_EQ(h5.info("parameters/h.0.attn.c_attn.weight").shape, (Hdf5Shape{48, 16}));
   EXPECT_EQ(h5.read<float>("thresholds"), (std::vector<float>{0.125f, -3.5f}));
+}
+
+TEST_F(CheckpointTest, OpensWhereItsDeviceIsNot) {
+  config =
+      load_config("", {"model.layers=1", "model.heads=1", "model.width=64", "model.context=16", "train.tokens_per_step=16", "train.micro_batch=1"});
+  resolve_vocabulary(config, 257, "the test");
+  const auto alone = make_single_communicator();
+  CheckpointRequest r = request(5);
+  Config trained = config;
+  trained.device = "cuda";
+  r.config = to_yaml(trained);
+  r.dataset.tokenizer_hash = load_tokenizer("bytes")->hash();
+  Rank rank(config, *alone);
+  rank.fill();
+  const std::string directory = save_checkpoint(r, rank.state.model, rank.state.optimizer, *rank.ops, *alone);
+  const auto open = [&](const std::string& device) {
+    return OpenCheckpoint(directory, OpenCheckpoint::Use::generate, {.threads = 1, .visit = "", .device = device}, *alone).notice;
+  };
+  EXPECT_EQ(open("cpu"), "");
+  const std::string problem = device_problem("cuda");
+  if (problem.empty()) {
+    EXPECT_EQ(open(""), "");
+    EXPECT_EQ(open("cuda"), "");
+  } else {
+    EXPECT_EQ(open(""), "trained on cuda, computed on cpu: " + problem);
+    EXPECT_THROW(open("cuda"), ConfigError);
+  }
 }
 
 TEST_F(CheckpointTest, KeepsTheNewestAndNeverCountsIncompleteOnes) {

@@ -84,6 +84,18 @@ TEST_F(ResumeTest, OnOtherNumbersOfRanks) {
   for (std::size_t i = 0; i < 24; ++i) EXPECT_NEAR(cut[i]["loss"].get<double>(), whole[i]["loss"].get<double>(), 1e-6) << "step " << i + 1;
 }
 
+TEST_F(ResumeTest, WithOtherSizesOfBuckets) {
+  const std::string six = " --set model.layers=6 --set model.width=128 --set train.steps=9 --set optimizer.warmup=1 --set eval.every=0";
+  const std::string command = "train tiny.yaml --set run.dir=runs/cut --resume" + six;
+  ASSERT_EQ(tessera_on(2, "train tiny.yaml --set run.dir=runs/whole" + six).code, 0);
+  ASSERT_EQ(tessera_on(2, command + " --set parallel.bucket_mib=1", "TESSERA_FAULT=stop@0:3").code, 0);
+  ASSERT_EQ(tessera_on(2, command + " --set parallel.bucket_mib=100", "TESSERA_FAULT=stop@0:6").code, 0);
+  ASSERT_EQ(tessera_on(2, command + " --set parallel.bucket_mib=2").code, 0);
+  const auto whole = metrics("whole"), cut = metrics("cut");
+  ASSERT_EQ(cut.size(), 9u);
+  for (std::size_t i = 0; i < 9; ++i) EXPECT_EQ(cut[i]["loss"].dump(), whole[i]["loss"].dump()) << "step " << i + 1;
+}
+
 TEST_F(ResumeTest, DamagedCheckpointsArePassedOver) {
   ASSERT_EQ(tessera("train tiny.yaml --set run.dir=runs/whole").code, 0);
   const std::string command = "train tiny.yaml --set run.dir=runs/cut --set checkpoint.keep=0 --resume";

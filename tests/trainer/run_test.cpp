@@ -3,6 +3,7 @@
 #include <csignal>
 
 #include "tests/trainer/run_support.h"
+#include "trainer/device.h"
 #include "trainer/signals.h"
 
 namespace tessera {
@@ -71,6 +72,34 @@ TEST_F(RunTest, SameLossesOnOneTwoAndFourRanks) {
   }
 }
 
+// Buckets decide which rank owns an element, not what becomes of it. Six blocks of 0.75 MiB of gradients: one bucket of blocks, or three.
+TEST_F(RunTest, SizesOfBucketsChangeNoLoss) {
+  const std::string six = " --set model.layers=6 --set model.width=128 --set train.steps=5 --set optimizer.warmup=1";
+  for (const int ranks : {1, 2, 4}) {
+    std::vector<std::vector<Json>> rows;
+    for (const char* mib : {"1", "100"}) {
+      const std::string name = std::to_string(ranks) + "_" + mib;
+      const Result r = tessera_on(ranks, "train tiny.yaml --set run.dir=runs/" + name + " --set parallel.bucket_mib=" + mib + six);
+      ASSERT_EQ(r.code, 0) << r;
+      rows.push_back(metrics(name));
+    }
+    ASSERT_EQ(rows[0].size(), 5u);
+    for (std::size_t i = 0; i < 5; ++i) {
+      for (const char* key : {"loss", "edge_sparsity", "thresholds", "validation_loss"})
+        EXPECT_EQ(rows[0][i].value(key, Json()).dump(), rows[1][i].value(key, Json()).dump()) << ranks << " ranks, step " << i + 1 << " " << key;
+    }
+  }
+}
+
+TEST_F(RunTest, RecomputationChangesNothing) {
+  for (const char* recompute : {"none", "gelu+norm", "block"}) {
+    const Result r = tessera(std::string("train tiny.yaml --set train.recompute=") + recompute + " --set run.dir=runs/" + recompute);
+    ASSERT_EQ(r.code, 0) << r;
+  }
+  expect_same_bits("none", "gelu+norm", 24);
+  expect_same_bits("none", "block", 24);
+}
+
 TEST_F(RunTest, VisitingAllTilesChangesNothing) {
   for (const char* visit : {"all", "active"}) {
     const Result r = tessera(std::string("train tiny.yaml --set attention.visit=") + visit + " --set run.dir=runs/" + visit);
@@ -126,6 +155,26 @@ TEST_F(RunTest, GeneratesTheSameTextForTheSameSeed) {
   EXPECT_EQ(tessera("generate runs/a --prompt x --tokens 0").code, 2);
   for (const char* mistake : {"--temperature nan", "--temperature -1", "--seed -1", "--top-k -1"})
     EXPECT_EQ(tessera(command + mistake).code, 2) << mistake;
+}
+
+// A run that is to use a GPU can be planned without one, and says what is missing before it begins.
+TEST_F(RunTest, ADeviceThatIsNotHere) {
+  if (device_problem("cuda").empty()) GTEST_SKIP() << "there is a GPU here: tessera_run_cuda_tests is for it";
+  const std::string gpu =
+      "--set device=cuda --set model.width=64 --set model.heads=1 --set attention.tile.query=64 --set attention.tile.key=64 --set run.dir=runs/a ";
+  const Result r = tessera("train tiny.yaml " + gpu);
+  EXPECT_EQ(r.code, 2) << r;
+  EXPECT_EQ(r.count("device cuda: " + device_problem("cuda")), 1) << r;
+  EXPECT_FALSE(fs::exists(folder / "runs"));
+  EXPECT_EQ(tessera("plan tiny.yaml --ranks 2 " + gpu).code, 0);
+
+  ASSERT_EQ(tessera("train tiny.yaml " + gpu + "--set device=cpu --set train.steps=5 --set optimizer.warmup=1").code, 0);
+  for (const char* command : {"eval runs/a --data data", "generate runs/a --prompt the --tokens 3"}) {
+    EXPECT_EQ(tessera(command).count("note: "), 0);
+    const Result asked = tessera(std::string(command) + " --device cuda");
+    EXPECT_EQ(asked.code, 2) << asked;
+    EXPECT_EQ(asked.count("device cuda: " + device_problem("cuda")), 1) << asked;
+  }
 }
 
 TEST_F(RunTest, InspectsEveryKindOfThing) {

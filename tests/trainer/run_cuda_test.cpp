@@ -1,0 +1,153 @@
+// tessera train, eval and generate on GPUs, as a user runs them; skipped, saying so, where there is none.
+
+#include <fmt/core.h>
+
+#include <tuple>
+
+#include "tests/trainer/run_support.h"
+#include "trainer/device.h"
+
+namespace tessera {
+namespace {
+
+using testing::Json;
+using testing::Result;
+using testing::RunTest;
+
+/// tiny.yaml in a shape that GPUs compute, for 20 steps.
+const std::string kTiny =
+    "train tiny.yaml --set model.width=128 --set model.heads=2 --set model.layers=3 --set model.context=96 --set attention.tile.query=64 "
+    "--set attention.tile.key=64 --set train.steps=20 --set train.tokens_per_step=1536 --set train.micro_batch=2 --set eval.every=10 ";
+constexpr std::size_t kSteps = 20;
+
+class RunCudaTest : public RunTest {
+ protected:
+  void SetUp() override {
+    if (const std::string problem = device_problem("cuda"); !problem.empty()) GTEST_SKIP() << "no GPU: " << problem;
+    RunTest::SetUp();
+  }
+  Result train(const std::string& name, const std::string& more, int ranks = 1, const std::string& environment = "") const {
+    const std::string arguments = kTiny + "--set device=cuda --set run.dir=runs/" + name + " " + more;
+    return ranks == 1 ? tessera(arguments, environment) : tessera_on(ranks, arguments + " --set parallel.share_gpu=true", environment);
+  }
+  void expect_near(const std::string& a, const std::string& b, const char* key, double tolerance) const {
+    const auto rows_a = metrics(a), rows_b = metrics(b);
+    ASSERT_EQ(rows_a.size(), kSteps);
+    ASSERT_EQ(rows_b.size(), kSteps);
+    for (std::size_t i = 0; i < kSteps; ++i) {
+      if (!rows_a[i].contains(key)) continue;
+      EXPECT_NEAR(rows_a[i][key].get<double>(), rows_b[i][key].get<double>(), tolerance) << a << ", " << b << ": " << key << " of step " << i + 1;
+    }
+  }
+};
+
+// bf16 has 8 bits: each activation is off by up to 2^-9, a loss of 5.5 summed over a hundred and more tokens by much less than that times 5.5 = 0.01.
+// Over 20 steps weights drift apart by what those errors do to Adam's signs of small gradients, a few hundredths of a nat on a curve that falls by
+// one and more; a gate adds edges that one side passes and the other does not.
+TEST_F(RunCudaTest, SameLossCurveAsOnTheCpu) {
+  for (const auto& [name, sets, tolerance] : {std::tuple{"softmax", "--set attention.gate=softmax ", 0.03}, {"gated", "", 0.06}}) {
+    const std::string cpu = std::string(name) + "_cpu", cuda = std::string(name) + "_cuda";
+    ASSERT_EQ(tessera(kTiny + sets + "--set run.dir=runs/" + cpu).code, 0);
+    const Result r = train(cuda, sets);
+    ASSERT_EQ(r.code, 0) << r;
+    EXPECT_TRUE(r.says(" planned")) << r;
+    expect_near(cuda, cpu, "loss", tolerance);
+    expect_near(cuda, cpu, "validation_loss", tolerance);
+    expect_near(cuda, cpu, "edge_sparsity", 0.02);
+    EXPECT_NEAR(metrics(cuda)[0]["loss"].get<double>(), metrics(cpu)[0]["loss"].get<double>(), 0.005) << "the same parameters and tokens";
+    EXPECT_LT(metrics(cuda)[kSteps - 1]["loss"].get<double>(), metrics(cuda)[0]["loss"].get<double>() - 0.5);
+    EXPECT_GT(metrics(cuda)[0]["memory_bytes"].get<double>(), 0.0);
+    EXPECT_FALSE(metrics(cuda)[1].contains("memory_bytes"));
+  }
+}
+
+TEST_F(RunCudaTest, RepeatsAndOptionsWithoutEffectOnValuesHaveTheSameBits) {
+  ASSERT_EQ(train("a", "").code, 0);
+  ASSERT_EQ(train("b", "").code, 0);
+  expect_same_bits("a", "b", kSteps);
+  ASSERT_EQ(train("visit", "--set attention.visit=all").code, 0);
+  expect_same_bits("a", "visit", kSteps);
+  for (const char* recompute : {"gelu+norm", "block"}) {
+    ASSERT_EQ(train(recompute, std::string("--set train.recompute=") + recompute).code, 0);
+    expect_near("a", recompute, "loss", 0.03);  // the gelu is computed again from its rounded argument
+  }
+}
+
+TEST_F(RunCudaTest, ResumesWithTheSameBits) {
+  ASSERT_EQ(train("whole", "").code, 0);
+  for (const char* fault : {"kill@0:3", "stop@0:7", "kill@0:12", "kill-saving@0:15"})
+    train("cut", "--resume", 1, std::string("TESSERA_FAULT=") + fault);
+  const Result last = train("cut", "--resume");
+  ASSERT_EQ(last.code, 0) << last;
+  EXPECT_TRUE(last.says("going on after step 10")) << last;
+  expect_same_bits("whole", "cut", kSteps);
+}
+
+TEST_F(RunCudaTest, SkipsStepsThatAreNotFinite) {
+  const Result r = train("a", "", 1, "TESSERA_FAULT=nan@0:6");
+  ASSERT_EQ(r.code, 0) << r;
+  const auto rows = metrics("a");
+  EXPECT_EQ(rows[5]["skipped"], true);
+  EXPECT_EQ(rows[6]["skipped"], false);
+  EXPECT_EQ(rows[kSteps - 1]["skipped_total"], 1);
+}
+
+// Each rank as a host of its own on the one GPU. Sums of gradients have another order, and a weight may fall to the other side of a rounding for it.
+TEST_F(RunCudaTest, SameLossesOnSeveralRanks) {
+  const std::string softmax = "--set attention.gate=softmax ";
+  ASSERT_EQ(train("r1", softmax).code, 0);
+  for (const int ranks : {2, 4}) {
+    for (const char* mib : {"1", "100"}) {
+      const std::string name = fmt::format("r{}_{}", ranks, mib);
+      const Result r = train(name, softmax + "--set parallel.bucket_mib=" + mib, ranks);
+      ASSERT_EQ(r.code, 0) << r;
+      expect_near(name, "r1", "loss", 0.02);
+      expect_near(name, "r1", "grad_norm", 0.05);
+    }
+  }
+  // Two terms have one sum in any order, so with two ranks sizes of buckets change nothing but which rank owns what.
+  const auto one = metrics("r2_1"), hundred = metrics("r2_100");
+  for (std::size_t i = 0; i < kSteps; ++i) EXPECT_EQ(one[i]["loss"].dump(), hundred[i]["loss"].dump()) << "step " << i + 1;
+
+  // From two ranks on to one and to four.
+  ASSERT_EQ(train("cut", softmax + "--resume", 2, "TESSERA_FAULT=stop@1:6").code, 0);
+  ASSERT_EQ(train("cut", softmax + "--resume", 1, "TESSERA_FAULT=stop@0:11").code, 0);
+  ASSERT_EQ(train("cut", softmax + "--resume", 4).code, 0);
+  expect_near("cut", "r1", "loss", 0.02);
+}
+
+TEST_F(RunCudaTest, ARankThatDiesTakesTheJobDown) {
+  const Result r = train("a", "--set parallel.deadline=20", 2, "TESSERA_FAULT=kill@1:9");
+  EXPECT_NE(r.code, 0) << r;
+  EXPECT_FALSE(r.says("step 10/")) << r;
+  ASSERT_EQ(train("a", "--resume", 2).code, 0);
+  ASSERT_EQ(train("whole", "", 2).code, 0);
+  expect_same_bits("a", "whole", kSteps);
+}
+
+// More ranks than a host has GPUs.
+TEST_F(RunCudaTest, TwoRanksOnOneGpuMustBeAskedFor) {
+  const Result r = tessera_on(9, kTiny + "--set device=cuda --set train.tokens_per_step=1728 --set run.dir=runs/a");
+  EXPECT_EQ(r.code, 2) << r;
+  EXPECT_TRUE(r.says("parallel.share_gpu")) << r;
+}
+
+TEST_F(RunCudaTest, EvaluatesAndGeneratesOnEitherDevice) {
+  ASSERT_EQ(train("a", "").code, 0);
+  const auto loss = [&](const std::string& more) {
+    const Result r = tessera("eval runs/a --data data --json " + more);
+    EXPECT_EQ(r.code, 0) << r;
+    EXPECT_EQ(r.count("note: "), 0) << r;
+    return Json::parse(r.output)["loss"].get<double>();
+  };
+  EXPECT_EQ(loss(""), loss("--device cuda"));
+  EXPECT_NEAR(loss(""), loss("--device cpu"), 0.02);
+  const std::string generate = "generate runs/a --prompt 'the model' --tokens 40 --temperature 0 ";
+  const Result text = tessera(generate);
+  ASSERT_EQ(text.code, 0) << text;
+  EXPECT_EQ(tessera(generate + "--device cuda").output, text.output);
+  EXPECT_EQ(tessera(generate + "--device cpu").code, 0);
+}
+
+}  // namespace
+}  // namespace tessera
