@@ -65,8 +65,10 @@ class NcclCommunicator final : public Communicator {
     cuda::check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "stream priorities");
     cuda::check(cudaStreamCreateWithPriority(&beside_, cudaStreamNonBlocking, greatest), "stream of the collectives");
     watchdog_ = std::make_unique<comm::NcclWatchdog>(link_, rank(), size(), host_name(), device, options.deadline_seconds);
+    check_after_waits_ = cuda_check_after_waits(ops_, [this] { watchdog_->check_after_wait(); });
   }
   ~NcclCommunicator() override {
+    check_after_waits_.reset();
     if (link_ && std::uncaught_exceptions() > exceptions_) {
       watchdog_.reset();
       comm::NcclLink::abort(link_);  // the others may be waiting elsewhere
@@ -181,6 +183,7 @@ class NcclCommunicator final : public Communicator {
   cudaStream_t beside_ = nullptr;
   std::shared_ptr<comm::NcclLink> link_;  // neither this nor the watchdog for a single rank
   std::unique_ptr<comm::NcclWatchdog> watchdog_;
+  std::shared_ptr<void> check_after_waits_;
 };
 
 /// What this rank sees, as lines of text for the others.

@@ -72,6 +72,11 @@ class NcclWatchdog {
     const std::lock_guard lock(mutex_);
     pending_.back().issued = true;
   }
+  /// After a wait for the device. A collective that failed ends on the GPU as one that succeeded does; then this does not return, so that the owner
+  /// never reads what it left.
+  void check_after_wait() {
+    if (const std::string error = link_->error(); ending_ || !error.empty()) end("NCCL reports: " + error);
+  }
   /// The event behind a collective, nullptr when it is known to be over. It keeps its meaning until the next begin().
   cudaEvent_t done(std::int64_t number) {
     if (number < 1 || number > last_number_) throw std::logic_error(fmt::format("wait: ticket {} was never given", number));

@@ -168,7 +168,16 @@ class CudaOps final : public Ops {
   void synchronize() override {
     require(!recording_, "synchronize", "not while work is recorded");
     check(cudaStreamSynchronize(stream()), "running the operations before this point");
+    for (std::size_t i = 0; i < after_waits_.size();) {
+      if (const auto known = after_waits_[i].lock()) {
+        (*known)();
+        ++i;
+      } else {
+        after_waits_.erase(after_waits_.begin() + static_cast<std::ptrdiff_t>(i));
+      }
+    }
   }
+  void check_after_waits(const std::shared_ptr<std::function<void()>>& check) { after_waits_.push_back(check); }
   void prepare(std::int64_t rows, std::int64_t width) override { grow_scratch(scratch_bytes(DeviceKind::cuda, rows, width)); }
 
   std::unique_ptr<RecordedWork> record(const std::function<void()>& work) override {
@@ -268,6 +277,7 @@ class CudaOps final : public Ops {
   bool scratch_recorded_ = false;            // a recording may hold scratch_'s address,
   std::vector<cuda::DeviceMemory> retired_;  // so that it is kept when it is outgrown
   bool recording_ = false;
+  std::vector<std::weak_ptr<std::function<void()>>> after_waits_;
 };
 
 CudaOps& cuda_ops(Ops& ops, const char* caller) {
@@ -324,6 +334,12 @@ std::unique_ptr<Ops> make_cuda_ops(int device) {
 }
 
 cudaStream_t cuda_stream(Ops& ops) { return cuda_ops(ops, "cuda_stream").stream(); }
+
+std::shared_ptr<void> cuda_check_after_waits(Ops& ops, std::function<void()> check) {
+  const auto kept = std::make_shared<std::function<void()>>(std::move(check));
+  cuda_ops(ops, "cuda_check_after_waits").check_after_waits(kept);
+  return kept;
+}
 
 std::size_t cuda_memory_used(Ops& ops) { return cuda_ops(ops, "cuda_memory_used").memory_used(); }
 

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -25,6 +26,10 @@ std::unique_ptr<Ops> make_cuda_ops(int device);
 
 /// The stream that orders the operations of an Ops from make_cuda_ops(). Throws std::logic_error for another Ops.
 cudaStream_t cuda_stream(Ops& ops);
+
+/// Has `check` called after each wait of `ops` for the device (download, synchronize), before the waiter goes on, for as long as the returned
+/// handle lives: for those whose work on the stream may end with garbage. `check` returns only when all is well.
+std::shared_ptr<void> cuda_check_after_waits(Ops& ops, std::function<void()> check);
 
 /// Bytes in use on the device of a cuda Ops, by every process (cudaMemGetInfo).
 std::size_t cuda_memory_used(Ops& ops);
