@@ -1,7 +1,10 @@
 // Times the CUDA attention and prints one JSON object a line: milliseconds (median over the repeats, CUDA events), TFLOP/s, share of
 // active tiles. tests/bench/attention_cuda.py runs it beside PyTorch's kernels and prints the table.
 //
-//   attention_cuda [--path automatic|portable|hopper] [--head-size 64] [--repeats 30] [--only SUBSTRING] [--no-counters] [--forward-only]
+//   attention_cuda [--path automatic|portable|hopper] [--head-size 64] [--repeats 30] [--only SUBSTRING] [--no-counters]
+//
+// fwd_ms, both_ms: one call (forward; forward and backward) between two events, the schedule chosen automatically. *_stream_ms: a call of twenty in a
+// row, as in training, where the host's part of a call is hidden. *_block_ms, *_persistent_ms: one call, a block a band or persistent blocks.
 //
 // FLOPs are counted as everybody counts them: 4 D a visible edge forward, 2.5 times that backward, whatever the kernels do. Inputs are random:
 // independent unit vectors for the dense cases; for the data-dependent one each tile of queries and of keys belongs to one of ten directions of its
@@ -66,11 +69,12 @@ struct Options {
   std::int64_t head_size = 64;
   int repeats = 30;
   std::string only;
-  bool counters = true, forward_only = false;
+  bool counters = true;
 };
 
+/// Median time of `calls` calls of f in a row, over their number.
 template <class F>
-double median_ms(int repeats, F&& f) {
+double median_ms(int repeats, F&& f, int calls = 1) {
   cudaEvent_t start, stop;
   TESSERA_CUDA_CHECK(cudaEventCreate(&start));
   TESSERA_CUDA_CHECK(cudaEventCreate(&stop));
@@ -78,7 +82,7 @@ double median_ms(int repeats, F&& f) {
   std::vector<float> ms(repeats);
   for (float& t : ms) {
     TESSERA_CUDA_CHECK(cudaEventRecord(start));
-    f();
+    for (int n = 0; n < calls; ++n) f();
     TESSERA_CUDA_CHECK(cudaEventRecord(stop));
     TESSERA_CUDA_CHECK(cudaEventSynchronize(stop));
     TESSERA_CUDA_CHECK(cudaEventElapsedTime(&t, start, stop));
@@ -86,7 +90,7 @@ double median_ms(int repeats, F&& f) {
   std::sort(ms.begin(), ms.end());
   TESSERA_CUDA_CHECK(cudaEventDestroy(start));
   TESSERA_CUDA_CHECK(cudaEventDestroy(stop));
-  return ms[repeats / 2];
+  return ms[repeats / 2] / calls;
 }
 
 void measure(const Case& c, const Options& options) {
@@ -101,7 +105,8 @@ void measure(const Case& c, const Options& options) {
   const std::int64_t rows = B * T * H;
   const auto blocks = static_cast<unsigned>((rows * 32 + 255) / 256);
   for (int part = 0; part < 3; ++part) {
-    fill<<<blocks, 256>>>(qkv.get() + part * H * D, rows, static_cast<int>(H), static_cast<int>(D), token, 100 + part, part < 2, part < 2 ? c.clusters : 0);
+    fill<<<blocks, 256>>>(qkv.get() + part * H * D, rows, static_cast<int>(H), static_cast<int>(D), token, 100 + part, part < 2,
+                          part < 2 ? c.clusters : 0);
   }
   fill<<<blocks, 256>>>(d_o.get(), rows, static_cast<int>(H), static_cast<int>(D), H * D, 200, false, 0);
   TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
@@ -117,29 +122,38 @@ void measure(const Case& c, const Options& options) {
   g.dq = part(gradient.get(), token, 0), g.dk = part(gradient.get(), token, 1), g.dv = part(gradient.get(), token, 2);
   g.dscale = {dscale.get(), DType::f32, {H}}, g.workspace = {work.get(), DType::f32, {static_cast<std::int64_t>(work.size())}};
 
-  cuda_attention_forward(f, nullptr, options.path);
+  cuda_attention_forward(f, nullptr, {options.path});
   const auto counted = counters.host();
   double active = 0, visible = 0, edges = 0, active_edges = 0;
   for (int h = 0; h < H; ++h) {
     active += counted[h * kAttentionCounters + kActiveTiles], visible += counted[h * kAttentionCounters + kVisibleTiles];
     edges += counted[h * kAttentionCounters + kVisibleEdges], active_edges += counted[h * kAttentionCounters + kActiveEdges];
   }
-  const double forward = median_ms(options.repeats, [&] { cuda_attention_forward(f, nullptr, options.path); });
-  double both = 0;
-  if (!options.forward_only) {
-    both = median_ms(options.repeats, [&] {
-      cuda_attention_forward(f, nullptr, options.path);
-      cuda_attention_backward(g, nullptr, options.path);
-    });
-  }
+  const auto time = [&](bool backward, CudaAttentionSchedule schedule, int calls) {
+    const CudaAttentionOptions how{options.path, schedule};
+    const auto call = [&] {
+      cuda_attention_forward(f, nullptr, how);
+      if (backward) cuda_attention_backward(g, nullptr, how);
+    };
+    return median_ms(calls > 1 ? 5 : options.repeats, call, calls);
+  };
+  using Schedule = CudaAttentionSchedule;
+  const double forward = time(false, Schedule::automatic, 1), both = time(true, Schedule::automatic, 1);
+  const double forward_stream = time(false, Schedule::automatic, 20), both_stream = time(true, Schedule::automatic, 20);
+  const double forward_block = time(false, Schedule::block_a_band, 1), both_block = time(true, Schedule::block_a_band, 1);
+  const double forward_persistent = time(false, Schedule::persistent, 1), both_persistent = time(true, Schedule::persistent, 1);
   TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
   const double span = c.window ? c.window : T;  // edges: T^2/2 causal, T x window in a window, as the peers count
   const double flops = 4.0 * D * H * B * (c.window ? double(T) * span : double(T) * T / 2);
   std::printf(
-      "{\"case\": \"%s\", \"path\": \"%s\", \"B\": %lld, \"T\": %lld, \"D\": %lld, \"window\": %lld, \"fwd_ms\": %.4f, \"fwd_tflops\": %.1f, \"both_ms\": %.4f, "
-      "\"both_tflops\": %.1f, \"active_tiles\": %.4f, \"active_edges\": %.5f}\n",
-      c.name, options.path_name, static_cast<long long>(B), static_cast<long long>(T), static_cast<long long>(D), static_cast<long long>(c.window), forward,
-      flops / forward * 1e-9, both, both > 0 ? 3.5 * flops / both * 1e-9 : 0, visible > 0 ? active / visible : 0, edges > 0 ? active_edges / edges : 0);
+      "{\"case\": \"%s\", \"path\": \"%s\", \"B\": %lld, \"T\": %lld, \"D\": %lld, \"window\": %lld, \"fwd_ms\": %.4f, \"fwd_tflops\": %.1f, "
+      "\"both_ms\": %.4f, "
+      "\"both_tflops\": %.1f, \"fwd_stream_ms\": %.4f, \"both_stream_ms\": %.4f, \"fwd_block_ms\": %.4f, \"fwd_persistent_ms\": %.4f, "
+      "\"both_block_ms\": %.4f, "
+      "\"both_persistent_ms\": %.4f, \"active_tiles\": %.4f, \"active_edges\": %.5f}\n",
+      c.name, options.path_name, static_cast<long long>(B), static_cast<long long>(T), static_cast<long long>(D), static_cast<long long>(c.window),
+      forward, flops / forward * 1e-9, both, 3.5 * flops / both * 1e-9, forward_stream, both_stream, forward_block, forward_persistent, both_block,
+      both_persistent, visible > 0 ? active / visible : 0, edges > 0 ? active_edges / edges : 0);
   std::fflush(stdout);
 }
 
@@ -154,25 +168,39 @@ int main(int argc, char** argv) {
   for (int n = 1; n < argc; ++n) {
     const std::string arg = argv[n];
     const bool has_value = n + 1 < argc;
-    if (arg == "--no-counters") options.counters = false;
-    else if (arg == "--forward-only") options.forward_only = true;
+    if (arg == "--no-counters")
+      options.counters = false;
     else if (arg == "--path" && has_value) {
       options.path_name = argv[++n];
       const std::string name = options.path_name;
-      if (name == "automatic") options.path = CudaAttentionPath::automatic;
-      else if (name == "portable") options.path = CudaAttentionPath::portable;
-      else if (name == "hopper") options.path = CudaAttentionPath::hopper;
-      else return std::fprintf(stderr, "attention_cuda: --path is automatic, portable or hopper, not %s\n", argv[n]), 2;
-    } else if (arg == "--head-size" && has_value) options.head_size = std::stoll(argv[++n]);
-    else if (arg == "--repeats" && has_value) options.repeats = std::stoi(argv[++n]);
-    else if (arg == "--only" && has_value) options.only = argv[++n];
-    else return std::fprintf(stderr, "attention_cuda: unknown option or missing value: %s\n", argv[n]), 2;
+      if (name == "automatic")
+        options.path = CudaAttentionPath::automatic;
+      else if (name == "portable")
+        options.path = CudaAttentionPath::portable;
+      else if (name == "hopper")
+        options.path = CudaAttentionPath::hopper;
+      else
+        return std::fprintf(stderr, "attention_cuda: --path is automatic, portable or hopper, not %s\n", argv[n]), 2;
+    } else if (arg == "--head-size" && has_value)
+      options.head_size = std::stoll(argv[++n]);
+    else if (arg == "--repeats" && has_value)
+      options.repeats = std::stoi(argv[++n]);
+    else if (arg == "--only" && has_value)
+      options.only = argv[++n];
+    else
+      return std::fprintf(stderr, "attention_cuda: unknown option or missing value: %s\n", argv[n]), 2;
   }
   const Case cases[] = {
-      {"causal", 16, 1024, 0, 0, 0.f, Visit::all},        {"causal", 4, 4096, 0, 0, 0.f, Visit::all},
-      {"causal", 1, 16384, 0, 0, 0.f, Visit::all},        {"window-1024", 1, 16384, 1024, 0, 0.f, Visit::all},
-      {"window-1024", 1, 65536, 1024, 0, 0.f, Visit::all}, {"window-256", 1, 16384, 256, 0, 0.f, Visit::all},
-      {"window-256", 1, 65536, 256, 0, 0.f, Visit::all},  {"data-dependent", 1, 16384, 0, 10, 4.8f, Visit::active},
+      {"causal", 16, 1024, 0, 0, 0.f, Visit::all},
+      {"causal", 8, 2048, 0, 0, 0.f, Visit::all},
+      {"causal", 4, 4096, 0, 0, 0.f, Visit::all},
+      {"causal", 1, 4096, 0, 0, 0.f, Visit::all},
+      {"causal", 1, 16384, 0, 0, 0.f, Visit::all},
+      {"window-1024", 1, 16384, 1024, 0, 0.f, Visit::all},
+      {"window-1024", 1, 65536, 1024, 0, 0.f, Visit::all},
+      {"window-256", 1, 16384, 256, 0, 0.f, Visit::all},
+      {"window-256", 1, 65536, 256, 0, 0.f, Visit::all},
+      {"data-dependent", 1, 16384, 0, 10, 4.8f, Visit::active},
       {"data-dependent, all", 1, 16384, 0, 10, 4.8f, Visit::all},
   };
   for (const Case& c : cases) {

@@ -59,18 +59,21 @@ def main():
     lines = subprocess.run(sys.argv[1:], capture_output=True, text=True)
     if lines.returncode:
         sys.exit(lines.stderr)
-    baseline = {}
+    baseline, rows = {}, [json.loads(line) for line in lines.stdout.splitlines()]
     print(f"{'case':22}{'B':>3}{'T':>7}{'fwd ms':>9}{'TFLOP/s':>9}{'f+b ms':>9}{'TFLOP/s':>9}{'of GEMM':>9}{'tiles':>7}{'cuDNN f':>9}{'f+b':>8}{'ratio':>7}{'f+b':>6}{'FA2 f':>8}{'f+b':>8}")
-    for line in lines.stdout.splitlines():
-        r = json.loads(line)
+    for r in rows:
         key = (r["B"], r["T"], r["D"])
         if key not in baseline and r["T"] <= 16384:
             baseline[key] = [sdpa(b, *key) for b in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)]
         row = f"{r['case']:22}{r['B']:3}{r['T']:7}{r['fwd_ms']:9.3f}{r['fwd_tflops']:9.0f}{r['both_ms']:9.3f}{r['both_tflops']:9.0f}{r['both_tflops'] / light:9.2f}{r['active_tiles']:7.3f}"
         if key in baseline:
             (cf, cb), (ff, fb) = baseline[key]
-            row += f"{cf:9.3f}{cb:8.3f}{cf / r['fwd_ms']:7.2f}{cb / max(r['both_ms'], 1e-9):6.2f}{ff:8.3f}{fb:8.3f}"
+            row += f"{cf:9.3f}{cb:8.3f}{cf / r['fwd_ms']:7.2f}{cb / r['both_ms']:6.2f}{ff:8.3f}{fb:8.3f}"
         print(row, flush=True)
+    print("\nthe same calls, ms: one at a time and twenty in a row with the automatic schedule; one at a time, a block a band and persistent")
+    print(f"{'case':22}{'B':>3}{'T':>7}{'fwd':>9}{'stream':>9}{'block':>9}{'persist':>9}{'f+b':>9}{'stream':>9}{'block':>9}{'persist':>9}")
+    for r in rows:
+        print(f"{r['case']:22}{r['B']:3}{r['T']:7}" + "".join(f"{r[k + t + '_ms']:9.3f}" for k in ("fwd", "both") for t in ("", "_stream", "_block", "_persistent")))
 
 
 if __name__ == "__main__":

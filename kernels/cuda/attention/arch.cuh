@@ -42,8 +42,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) { return stati
 /// The same value, no longer known to the compiler: it stays in a register instead of being worked out again.
 template <class T>
 __device__ __forceinline__ T kept(T v) {
-  if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(v));
-  else asm volatile("" : "+r"(v));
+  if constexpr (sizeof(T) == 8)
+    asm volatile("" : "+l"(v));
+  else
+    asm volatile("" : "+r"(v));
   return v;
 }
 __device__ __forceinline__ float kept_float(float v) {
@@ -66,6 +68,9 @@ __device__ __forceinline__ float4 load_shared4(uint32_t at) {
 __device__ __forceinline__ void store_shared2(uint32_t at, int x, int y) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(x), "r"(y) : "memory");
 }
+__device__ __forceinline__ void store_shared4(uint32_t at, int x, int y, int z, int w) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
 
 // -- Barriers (mbarrier) ---------------------------------------------------------------------------------------------
 __device__ __forceinline__ void barrier_init(uint32_t bar, int count) {
@@ -85,15 +90,20 @@ __device__ __forceinline__ bool barrier_test(uint32_t bar, uint32_t parity) {
   uint32_t done;
 #if __CUDA_ARCH__ >= 900
   asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-               : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+               : "=r"(done)
+               : "r"(bar), "r"(parity)
+               : "memory");
 #else
   asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-               : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+               : "=r"(done)
+               : "r"(bar), "r"(parity)
+               : "memory");
 #endif
   return done;
 }
 __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
-  while (!barrier_test(bar, parity)) {}
+  while (!barrier_test(bar, parity)) {
+  }
 }
 /// Arrives once every cp.async of this thread so far has landed.
 __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t bar) {
@@ -132,18 +142,16 @@ __device__ __forceinline__ void copy_async16(uint32_t to, const void* from, bool
 /// Box of 64 columns x 64 rows at (column, row, head, batch) of a [B, H, T, D] tensor; rows past the end arrive as zeros.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t bar, int column, int row, int head, int batch) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
-      "l"(map), "r"(bar), "r"(column), "r"(row), "r"(head), "r"(batch)
-      : "memory");
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to), "l"(map),
+               "r"(bar), "r"(column), "r"(row), "r"(head), "r"(batch)
+               : "memory");
 #else
   __trap();
 #endif
 }
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t bar) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-               "r"(bytes), "r"(bar)
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(bar)
                : "memory");
 #else
   __trap();
@@ -322,13 +330,57 @@ struct Product<true> {
   static __device__ __forceinline__ void settle(Acc& c) { asm volatile("" : TESSERA_ACC(c)::"memory"); }
 };
 
-/// c = sum over the D/64 parts of left rows times right rows: q k^T and its like.
-template <bool Hopper, int Parts>
-__device__ __forceinline__ void multiply_rows(Acc& c, uint32_t left, uint32_t right, int warp, int lane) {
-  Product<Hopper>::template multiply_shared<true>(c, left, right, warp, lane);
+__device__ __forceinline__ void clear(Acc& c) {
 #pragma unroll
-  for (int d = 1; d < Parts; ++d) Product<Hopper>::template multiply_shared<false>(c, left + d * kTileBytes, right + d * kTileBytes, warp, lane);
+  for (int j = 0; j < 8; ++j) c[j][0] = c[j][1] = c[j][2] = c[j][3] = 0.f;
 }
+
+/// A warpgroup's own 64 rows, left operand of q k^T and its like: c = sum over the D/64 parts of own rows times right rows. Read from shared
+/// memory by every product, or held in registers, which leaves more of the bandwidth of shared memory to everything else.
+template <bool Hopper, int Parts, bool Held>
+class Left {
+ public:
+  __device__ __forceinline__ Left(uint32_t rows, int warp, int lane) : rows_(rows) {
+    if constexpr (Held) {
+#pragma unroll
+      for (int d = 0; d < Parts; ++d) load_fragment(held_[d], rows + d * kTileBytes, warp, lane);
+    }
+  }
+  /// To be called before begin(). ptxas 13.0 takes the registers that wgmma reads for free afterwards, even when a later round of the loop
+  /// reads them again: so every round multiplies a copy, made while no product is under way, or ptxas would let one run at a time. `zero` is 0, and
+  /// the compiler must not know: it comes out of memory in every round.
+  __device__ __forceinline__ void prepare(uint32_t zero) {
+    if constexpr (Held) {
+      Product<Hopper>::template wait<0>();
+#pragma unroll
+      for (int d = 0; d < Parts; ++d) {
+#pragma unroll
+        for (int kk = 0; kk < 4; ++kk) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) copy_[d][kk][e] = kept(held_[d][kk][e] ^ zero);
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ void multiply(Acc& c, uint32_t right, int warp, int lane) const {
+    part<true>(c, 0, right, warp, lane);
+#pragma unroll
+    for (int d = 1; d < Parts; ++d) part<false>(c, d, right + d * kTileBytes, warp, lane);
+  }
+
+ private:
+  template <bool Clear>
+  __device__ __forceinline__ void part(Acc& c, int d, uint32_t right, int warp, int lane) const {
+    using P = Product<Hopper>;
+    if constexpr (Held)
+      P::template multiply<false, Clear>(c, copy_[d], right, lane);
+    else
+      P::template multiply_shared<Clear>(c, rows_ + d * kTileBytes, right, warp, lane);
+  }
+
+  uint32_t rows_;
+  Frag held_[Parts], copy_[Parts];  // where Held
+};
 /// c[d] += a b, a in registers, b's rows the summed index.
 template <bool Hopper, int Parts>
 __device__ __forceinline__ void accumulate(Acc (&c)[Parts], const Frag& a, uint32_t right, int lane) {

@@ -94,7 +94,7 @@ Args arguments(const AttentionForward& f, bool hopper) {
     a.counters = reinterpret_cast<unsigned long long*>(f.counters.as<std::uint64_t>());
   }
   a.group_of_head = tiles->group_of_head(), a.masks = tiles->masks(), a.masks_by_key = tiles->masks_by_key();
-  a.by_key = tiles->by_key();
+  a.by_key = tiles->by_key().lists();
   a.mask0_is_causal = map.mask0_is_causal, a.visit_all = f.visit == Visit::all;
   a.fidelity = f.math.score == Score::fidelity, a.softmax = f.math.gate == Gate::softmax, a.power = gate_power(f.math.gate);
   a.bounded = !a.softmax && f.math.score != Score::dot;
@@ -105,20 +105,27 @@ Args arguments(const AttentionForward& f, bool hopper) {
   return a;
 }
 
-template <int D>
-void forward(Args& a, const CudaTiles& tiles, bool hopper, cudaStream_t stream) {
-  a.by_query = tiles.by_query(forward_groups<D>());
-  const std::size_t bitmap = static_cast<std::size_t>(a.batch) * a.heads * a.query_tiles * a.words * sizeof(std::uint32_t);
-  check(cudaMemsetAsync(a.active, 0, bitmap, stream), "clearing the bitmap");
-  check(launch_forward<D>(a, hopper, stream), "forward kernel");
+/// Below this mean length of a band's list, starting and ending bands counts for more than an even distribution over the GPU.
+constexpr double kShortList = 24;
+
+bool persistent(CudaAttentionSchedule schedule, const Bands& bands, int tiles) {
+  return schedule == CudaAttentionSchedule::automatic ? bands.mean_length(tiles) < kShortList : schedule == CudaAttentionSchedule::persistent;
 }
 
 template <int D>
-void backward(Args& a, const CudaTiles& tiles, bool hopper, cudaStream_t stream) {
-  a.by_query = tiles.by_query(backward_q_groups<D>());
+void forward(Args& a, const CudaTiles& tiles, bool hopper, CudaAttentionSchedule schedule, cudaStream_t stream) {
+  const Bands& bands = tiles.by_query(forward_groups<D>(hopper));
+  a.by_query = bands.lists();
+  check(launch_forward<D>(a, hopper, persistent(schedule, bands, a.key_tiles), stream), "forward kernel");
+}
+
+template <int D>
+void backward(Args& a, const CudaTiles& tiles, bool hopper, CudaAttentionSchedule schedule, cudaStream_t stream) {
+  const Bands& bands = tiles.by_query(backward_q_groups<D>(hopper));
+  a.by_query = bands.lists();
   check(launch_row_info(a, D, stream), "row kernel");
-  check(launch_backward_kv<D>(a, hopper, stream), "dk, dv kernel");
-  check(launch_backward_q<D>(a, hopper, stream), "dq kernel");
+  check(launch_backward_kv<D>(a, hopper, persistent(schedule, tiles.by_key(), a.query_tiles), stream), "dk, dv kernel");
+  check(launch_backward_q<D>(a, hopper, persistent(schedule, bands, a.key_tiles), stream), "dq kernel");
 }
 
 }  // namespace
@@ -128,15 +135,15 @@ using namespace cuda_attention;
 
 bool cuda_attention_has_hopper_path() { return runs_hopper_code(); }
 
-void cuda_attention_forward(const AttentionForward& f, cudaStream_t stream, CudaAttentionPath path) {
-  const bool hopper = choose_path(path);
+void cuda_attention_forward(const AttentionForward& f, cudaStream_t stream, const CudaAttentionOptions& options) {
+  const bool hopper = choose_path(options.path);
   Args a = arguments(f, hopper);
   const auto& tiles = static_cast<const CudaTiles&>(*f.tiles);
-  f.shape.head_size == 64 ? forward<64>(a, tiles, hopper, stream) : forward<128>(a, tiles, hopper, stream);
+  f.shape.head_size == 64 ? forward<64>(a, tiles, hopper, options.schedule, stream) : forward<128>(a, tiles, hopper, options.schedule, stream);
 }
 
-void cuda_attention_backward(const AttentionBackward& g, cudaStream_t stream, CudaAttentionPath path) {
-  const bool hopper = choose_path(path);
+void cuda_attention_backward(const AttentionBackward& g, cudaStream_t stream, const CudaAttentionOptions& options) {
+  const bool hopper = choose_path(options.path);
   const AttentionForward& f = g.forward;
   Args a = arguments(f, hopper);
   a.counters = nullptr;
@@ -151,7 +158,7 @@ void cuda_attention_backward(const AttentionBackward& g, cudaStream_t stream, Cu
   a.partial_threshold = a.partial_scale + tiles_total;
 
   const auto& tiles = static_cast<const CudaTiles&>(*f.tiles);
-  f.shape.head_size == 64 ? backward<64>(a, tiles, hopper, stream) : backward<128>(a, tiles, hopper, stream);
+  f.shape.head_size == 64 ? backward<64>(a, tiles, hopper, options.schedule, stream) : backward<128>(a, tiles, hopper, options.schedule, stream);
 
   float* dscale = g.dscale ? g.dscale.as<float>() : nullptr;
   float* dthreshold = g.dthreshold && !a.softmax && a.length_beta <= 0 ? g.dthreshold.as<float>() : nullptr;

@@ -26,6 +26,15 @@ namespace tessera {
 /// else the portable one (sm_80 and later). The others are for tests and measurements.
 enum class CudaAttentionPath { automatic, portable, hopper };
 
+/// How blocks take bands of tiles. automatic: persistent where lists are short, else a block a band. Never changes a bit of a result.
+enum class CudaAttentionSchedule { automatic, block_a_band, persistent };
+
+/// For tests and measurements.
+struct CudaAttentionOptions {
+  CudaAttentionPath path = CudaAttentionPath::automatic;
+  CudaAttentionSchedule schedule = CudaAttentionSchedule::automatic;
+};
+
 /// Does the current device run the Hopper path?
 bool cuda_attention_has_hopper_path();
 
@@ -33,7 +42,7 @@ bool cuda_attention_has_hopper_path();
 /// tiles are 64 x 64.
 std::unique_ptr<DeviceTiles> upload_tiles_cuda(std::shared_ptr<const TileMap> tiles);
 
-void cuda_attention_forward(const AttentionForward& a, cudaStream_t stream, CudaAttentionPath path = CudaAttentionPath::automatic);
-void cuda_attention_backward(const AttentionBackward& a, cudaStream_t stream, CudaAttentionPath path = CudaAttentionPath::automatic);
+void cuda_attention_forward(const AttentionForward& a, cudaStream_t stream, const CudaAttentionOptions& options = {});
+void cuda_attention_backward(const AttentionBackward& a, cudaStream_t stream, const CudaAttentionOptions& options = {});
 
 }  // namespace tessera

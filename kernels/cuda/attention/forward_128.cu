@@ -4,12 +4,13 @@
 namespace tessera::cuda_attention {
 
 template <>
-cudaError_t launch_forward<128>(const Args& a, bool hopper, cudaStream_t stream) {
-  static const Kernel kernels[kVariants][2] = TESSERA_VARIANTS(forward_kernel, 128);
-  return launch<ForwardShared<128>>(kernels, a, a.query_tiles, hopper, stream);
+cudaError_t launch_forward<128>(const Args& a, bool hopper, bool persistent, cudaStream_t stream) {
+  static const Kernel kernels[kVariants][2] = TESSERA_VARIANTS(forward_kernel, 128, 0, 3, 6);
+  return launch<ForwardShared, 128>(kernels, a, a.query_tiles, hopper, persistent, stream);
 }
 template <>
-int forward_groups<128>() {
-  return ForwardShared<128>::kGroups;
+int forward_groups<128>(bool hopper) {
+  return hopper ? ForwardShared<128, true>::kGroups : ForwardShared<128, false>::kGroups;
 }
+
 }  // namespace tessera::cuda_attention

@@ -10,20 +10,20 @@ namespace tessera::cuda_attention {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-/// x = scale f(s) + offset of query row i; for softmax scale and offset are 0-based exponents of two instead (offset: -z, backward).
-__device__ __forceinline__ float row_offset(const Args& a, int h, int i, int head_size) {
-  const float c = a.scale[h];
+/// x = scale f(s) + offset of query row i of a head with scale c and threshold tau; for softmax scale and offset are 0-based exponents of two
+/// instead (offset: -z, backward).
+__device__ __forceinline__ float row_offset(const Args& a, float c, float tau, int i, int head_size) {
   if (a.length_beta > 0) return -c * a.length_beta * sqrtf(2.f * logf(static_cast<float>(i) + 2.f) / static_cast<float>(head_size));
-  return a.fidelity ? -c * a.threshold[h] : -a.threshold[h];
+  return a.fidelity ? -c * tau : -tau;
 }
 
 /// A power of two m above every x of a head when |<q, k>| <= 1.06 (unit vectors, rounded): then max(0, x) = m saturate(x / m), and
 /// saturation is free with the multiply-add while a maximum is an instruction at half rate. Dividing by m changes no bit of the result. 1 where
 /// scores have no bound.
-__device__ __forceinline__ float gate_bound(const Args& a, int h, int head_size) {
+__device__ __forceinline__ float gate_bound(const Args& a, float c, float tau, int head_size) {
   if (!a.bounded) return 1.f;
   int exponent;
-  frexpf(1.14f * fabsf(a.scale[h]) + fabsf(row_offset(a, h, a.tokens - 1, head_size)), &exponent);
+  frexpf(1.14f * fabsf(c) + fabsf(row_offset(a, c, tau, a.tokens - 1, head_size)), &exponent);
   return ldexpf(1.f, exponent);
 }
 
@@ -148,39 +148,26 @@ __device__ __forceinline__ float2 weigh(Acc& s, float scale, float offset0, floa
   return {sum[0] + sum[1], sum[2] + sum[3]};
 }
 
-/// What a tile of the backward pass needs besides its products. Without fidelity, s becomes the gate's slope (softmax: the
-/// weight), and with fidelity it stays, to be used again by edge_gradients.
+/// Backward: max(0, x)^(P-1), for softmax the weight.
 template <class Gate>
-__device__ __forceinline__ float edge_weight(float s, float scale, float offset, float& slope_or_s) {
+__device__ __forceinline__ float edge_slope(float s, float scale, float offset, float& r) {
   const float f = Gate::kFidelity ? s * s : s;
   if constexpr (Gate::kSoftmax) {
-    const float x = fmaf(scale, f, offset), w = isnan(x) ? 0.f : exp2f(x);
-    if (!Gate::kFidelity) slope_or_s = w;
-    return w;
+    const float x = fmaf(scale, f, offset);
+    r = 1.f;
+    return isnan(x) ? 0.f : exp2f(x);
   } else {
-    const float r = positive<Gate::kBounded>(scale, f, offset);
-    if (!Gate::kFidelity) slope_or_s = slope<Gate::kPower>(r);
-    return power<Gate::kPower>(r);
+    r = positive<Gate::kBounded>(scale, f, offset);
+    return slope<Gate::kPower>(r);
   }
 }
-/// dx / P from the value edge_weight left, and the gradient of s / (c P), in which fidelity has half its factor 2 s.
+/// The weight over z. s becomes what turns da z into the gradient of s / (c P); fidelity leaves half its factor 2 s to the end.
 template <class Gate>
-__device__ __forceinline__ float edge_gradient(float kept, float scale, float offset, float da, float& ds) {
-  if constexpr (!Gate::kFidelity) {
-    ds = kept * da;
-    return ds;
-  } else {
-    float factor;
-    if constexpr (Gate::kSoftmax) {
-      const float x = fmaf(scale, kept * kept, offset);
-      factor = isnan(x) ? 0.f : exp2f(x);
-    } else {
-      factor = slope<Gate::kPower>(positive<Gate::kBounded>(scale, kept * kept, offset));
-    }
-    const float dx = factor * da;
-    ds = factor != 0.f ? dx * kept : 0.f;  // a hidden score is NaN
-    return dx;
-  }
+__device__ __forceinline__ float edge_weight(float& s, float scale, float offset, float inverse_z) {
+  float r;
+  const float factor = edge_slope<Gate>(s, scale, offset, r) * inverse_z;
+  s = !Gate::kFidelity ? factor : factor != 0.f ? factor * s : 0.f;  // a hidden score is NaN
+  return factor * r;
 }
 
 /// Positive weights among a rounded fragment: exact, since 16 ones fit bf16 and their sums fit fp32.

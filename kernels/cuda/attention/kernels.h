@@ -5,12 +5,13 @@
 
 namespace tessera::cuda_attention {
 
+/// persistent: as many blocks as the GPU holds, each taking bands in turn; else a block a band. See Schedule.
 template <int D>
-cudaError_t launch_forward(const Args& a, bool hopper, cudaStream_t stream);
+cudaError_t launch_forward(const Args& a, bool hopper, bool persistent, cudaStream_t stream);
 template <int D>
-cudaError_t launch_backward_kv(const Args& a, bool hopper, cudaStream_t stream);
+cudaError_t launch_backward_kv(const Args& a, bool hopper, bool persistent, cudaStream_t stream);
 template <int D>
-cudaError_t launch_backward_q(const Args& a, bool hopper, cudaStream_t stream);
+cudaError_t launch_backward_q(const Args& a, bool hopper, bool persistent, cudaStream_t stream);
 
 /// Fills Args::rows from z, o and d_o: 64 * query_tiles rows a head, those past the end with zeros.
 cudaError_t launch_row_info(const Args& a, int head_size, cudaStream_t stream);
@@ -19,31 +20,42 @@ cudaError_t launch_head_sums(const Args& a, float* dscale, float* dthreshold, cu
 /// Does the current device run this library's sm_90a code?
 bool runs_hopper_code();
 
-/// Tiles a block takes: the length of its bands.
+/// Tiles of a band.
 template <int D>
-int forward_groups();
+int forward_groups(bool hopper);
 template <int D>
-int backward_q_groups();
+int backward_q_groups(bool hopper);
 
 /// Launches the variant of the arguments: kernels[variant][hopper].
 using Kernel = void (*)(Args);
-template <class Shared>
-cudaError_t launch(const Kernel (&kernels)[kVariants][2], const Args& a, int tiles, bool hopper, cudaStream_t stream) {
-  const Kernel kernel = kernels[variant_of(a.power, a.softmax, a.fidelity, a.bounded)][hopper];
+template <class Shared, bool Hopper>
+cudaError_t launch(Kernel kernel, const Args& a, int tiles, bool persistent, cudaStream_t stream) {
+  int device = 0, blocks = 0;
+  if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
+  if (const cudaError_t e = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
   if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shared::kBytes); e != cudaSuccess) return e;
-  const int64_t bands = (tiles + Shared::kGroups - 1) / Shared::kGroups, blocks = bands * a.batch * a.heads;
-  kernel<<<static_cast<unsigned>(blocks), threads_of(Shared::kGroups, hopper), Shared::kBytes, stream>>>(a);
+  const int64_t bands = (tiles + Shared::kGroups - 1) / Shared::kGroups, items = bands * a.batch * a.heads;
+  if (items > 1 << 29) return cudaErrorInvalidConfiguration;            // Schedule counts in int
+  if (!persistent || items < blocks) blocks = static_cast<int>(items);  // registers leave room for one block on a multiprocessor
+  kernel<<<blocks, threads_of(Shared::kGroups, Hopper), Shared::kBytes, stream>>>(a);
   return cudaGetLastError();
 }
+template <template <int, bool> class Shared, int D>
+cudaError_t launch(const Kernel (&kernels)[kVariants][2], const Args& a, int tiles, bool hopper, bool persistent, cudaStream_t stream) {
+  const Kernel kernel = kernels[variant_of(a.power, a.softmax, a.fidelity, a.bounded, a.length_beta > 0)][hopper];
+  return hopper ? launch<Shared<D, true>, true>(kernel, a, tiles, persistent, stream)
+                : launch<Shared<D, false>, false>(kernel, a, tiles, persistent, stream);
+}
 
-/// All variants of a kernel for one head size.
+/// All variants of a kernel for one head size. `l`: variants with length_beta, or those that do the same where offsets are a row's own anyway.
 #define TESSERA_VARIANT(kernel, D, v) \
   { kernel<D, v, false>, kernel<D, v, true> }
-#define TESSERA_VARIANTS(kernel, D)                                                                                                 \
-  {                                                                                                                                 \
-    TESSERA_VARIANT(kernel, D, 0), TESSERA_VARIANT(kernel, D, 1), TESSERA_VARIANT(kernel, D, 2), TESSERA_VARIANT(kernel, D, 3),     \
-        TESSERA_VARIANT(kernel, D, 4), TESSERA_VARIANT(kernel, D, 5), TESSERA_VARIANT(kernel, D, 6), TESSERA_VARIANT(kernel, D, 7), \
-        TESSERA_VARIANT(kernel, D, 8), TESSERA_VARIANT(kernel, D, 9), TESSERA_VARIANT(kernel, D, 10)                                \
+#define TESSERA_VARIANTS(kernel, D, l0, l1, l2)                                                                                       \
+  {                                                                                                                                   \
+    TESSERA_VARIANT(kernel, D, 0), TESSERA_VARIANT(kernel, D, 1), TESSERA_VARIANT(kernel, D, 2), TESSERA_VARIANT(kernel, D, 3),       \
+        TESSERA_VARIANT(kernel, D, 4), TESSERA_VARIANT(kernel, D, 5), TESSERA_VARIANT(kernel, D, 6), TESSERA_VARIANT(kernel, D, 7),   \
+        TESSERA_VARIANT(kernel, D, 8), TESSERA_VARIANT(kernel, D, 9), TESSERA_VARIANT(kernel, D, 10), TESSERA_VARIANT(kernel, D, l0), \
+        TESSERA_VARIANT(kernel, D, l1), TESSERA_VARIANT(kernel, D, l2)                                                                \
   }
 
 }  // namespace tessera::cuda_attention

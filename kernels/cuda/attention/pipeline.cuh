@@ -8,6 +8,7 @@
 // a time: ballot and popcount compact the list on the fly, nothing is stored and the host never learns its length.
 
 #include "kernels/cuda/attention/arch.cuh"
+#include "kernels/cuda/attention/tuning.h"
 #include "kernels/tiles.h"
 
 namespace tessera::cuda_attention {
@@ -36,29 +37,31 @@ struct BandLists {
   int bands;         // of the whole map: the stride of offsets and order
 };
 
-/// What the 64 rows of a query tile contribute to their edges in the backward pass, in the order in which lanes read it.
+/// What the 64 rows of a query tile contribute to their edges in the backward pass. The first three arrays stand in the order in which a lane of
+/// the dk, dv kernel reads them, 16 bytes at a time: its columns 8j + 2 (lane % 4) + {0, 1} of two neighbouring j.
 struct __align__(16) RowTile {
-  struct Pair {          // of rows 2n and 2n + 1
-    float inverse_z0;    // 1 / z_i, 0 where z_i = 0
-    float minus_delta0;  // -<do_i, o_i> / z_i for sum, -<do_i, o_i> for softmax, else 0
-    float inverse_z1, minus_delta1;
-  } pair[32];
-  float offset[64];  // x = c f(s) + offset; divided by gate_bound
+  float inverse_z[64];    // 1 / z_i, 0 where z_i = 0
+  float minus_delta[64];  // -<do_i, o_i> for sum and softmax, else 0
+  float offset[64];       // x = c f(s) + offset; divided by gate_bound
   int document_start[64];
+  /// Where row r stands.
+  static constexpr __host__ __device__ int place(int r) { return r / 16 * 16 + r % 8 / 2 * 4 + r / 8 % 2 * 2 + r % 2; }
 };
 static_assert(sizeof(RowTile) == 64 * 16);
 
-/// The kernels' variants: three gates times three scores, and softmax with a linear or a squared score.
+/// The kernels' variants: three gates times three scores, softmax with a linear or a squared score, and three gates with length_beta.
 template <int Variant>
 struct Gates {
-  static constexpr bool kSoftmax = Variant >= 9;
-  static constexpr bool kFidelity = kSoftmax ? Variant == 10 : Variant % 3 == 1;
-  static constexpr bool kBounded = !kSoftmax && Variant % 3 != 2;  // |<q, k>| <= 1: see gate_bound
-  static constexpr int kPower = kSoftmax ? 1 : 1 << (Variant / 3);
+  static constexpr bool kSoftmax = Variant == 9 || Variant == 10, kLengthBeta = Variant > 10;
+  static constexpr bool kFidelity = kSoftmax ? Variant == 10 : !kLengthBeta && Variant % 3 == 1;
+  static constexpr bool kBounded = !kSoftmax && (kLengthBeta || Variant % 3 != 2);  // |<q, k>| <= 1: see gate_bound
+  static constexpr int kPower = kSoftmax ? 1 : 1 << (kLengthBeta ? Variant - 11 : Variant / 3);
+  static constexpr bool kRowOffsets = kSoftmax || kLengthBeta;  // else every row of a head has the same
 };
-constexpr int kVariants = 11;
-constexpr int variant_of(int power, bool softmax, bool fidelity, bool bounded) {
-  return softmax ? 9 + fidelity : 3 * (power == 1 ? 0 : power == 2 ? 1 : 2) + (fidelity ? 1 : bounded ? 0 : 2);
+constexpr int kVariants = 14;
+constexpr int variant_of(int power, bool softmax, bool fidelity, bool bounded, bool length_beta) {
+  const int gate = power == 1 ? 0 : power == 2 ? 1 : 2;
+  return softmax ? 9 + fidelity : length_beta ? 11 + gate : 3 * gate + (fidelity ? 1 : bounded ? 0 : 2);
 }
 
 struct Args {
@@ -72,7 +75,7 @@ struct Args {
   float* z;
   uint32_t* active;              // [B, H, query_tiles, words]
   unsigned long long* counters;  // [H, 5] or null
-  RowTile* rows;  // [B, H, query_tiles]
+  RowTile* rows;                 // [B, H, query_tiles]
   float* partial_scale;          // [B, H, query_tiles]
   float* partial_threshold;      // [B, H, query_tiles]
   BandLists by_query, by_key;    // bands of as many tiles as the launched kernel has consumers
@@ -85,22 +88,46 @@ struct Args {
   float epsilon, length_alpha, length_beta;
 };
 
-/// Barriers and entries of the stages, in shared memory from `base`. An entry is (tile, mask) for each warpgroup.
-template <int Groups, bool Hopper, int Stages>
+struct Cursor {
+  int stage = 0;
+  uint32_t phase = 0;
+  template <int Stages>
+  __device__ __forceinline__ void next() {
+    if (++stage == Stages) stage = 0, phase ^= 1;
+  }
+};
+
+/// A band of a (batch, head) and the head's parameters.
+struct Item {
+  int band, b, h;
+  float scale, threshold;
+};
+
+/// A band's tile of the other side.
+struct Step {
+  int tile;  // -1: the band ends here
+  int mask;
+  uint32_t zero;  // for Left: 0 in every tile's step
+};
+
+/// Barriers and entries of the stages, in shared memory from `base`. An entry is (tile, mask) for each warpgroup. Beside them `Own` slots for a
+/// band's own tiles, which are loaded once a band: two, so that the next band's arrive while this one is worked on.
+template <int Groups, bool Hopper, int Stages, int Own>
 struct Ring {
   uint32_t base;
-  static constexpr uint32_t kBytes = 48 * Stages + 16;
+  static constexpr int kStages = Stages, kOwn = Own;
+  static constexpr uint32_t kBytes = 48 * (Stages + Own);
   __device__ __forceinline__ uint32_t full(int stage) const { return base + 8 * stage; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return base + 8 * (Stages + stage); }
   __device__ __forceinline__ uint32_t entry(int stage, int group) const { return base + 16 * Stages + 32 * stage + 8 * group; }
-  /// Full once the block's own tiles have arrived.
-  __device__ __forceinline__ uint32_t own() const { return base + 48 * Stages; }
+  __device__ __forceinline__ uint32_t own_full(int slot) const { return base + 48 * Stages + 48 * slot; }
+  __device__ __forceinline__ uint32_t own_empty(int slot) const { return own_full(slot) + 8; }
 
   __device__ __forceinline__ void init() const {
     if (threadIdx.x == 0) {
       // Portable: 32 lanes arrive by their copies, and lane 0 once more for what the warp stored itself.
       for (int s = 0; s < Stages; ++s) barrier_init(full(s), Hopper ? 1 : 33), barrier_init(empty(s), Groups * 128);
-      barrier_init(own(), Hopper ? 1 : 33);
+      for (int s = 0; s < Own; ++s) barrier_init(own_full(s), Hopper ? 1 : 33), barrier_init(own_empty(s), Groups * 128);
 #if __CUDA_ARCH__ >= 900
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // the copy engine sees the barriers too
 #endif
@@ -111,23 +138,33 @@ struct Ring {
 #pragma unroll
     for (int g = 0; g < Groups; ++g) store_shared2(entry(stage, g), e.tile, e.mask[g]);
   }
-  /// A consumer warp is done with a stage. Every lane arrives for what it read itself: one arrival a warp after __syncwarp would do, and
-  /// measures the same, but compute-sanitizer's racecheck does not follow that order from lane to lane.
-  __device__ __forceinline__ void release(int stage) const { barrier_arrive(empty(stage)); }
-};
-
-struct Cursor {
-  int stage = 0;
-  uint32_t phase = 0;
-  template <int Stages>
-  __device__ __forceinline__ void next() {
-    if (++stage == Stages) stage = 0, phase ^= 1;
+  /// Waits until a stage is full. The same in the whole warp.
+  __device__ __forceinline__ Step step(const Cursor& at, int group) const {
+    barrier_wait(full(at.stage), at.phase);
+    const int2 e = load_shared2(entry(at.stage, group));
+    return {uniform(e.x), uniform(e.y), static_cast<uint32_t>(e.x) >> 31};
   }
+  __device__ __forceinline__ void put_item(int slot, const Item& i) const {
+    store_shared4(own_full(slot) + 16, i.band, i.b, i.h, 0);
+    store_shared2(own_full(slot) + 32, __float_as_int(i.scale), __float_as_int(i.threshold));
+  }
+  /// Waits until a band's own tiles are there.
+  __device__ __forceinline__ Item item(const Cursor& own) const {
+    barrier_wait(own_full(own.stage), own.phase);
+    const float4 v = load_shared4(own_full(own.stage) + 16);
+    const int2 head = load_shared2(own_full(own.stage) + 32);
+    return {uniform(__float_as_int(v.x)), uniform(__float_as_int(v.y)), uniform(__float_as_int(v.z)), __int_as_float(head.x), __int_as_float(head.y)};
+  }
+  /// A consumer warp is done with a stage, with a slot. Every lane arrives for what it read itself: one arrival a warp after __syncwarp would do,
+  /// and measures the same, but compute-sanitizer's racecheck does not follow that order from lane to lane.
+  __device__ __forceinline__ void release(int stage) const { barrier_arrive(empty(stage)); }
+  __device__ __forceinline__ void release_own(int slot) const { barrier_arrive(own_empty(slot)); }
 };
 
 /// Loads rows [row, row + 64) of one [T, D] matrix into D/64 tiles, by the whole producer warp.
 template <bool Hopper, int D>
-__device__ __forceinline__ void load_rows(uint32_t to, const View& view, const CUtensorMap* map, uint32_t bar, int row, int b, int h, int tokens, int lane) {
+__device__ __forceinline__ void load_rows(uint32_t to, const View& view, const CUtensorMap* map, uint32_t bar, int row, int b, int h, int tokens,
+                                          int lane) {
   if constexpr (Hopper) {
     if (lane == 0) {
 #pragma unroll
@@ -159,12 +196,10 @@ __device__ __forceinline__ void close_loads(uint32_t bar, int lane) {
 
 /// The producer warp's walk: keep(entry) drops what is not to be visited by setting masks to kAbsent; load(stage, tile) issues the loads of a
 /// visited tile, `bytes` in all. Ends with an entry of tile -1.
-template <int Groups, bool Hopper, int Stages, class Keep, class Load>
-__device__ __forceinline__ void produce(const Ring<Groups, Hopper, Stages>& ring, const BandLists& lists, int64_t list, uint32_t bytes, int lane,
-                                        Keep keep, Load load) {
+template <int Groups, bool Hopper, int Stages, int Own, class Keep, class Load>
+__device__ __forceinline__ void produce(const Ring<Groups, Hopper, Stages, Own>& ring, Cursor& at, const BandLists& lists, int64_t list,
+                                        uint32_t bytes, int lane, Keep keep, Load load) {
   const int64_t begin = lists.offsets[list], end = lists.offsets[list + 1];
-  Cursor at;
-  at.phase = 1;  // the first round finds every stage empty
 #pragma unroll 1
   for (int64_t base = begin; base < end; base += 32) {
     Entry mine{0, {kAbsent, kAbsent, kAbsent}};
@@ -195,6 +230,7 @@ __device__ __forceinline__ void produce(const Ring<Groups, Hopper, Stages>& ring
   if (lane == 0) ring.put(at.stage, Entry{-1, {kAbsent, kAbsent, kAbsent}});
   open_loads<Hopper>(ring.full(at.stage), 0, lane);
   close_loads<Hopper>(ring.full(at.stage), lane);
+  at.next<Stages>();
 }
 
 /// Which keys bound a query tile's documents: from `first` its first row sees keys, from `full` every row does.
@@ -212,25 +248,68 @@ __device__ __forceinline__ int cut_mask(const Args& a, int mask, int query_tile,
   return mask == TileEntry::kFull && cut ? kEdge : mask;
 }
 
-/// Which band of tiles and which (batch, head) a block works on. Blocks start in about this order: sections of heads that fit the L2
-/// cache, in each the longest lists first (by the list's order, or by number: under a causal pattern late query tiles and early key tiles
-/// have the long lists), so that the hardware's own scheduling balances uneven lists.
-__device__ __forceinline__ void block_of(const Args& a, const BandLists& lists, int bands, bool descending, int& band, int& b, int& h) {
-  const int all = a.batch * a.heads;
-  const int64_t block = blockIdx.x, per_section = static_cast<int64_t>(a.section) * bands;
-  const int first = static_cast<int>(block / per_section) * a.section, in_section = min(a.section, all - first);
-  const int within = static_cast<int>(block % per_section), rank = within / in_section, bh = first + within % in_section;
-  b = bh / a.heads, h = bh % a.heads;
-  if (bands == lists.bands) {
-    band = lists.order[static_cast<int64_t>(a.group_of_head[h]) * lists.bands + rank];
-  } else {
-    band = descending ? bands - 1 - rank : rank;
+/// The order of the items: sections of heads that fit the L2 cache, in each the longest lists first (by the list's order, or by number: under a
+/// causal pattern late query tiles and early key tiles have the long lists).
+///
+/// Either every item has a block, and the hardware's own scheduling balances uneven lists. Or (short lists) there are as many blocks as fit the GPU
+/// and each takes items in turn, its producer running ahead into the next band while the consumers finish this one; then items are dealt there and
+/// back - 0 1 2 | 5 4 3 | 6 7 8 - so that who got the longest of a round gets the shortest of the next. What an item computes is the same.
+struct Schedule {
+  int bands, total;
+  bool descending;
+  __device__ __forceinline__ Schedule(const Args& a, int tiles, int groups, bool descending)
+      : bands((tiles + groups - 1) / groups), total(bands * a.batch * a.heads), descending(descending) {}
+
+  /// work(n) for each of the block's items.
+  template <class Work>
+  __device__ __forceinline__ void for_each(Work work) const {
+    const int blocks = gridDim.x;
+    int n = blockIdx.x;
+#pragma unroll 1
+    for (int first = 0; first < total; first += blocks) {
+      if (n < total) work(n);
+      n = 2 * (first + blocks) - 1 - n;
+    }
   }
+  /// Item n and the number of its tile list.
+  __device__ __forceinline__ Item item(const Args& a, const BandLists& lists, int n, int64_t& list) const {
+    const int all = a.batch * a.heads, per_section = min(a.section, all) * bands;
+    const int first = n / per_section * a.section, in_section = min(a.section, all - first);
+    const int within = n % per_section, rank = within / in_section, bh = first + within % in_section;
+    Item i;
+    i.b = bh / a.heads, i.h = bh % a.heads;
+    i.scale = a.scale[i.h], i.threshold = a.threshold[i.h];
+    const int64_t group = a.group_of_head[i.h];
+    i.band = bands == lists.bands ? lists.order[group * lists.bands + rank] : descending ? bands - 1 - rank : rank;
+    list = group * (lists.bands + 1) + i.band;
+    return i;
+  }
+};
+
+/// The producer warp's part: own(item, at, bar) loads a band's own tiles, own_bytes in all; walk(item, at, list) calls produce.
+template <int Groups, bool Hopper, int Stages, int Own, class LoadOwn, class Walk>
+__device__ __forceinline__ void produce_items(const Args& a, const Schedule& schedule, const BandLists& lists,
+                                              const Ring<Groups, Hopper, Stages, Own>& ring, uint32_t own_bytes, int lane, LoadOwn load_own,
+                                              Walk walk) {
+  Cursor at, own;
+  at.phase = own.phase = 1;  // the first round finds everything empty
+  schedule.for_each([&](int n) {
+    int64_t list;
+    const Item item = schedule.item(a, lists, n, list);
+    const uint32_t full = ring.own_full(own.stage);
+    barrier_wait(ring.own_empty(own.stage), own.phase);
+    if (lane == 0) ring.put_item(own.stage, item);  // by the lane that arrives below
+    open_loads<Hopper>(full, own_bytes, lane);
+    load_own(item, own.stage, full);
+    close_loads<Hopper>(full, lane);
+    own.next<Own>();
+    walk(item, at, list);
+  });
 }
 
 /// Writes a warpgroup's 64 x 64 product, rows scaled, as bf16: rows i0 and i0 + 8 of this thread, columns from `column`.
-__device__ __forceinline__ void store_product(const Acc& c, const View& view, int b, int h, int row, int tokens, int column, int lane,
-                                              float scale0, float scale8) {
+__device__ __forceinline__ void store_product(const Acc& c, const View& view, int b, int h, int row, int tokens, int column, int lane, float scale0,
+                                              float scale8) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int i = row + 8 * half;

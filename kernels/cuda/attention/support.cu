@@ -28,10 +28,9 @@ __global__ void row_info_kernel(const __grid_constant__ Args a) {
   const int64_t bh = row / padded;
   const int i = static_cast<int>(row % padded);
   const int b = static_cast<int>(bh / a.heads), h = static_cast<int>(bh % a.heads);
-  float offset = 0, inverse_z = 0, minus_delta = 0;
+  float offset = 0, inverse_z = 0, delta = 0;
   int document = 0;
   if (i < a.tokens) {  // all lanes of a row agree
-    float delta = 0;
     if (a.normalize_sum || a.softmax) {
       const uint4 x = *reinterpret_cast<const uint4*>(a.o.row(b, h, i) + lane * 8),
                   y = *reinterpret_cast<const uint4*>(a.d_o.row(b, h, i) + lane * 8);
@@ -45,19 +44,16 @@ __global__ void row_info_kernel(const __grid_constant__ Args a) {
     if (a.softmax) {
       offset = -z * kLog2e;
       inverse_z = 1.f;
-      minus_delta = -delta;
     } else {
-      offset = row_offset(a, h, i, D) / gate_bound(a, h, D);
+      offset = row_offset(a, a.scale[h], a.threshold[h], i, D) / gate_bound(a, a.scale[h], a.threshold[h], D);
       inverse_z = z > 0.f ? 1.f / z : 0.f;
-      minus_delta = -delta * inverse_z;
     }
     if (a.document_start) document = a.document_start[static_cast<int64_t>(b) * a.tokens + i];
   }
   if (lane == 0) {
     RowTile& to = a.rows[row / 64];
-    const int r = static_cast<int>(row % 64);
-    reinterpret_cast<float2*>(to.pair)[r] = make_float2(inverse_z, minus_delta);
-    to.offset[r] = offset, to.document_start[r] = document;
+    const int r = static_cast<int>(row % 64), at = RowTile::place(r);
+    to.inverse_z[at] = inverse_z, to.minus_delta[at] = -delta, to.offset[at] = offset, to.document_start[r] = document;
   }
 }
 

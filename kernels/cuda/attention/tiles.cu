@@ -79,6 +79,7 @@ Bands::Bands(const TileMap& map, bool by_key, int groups) {
     std::stable_sort(longest_first.begin(), longest_first.end(), [&](int x, int y) { return length[x] > length[y]; });
     order.insert(order.end(), longest_first.begin(), longest_first.end());
   }
+  mean_length_ = static_cast<double>(entries.size()) / std::max<double>(1, static_cast<double>(order.size()));
   offsets_ = upload(offsets), entries_ = upload(entries), order_ = upload(order);
 }
 

@@ -1,6 +1,8 @@
 #pragma once
 // Tile lists on the device, as the attention kernels walk them.
 
+#include <algorithm>
+
 #include "kernels/attention.h"
 #include "kernels/cuda/attention/pipeline.cuh"
 
@@ -32,18 +34,21 @@ class Bands {
  public:
   Bands(const TileMap& map, bool by_key, int groups);
   BandLists lists() const { return {offsets_.as<int64_t>(), entries_.as<Entry>(), order_.as<int>(), bands_}; }
+  /// Entries of a list, on average, where at most `tiles` tiles of the other side exist.
+  double mean_length(std::int64_t tiles) const { return std::min(mean_length_, static_cast<double>(tiles)); }
 
  private:
   int bands_;
+  double mean_length_;
   DeviceBuffer offsets_, entries_, order_;
 };
 
 class CudaTiles final : public DeviceTiles {
  public:
   explicit CudaTiles(std::shared_ptr<const TileMap> host);
-  /// groups: 2 or 3 by query, 2 by key.
-  BandLists by_query(int groups) const { return groups == 2 ? query2_.lists() : query3_.lists(); }
-  BandLists by_key() const { return key2_.lists(); }
+  /// groups: 2 or 3 by query; 2 by key.
+  const Bands& by_query(int groups) const { return groups == 2 ? query2_ : query3_; }
+  const Bands& by_key() const { return key2_; }
   const int* group_of_head() const { return group_of_head_.as<int>(); }
   const uint64_t* masks() const { return masks_.as<uint64_t>(); }
   const uint64_t* masks_by_key() const { return masks_by_key_.as<uint64_t>(); }

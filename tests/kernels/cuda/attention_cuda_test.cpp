@@ -95,7 +95,8 @@ std::vector<Bf16> rounded(const std::vector<double>& v) {
 }
 
 /// Runs forward and backward; q, k, v and their gradients in the packed layout [B, T, 3, H, D].
-Result run(const Problem& p, CudaAttentionPath path, Visit visit, const DeviceTiles* shared_tiles = nullptr) {
+Result run(const Problem& p, CudaAttentionPath path, Visit visit, const DeviceTiles* shared_tiles = nullptr,
+           CudaAttentionSchedule schedule = CudaAttentionSchedule::automatic) {
   const auto& s = p.in.shape;
   const auto [B, H, T, D] = s;
   const std::int64_t tiles = (T + 63) / 64, words = bitmap_words(tiles), token = 3 * H * D;
@@ -125,13 +126,13 @@ Result run(const Problem& p, CudaAttentionPath path, Visit visit, const DeviceTi
   if (!p.document_start.empty()) f.document_start = {d_documents.get(), DType::i32, {B, T}};
   f.z = {d_z.get(), DType::f32, {B, H, T}}, f.active_tiles = {d_bits.get(), DType::u32, {B, H, tiles, words}};
   f.counters = {d_counters.get(), DType::u64, {H, kAttentionCounters}};
-  cuda_attention_forward(f, nullptr, path);
+  cuda_attention_forward(f, nullptr, {path, schedule});
   AttentionBackward g;
   g.forward = f, g.d_o = packed(d_do.get(), s);
   g.dq = part(d_gradient, 0), g.dk = part(d_gradient, 1), g.dv = part(d_gradient, 2);
   g.dscale = {d_dscale.get(), DType::f32, {H}}, g.dthreshold = {d_dtau.get(), DType::f32, {H}};
   g.workspace = {d_work.get(), DType::f32, {static_cast<std::int64_t>(d_work.size())}};
-  cuda_attention_backward(g, nullptr, path);
+  cuda_attention_backward(g, nullptr, {path, schedule});
   TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
 
   Result r;
@@ -227,11 +228,11 @@ void expect_close(const std::vector<Bf16>& got, const std::vector<double>& exact
   EXPECT_LE(error, 2 * allowed + 1e-6 * largest + 1e-5) << what << ": largest value " << largest;
 }
 
-void compare(const Problem& p, CudaAttentionPath path, const std::string& what) {
+void compare(const Problem& p, CudaAttentionPath path, const std::string& what, CudaAttentionSchedule schedule = CudaAttentionSchedule::automatic) {
   const auto exact = reference::attention_forward(p.in);
   const auto gradient = reference::attention_backward(p.in, exact, p.d_o);
   const Rounded maths = with_roundings(p, exact);
-  const Result r = run(p, path, Visit::active);
+  const Result r = run(p, path, Visit::active, nullptr, schedule);
   const auto [B, H, T, D] = p.in.shape;
   expect_close(r.o, exact.o, maths.o, what + " o");
   expect_close(r.dq, gradient.dq, maths.dq, what + " dq");
@@ -290,7 +291,8 @@ TEST(CudaAttention, MatchesTheDefinitionInEveryCombination) {
             math.score = score, math.gate = gate, math.normalizer = norm, math.length_alpha = n % 2 ? 1.0f : 0.5f;
             const double tau = score == Score::fidelity ? 0.01 : score == Score::cosine ? 0.4 * int(n % 3) : 0.2;
             const Problem p = make_problem(shape, math, patterns[n / 2 % 4], n % 5 < 2, tau, n);
-            compare(p, path, describe(math, shape, path) + " case " + std::to_string(n));
+            compare(p, path, describe(math, shape, path) + " case " + std::to_string(n),
+                    n / 2 % 2 ? CudaAttentionSchedule::block_a_band : CudaAttentionSchedule::persistent);
             if (::testing::Test::HasFatalFailure()) return;
           }
 }
@@ -366,6 +368,22 @@ TEST(CudaAttention, SkippingChangesNoBit) {
             EXPECT_GT(tiles, 0u) << what << ": nothing to compare";
             EXPECT_LT(tiles, visible) << what << ": nothing was skipped";
           }
+}
+
+TEST(CudaAttention, SchedulesGiveTheSameBits) {
+  NEEDS_GPU();
+  // More bands than a GPU has multiprocessors, so that blocks take several: 4 x 16 heads x at least 4 bands. Empty bands, empty columns, documents.
+  for (const auto path : paths())
+    for (const std::int64_t D : {64, 128})
+      for (const auto math : {AttentionMath{}, AttentionMath{.gate = Gate::softmax}, AttentionMath{.length_beta = 0.6f}})
+        for (const bool documents : {false, true}) {
+          const Problem p = make_problem({4, 16, 700, D}, math, {is_causal, holes, windowed, sinks}, documents, 0.8, 51);
+          const auto tiles = upload_tiles_cuda(make_tiles(700, 16, p.patterns));
+          const Result once = run(p, path, Visit::active, tiles.get(), CudaAttentionSchedule::block_a_band);
+          const std::string what = describe(math, p.in.shape, path) + (documents ? " documents" : "");
+          for (const auto visit : {Visit::active, Visit::all})
+            expect_same_bits(once, run(p, path, visit, tiles.get(), CudaAttentionSchedule::persistent), what + (visit == Visit::all ? " all" : ""));
+        }
 }
 
 TEST(CudaAttention, TenRunsGiveTheSameBits) {
