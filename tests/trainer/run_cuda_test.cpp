@@ -41,11 +41,11 @@ class RunCudaTest : public RunTest {
   }
 };
 
-// bf16 has 8 bits: each activation is off by up to 2^-9, a loss of 5.5 summed over a hundred and more tokens by much less than that times 5.5 = 0.01.
-// Over 20 steps weights drift apart by what those errors do to Adam's signs of small gradients, a few hundredths of a nat on a curve that falls by
-// one and more; a gate adds edges that one side passes and the other does not.
+// A GPU's roundings, made on the CPU on a text like this (tests/model/bf16_ops.h), move the first loss by 1e-4, the curve of softmax by up to 0.008
+// and that of the gate by up to 0.08 in the steep part of its fall from 5.5 to 1.8: there an edge that passes on one side and not on the other makes
+// more difference than a rounding. The tolerances are three times that.
 TEST_F(RunCudaTest, SameLossCurveAsOnTheCpu) {
-  for (const auto& [name, sets, tolerance] : {std::tuple{"softmax", "--set attention.gate=softmax ", 0.03}, {"gated", "", 0.06}}) {
+  for (const auto& [name, sets, tolerance] : {std::tuple{"softmax", "--set attention.gate=softmax ", 0.025}, {"gated", "", 0.25}}) {
     const std::string cpu = std::string(name) + "_cpu", cuda = std::string(name) + "_cuda";
     ASSERT_EQ(tessera(kTiny + sets + "--set run.dir=runs/" + cpu).code, 0);
     const Result r = train(cuda, sets);
@@ -53,8 +53,8 @@ TEST_F(RunCudaTest, SameLossCurveAsOnTheCpu) {
     EXPECT_TRUE(r.says(" planned")) << r;
     expect_near(cuda, cpu, "loss", tolerance);
     expect_near(cuda, cpu, "validation_loss", tolerance);
-    expect_near(cuda, cpu, "edge_sparsity", 0.02);
-    EXPECT_NEAR(metrics(cuda)[0]["loss"].get<double>(), metrics(cpu)[0]["loss"].get<double>(), 0.005) << "the same parameters and tokens";
+    expect_near(cuda, cpu, "edge_sparsity", 0.05);
+    EXPECT_NEAR(metrics(cuda)[0]["loss"].get<double>(), metrics(cpu)[0]["loss"].get<double>(), 0.001) << "the same parameters and tokens";
     EXPECT_LT(metrics(cuda)[kSteps - 1]["loss"].get<double>(), metrics(cuda)[0]["loss"].get<double>() - 0.5);
     EXPECT_GT(metrics(cuda)[0]["memory_bytes"].get<double>(), 0.0);
     EXPECT_FALSE(metrics(cuda)[1].contains("memory_bytes"));
@@ -67,9 +67,10 @@ TEST_F(RunCudaTest, RepeatsAndOptionsWithoutEffectOnValuesHaveTheSameBits) {
   expect_same_bits("a", "b", kSteps);
   ASSERT_EQ(train("visit", "--set attention.visit=all").code, 0);
   expect_same_bits("a", "visit", kSteps);
-  for (const char* recompute : {"gelu+norm", "block"}) {
-    ASSERT_EQ(train(recompute, std::string("--set train.recompute=") + recompute).code, 0);
-    expect_near("a", recompute, "loss", 0.03);  // the gelu is computed again from its rounded argument
+  const std::string softmax = "--set attention.gate=softmax --set train.recompute=";
+  for (const char* recompute : {"none", "gelu+norm", "block"}) {
+    ASSERT_EQ(train(recompute, softmax + recompute).code, 0);
+    expect_near("none", recompute, "loss", 0.02);  // not bits: a gelu that is computed again has a rounded argument
   }
 }
 
