@@ -2,10 +2,10 @@
 // What all attention kernels share: their arguments, the ring of stages between the producer warp and the two or three consumer
 // warpgroups of a block, and the walk of a band's tile list.
 //
-// A block works on bands, one at a time: two or three neighbouring tiles (query tiles in the forward and dq kernels, key tiles in the dk, dv kernel), one
-// consumer warpgroup each, and the union of their lists is walked in ascending order, so that all share each load. Tiles that are not to be visited -
-// outside the list, behind the document's start, or without an active edge in the forward pass - are dropped by the producer warp, 32 list entries at
-// a time: ballot and popcount compact the list on the fly, nothing is stored and the host never learns its length.
+// A block works on bands, one at a time: two or three neighbouring tiles (query tiles in the forward and dq kernels, key tiles in the dk, dv kernel),
+// one consumer warpgroup each, and the union of their lists is walked in ascending order, so that all share each load. Tiles that are not to be
+// visited - outside the list, behind the document's start, or without an active edge in the forward pass - are dropped by the producer warp, 32 list
+// entries at a time: ballot and popcount compact the list on the fly, nothing is stored and the host never learns its length.
 
 #include "kernels/cuda/attention/arch.cuh"
 #include "kernels/cuda/attention/tuning.h"
