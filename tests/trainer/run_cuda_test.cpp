@@ -43,7 +43,8 @@ class RunCudaTest : public RunTest {
 
 // A GPU's roundings, made on the CPU on a text like this (tests/model/bf16_ops.h), move the first loss by 1e-4, the curve of softmax by up to 0.008
 // and that of the gate by up to 0.08 in the steep part of its fall from 5.5 to 1.8: there an edge that passes on one side and not on the other makes
-// more difference than a rounding. The tolerances are three times that.
+// more difference than a rounding. The tolerances of losses are three times that. While the thresholds settle, the share of active edges is as
+// sensitive: 0.08 apart was seen on an H200 around step 7.
 TEST_F(RunCudaTest, SameLossCurveAsOnTheCpu) {
   for (const auto& [name, sets, tolerance] : {std::tuple{"softmax", "--set attention.gate=softmax ", 0.025}, {"gated", "", 0.25}}) {
     const std::string cpu = std::string(name) + "_cpu", cuda = std::string(name) + "_cuda";
@@ -53,7 +54,7 @@ TEST_F(RunCudaTest, SameLossCurveAsOnTheCpu) {
     EXPECT_TRUE(r.says(" planned")) << r;
     expect_near(cuda, cpu, "loss", tolerance);
     expect_near(cuda, cpu, "validation_loss", tolerance);
-    expect_near(cuda, cpu, "edge_sparsity", 0.05);
+    expect_near(cuda, cpu, "edge_sparsity", 0.15);
     EXPECT_NEAR(metrics(cuda)[0]["loss"].get<double>(), metrics(cpu)[0]["loss"].get<double>(), 0.001) << "the same parameters and tokens";
     EXPECT_LT(metrics(cuda)[kSteps - 1]["loss"].get<double>(), metrics(cuda)[0]["loss"].get<double>() - 0.5);
     EXPECT_GT(metrics(cuda)[0]["memory_bytes"].get<double>(), 0.0);
