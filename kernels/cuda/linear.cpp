@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "kernels/cuda/check.h"
@@ -31,6 +32,10 @@ T get(const cublasLtMatmulAlgo_t& algorithm, cublasLtMatmulAlgoConfigAttributes_
   std::size_t written = 0;
   cublasLtMatmulAlgoConfigGetAttribute(&algorithm, attribute, &value, sizeof value, &written);
   return value;
+}
+
+bool has_clusters(const cublasLtMatmulAlgo_t& algorithm) {
+  return get<std::uint16_t>(algorithm, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID) > CUBLASLT_CLUSTER_SHAPE_1x1x1;
 }
 
 /// cuBLASLt's matrices are column-major: what it sees of a row-major [rows, columns] is [columns, rows].
@@ -83,13 +88,27 @@ std::unique_ptr<Linear::Plan> Linear::make_plan(const Product& p) const {
                              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
     set(preference, operand, kAlignment);
 
+  choose(plan, preference, p.argument ? policy_.answers : 1);
+  return made;
+}
+
+void Linear::choose(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, int count) const {
+  std::vector<cublasLtMatmulHeuristicResult_t> answers(static_cast<std::size_t>(std::max(1, policy_.answer < 0 ? count : policy_.answers)));
   int found = 0;
   const cublasStatus_t s = cublasLtMatmulAlgoGetHeuristic(handle_.get(), &plan.operation, &plan.first, &plan.second, &plan.to, &plan.to, &preference,
-                                                          1, &plan.choice, &found);
+                                                          static_cast<int>(answers.size()), answers.data(), &found);
   // An unsupported combination is an answer, in either of these forms; anything else is a failure.
   if (s != CUBLAS_STATUS_NOT_SUPPORTED && s != CUBLAS_STATUS_INVALID_VALUE) check(s, "choosing an algorithm");
-  plan.found = s == CUBLAS_STATUS_SUCCESS && found > 0 && plan.choice.state == CUBLAS_STATUS_SUCCESS;
-  return made;
+  answers.resize(s == CUBLAS_STATUS_SUCCESS ? static_cast<std::size_t>(found) : 0);
+  if (policy_.answer >= 0) {
+    answers.erase(answers.begin(), answers.begin() + std::min<std::ptrdiff_t>(policy_.answer, std::ssize(answers)));
+  } else {
+    const auto clustered = [](const auto& a) { return a.state == CUBLAS_STATUS_SUCCESS && has_clusters(a.algo); };
+    if (const auto at = std::find_if(answers.begin(), answers.end(), clustered); at != answers.end()) answers.erase(answers.begin(), at);
+  }
+  if (answers.empty()) return;
+  plan.choice = answers.front();
+  plan.found = plan.choice.state == CUBLAS_STATUS_SUCCESS;
 }
 
 bool Linear::try_run(const Context& c, const Product& p) {

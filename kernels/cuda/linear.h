@@ -2,9 +2,9 @@
 // Matrix products through cuBLASLt: linear layers with bias and GELU in the product's epilogue, and the fused classifier.
 //
 // bf16 in, f32 sums. What is written in bf16 is rounded once; gradients of weights are added to f32 inside the product (beta = 1).
-// The algorithm of a product is cuBLASLt's first answer for its shape: nothing is timed, and addresses do not matter beyond their 16-byte
-// alignment, so a shape has the same bits in every run on the same kind of GPU. Sums split over the inner extent are added in f32 in a
-// fixed order.
+// The algorithm of a product is one of cuBLASLt's answers for its shape, taken by its attributes: nothing is timed, and addresses do not matter
+// beyond their 16-byte alignment, so a shape has the same bits in every run on the same kind of GPU. Sums split over the inner extent are added
+// in f32 in a fixed order.
 
 #include <cublasLt.h>
 
@@ -20,9 +20,15 @@
 
 namespace tessera::cuda {
 
-/// Which activations go into the epilogue of their product; the others are kernels of their own. For measurements: runs take the default.
+/// Which activations go into the epilogue of their product (the others are kernels of their own), and which of cuBLASLt's answers is taken. Runs take
+/// the default; the rest is for measurements.
 struct LinearPolicy {
   bool fuse_gelu_forward = true, fuse_gelu_backward = true;
+  /// Answers to ask for where a product has an activation in its epilogue, best first as cuBLASLt estimates. The first whose kernel runs in clusters
+  /// of blocks is taken, that is, one written for Hopper or later; where none does, the very first. Elsewhere the first answer is.
+  int answers = 1;
+  /// Not negative: this of the answers to any product (0: the first), and no algorithm where there are not so many.
+  int answer = -1;
 };
 
 class Linear {
@@ -71,6 +77,8 @@ class Linear {
   };
 
   std::unique_ptr<Plan> make_plan(const Product& p) const;
+  /// Fills choice and found of a plan that is complete otherwise, from `count` answers.
+  void choose(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, int count) const;
   /// False, with nothing done, where cuBLASLt has no algorithm.
   bool try_run(const Context& c, const Product& p);
   /// Throws std::logic_error there.

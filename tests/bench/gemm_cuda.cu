@@ -1,11 +1,16 @@
 // Times the matrix products of a GPT on the GPU through the functions that training calls, with activations in the products' epilogues and apart:
 //   tessera_bench_gemm_cuda [rows] [width] [vocabulary]      (GPT-2 Medium on 65,536 tokens unless told otherwise)
 // A line a product: milliseconds and TFLOP/s of the products alone (bias gradients and separate activations cost time and count nothing).
+//   tessera_bench_gemm_cuda --answers [rows] [width]         (the same)
+// Every answer that cuBLASLt has for the products of the MLP and of qkv, fused and plain, each with its attributes: the median of single runs, with
+// the caches overwritten before each.
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "../kernels/cuda/device.h"
@@ -55,17 +60,104 @@ void time(const char* name, cudaStream_t stream, double flops, const std::functi
   std::fflush(stdout);
 }
 
+struct Bench {
+  explicit Bench(std::size_t scratch_bytes) : ops(make_cuda_ops(0)), tensor(*ops) {
+    c.stream = cuda_stream(*ops), c.scratch_bytes = scratch_bytes, c.scratch = ops->allocate(scratch_bytes);
+    TESSERA_CUDA_CHECK(cudaDeviceGetAttribute(&c.multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+  }
+  std::unique_ptr<Ops> ops;
+  Tensors tensor;
+  cuda::Context c;
+};
+
+/// Milliseconds, the median of single runs with cold caches.
+double cold_time(cudaStream_t stream, const Tensor& flush, const std::function<void()>& work) {
+  constexpr int kRuns = 9;
+  cudaEvent_t begin[kRuns], end[kRuns];
+  work();
+  for (int i = 0; i < kRuns; ++i) {
+    TESSERA_CUDA_CHECK(cudaEventCreate(&begin[i]));
+    TESSERA_CUDA_CHECK(cudaEventCreate(&end[i]));
+    TESSERA_CUDA_CHECK(cudaMemsetAsync(flush.data, i, flush.bytes(), stream));
+    TESSERA_CUDA_CHECK(cudaEventRecord(begin[i], stream));
+    work();
+    TESSERA_CUDA_CHECK(cudaEventRecord(end[i], stream));
+  }
+  TESSERA_CUDA_CHECK(cudaStreamSynchronize(stream));
+  std::vector<float> times(kRuns);
+  for (int i = 0; i < kRuns; ++i) {
+    TESSERA_CUDA_CHECK(cudaEventElapsedTime(&times[i], begin[i], end[i]));
+    cudaEventDestroy(begin[i]), cudaEventDestroy(end[i]);
+  }
+  std::nth_element(times.begin(), times.begin() + kRuns / 2, times.end());
+  return times[kRuns / 2];
+}
+
+int run_answers(std::int64_t rows, std::int64_t width) {
+  constexpr int kAnswers = 32;
+  const std::int64_t wide = 4 * width;
+  Bench bench(cuda::norm_backward_scratch(wide));
+  const cuda::Context& c = bench.c;
+  std::printf("%s: %lld rows, width %lld\n", bench.ops->device_name().c_str(), static_cast<long long>(rows), static_cast<long long>(width));
+  const Tensor x = bench.tensor(rows, wide), y = bench.tensor(rows, wide), z = bench.tensor(rows, wide), w = bench.tensor(wide, width);
+  const Tensor dw = bench.tensor(wide, width, DType::f32), flush = bench.tensor(1, 64 << 20, DType::f32);
+  const Tensor narrow = x.view({rows * 4, width}).slice(0, rows * width).view({rows, width});
+  const Tensor narrow_to = y.view({rows * 4, width}).slice(0, rows * width).view({rows, width});
+  const Tensor qkv = z.slice(0, rows * 3 * width).view({rows, 3 * width});
+  const Tensor up = w, down = w.view({width, wide}), w_qkv = w.slice(0, 3 * width * width).view({3 * width, width});
+
+  struct Case {
+    const char* name;
+    std::int64_t in, out;
+    std::function<void(cuda::Linear&)> work;
+  };
+  const Case cases[] = {
+      {"mlp out dx gelu', fused", wide, width, [&](cuda::Linear& l) { l.backward(c, {.dy = narrow, .w = down, .dx = y, .gelu_argument = z}); }},
+      {"mlp out dx", wide, width, [&](cuda::Linear& l) { l.backward(c, {.dy = narrow, .w = down, .dx = y}); }},
+      {"mlp in gelu, fused", width, wide,
+       [&](cuda::Linear& l) { l.forward(c, {.x = narrow, .w = up, .y = y, .activation = Activation::gelu, .pre_activation = z}); }},
+      {"mlp in", width, wide, [&](cuda::Linear& l) { l.forward(c, {.x = narrow, .w = up, .y = y}); }},
+      {"mlp in dx", width, wide, [&](cuda::Linear& l) { l.backward(c, {.dy = x, .w = up, .dx = narrow_to}); }},
+      {"mlp in dw", width, wide, [&](cuda::Linear& l) { l.backward(c, {.dy = x, .x = narrow_to, .dw = dw}); }},
+      {"mlp out", wide, width, [&](cuda::Linear& l) { l.forward(c, {.x = x, .w = down, .y = narrow_to}); }},
+      {"qkv", width, 3 * width, [&](cuda::Linear& l) { l.forward(c, {.x = narrow, .w = w_qkv, .y = qkv}); }},
+  };
+  for (const Case& one : cases) {
+    const double flops = 2.0 * static_cast<double>(rows * one.in) * static_cast<double>(one.out);
+    std::printf("\n%s\n", one.name);
+    for (int answer = 0; answer < kAnswers; ++answer) {
+      // A fused product without this answer would be computed apart, and a plain one throws.
+      cuda::Linear linear({.answers = kAnswers, .answer = answer});
+      std::string chosen;
+      double ms = 0;
+      try {
+        one.work(linear);
+        chosen = linear.describe().front();
+        if (linear.describe().size() > 1) break;
+        ms = cold_time(c.stream, flush, [&] { one.work(linear); });
+      } catch (const std::logic_error&) {
+        break;
+      } catch (const std::runtime_error& e) {  // an answer that does not run is a finding, too
+        std::printf("  %2d  %s\n", answer, e.what());
+        continue;
+      }
+      std::printf("  %2d %8.3f ms %7.1f TFLOP/s  %s\n", answer, ms, flops / ms * 1e-9, chosen.c_str());
+      std::fflush(stdout);
+    }
+  }
+  return 0;
+}
+
 int run(int argc, char** argv) {
   const auto number = [&](int i, std::int64_t otherwise) { return argc > i ? std::atoll(argv[i]) : otherwise; };
+  if (argc > 1 && std::string(argv[1]) == "--answers") return run_answers(number(2, 65536), number(3, 1024));
   const std::int64_t rows = number(1, 65536), width = number(2, 1024), vocabulary = number(3, 50304), wide = 4 * width;
-  const std::unique_ptr<Ops> ops = make_cuda_ops(0);
-  std::printf("%s: %lld rows, width %lld, vocabulary %lld\n", ops->device_name().c_str(), static_cast<long long>(rows), static_cast<long long>(width),
-              static_cast<long long>(vocabulary));
-  Tensors tensor(*ops);
-  cuda::Context c{cuda_stream(*ops), 0, nullptr, cuda::norm_backward_scratch(wide)};
-  TESSERA_CUDA_CHECK(cudaDeviceGetAttribute(&c.multiprocessors, cudaDevAttrMultiProcessorCount, 0));
-  c.scratch = ops->allocate(c.scratch_bytes);
-  cuda::Linear fused({true, true}), apart({false, false});
+  Bench bench(cuda::norm_backward_scratch(wide));
+  Tensors& tensor = bench.tensor;
+  const cuda::Context& c = bench.c;
+  std::printf("%s: %lld rows, width %lld, vocabulary %lld\n", bench.ops->device_name().c_str(), static_cast<long long>(rows),
+              static_cast<long long>(width), static_cast<long long>(vocabulary));
+  cuda::Linear fused, apart({.fuse_gelu_forward = false, .fuse_gelu_backward = false});
 
   const Tensor x = tensor(rows, wide), y = tensor(rows, wide), z = tensor(rows, wide), w = tensor(wide, width), bias = tensor(1, wide);
   const Tensor dw = tensor(wide, width, DType::f32), dbias = tensor(1, wide, DType::f32);
