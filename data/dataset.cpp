@@ -21,7 +21,6 @@ using Json = nlohmann::ordered_json;
 namespace {
 
 constexpr const char* kFormat = "tessera-dataset";
-constexpr std::size_t kOpenShards = 64;
 
 Json to_json(const SplitInfo& split) {
   Json shards = Json::array();
@@ -125,9 +124,7 @@ DatasetInfo read_dataset(const std::string& directory) {
 
 // -- Shards -------------------------------------------------------------------------------------------------------------
 
-namespace {
-
-ShardHeader header_of(const Hdf5File& file) {
+ShardHeader read_shard_header(const Hdf5File& file) {
   if (!file.contains("tokens") || !file.contains("documents") || !file.has_attribute("format_version"))
     throw std::invalid_argument(fmt::format("{}: is not a shard of tokens: no `tokens`, `documents` or format version", file.path()));
   ShardHeader out;
@@ -149,15 +146,6 @@ ShardHeader header_of(const Hdf5File& file) {
   return out;
 }
 
-template <typename T>
-void expect(const std::string& path, const char* what, const T& found, const T& expected) {
-  if (found != expected)
-    throw std::runtime_error(fmt::format("{}: {} is {}, the dataset's manifest says {}; the shard belongs to another dataset. Prepare the data again",
-                                         path, what, found, expected));
-}
-
-}  // namespace
-
 bool is_shard(const std::string& file) {
   try {
     const Hdf5File open = Hdf5File::open(file);
@@ -167,143 +155,6 @@ bool is_shard(const std::string& file) {
   }
 }
 
-ShardHeader read_shard_header(const std::string& file) { return header_of(Hdf5File::open(file)); }
-
-struct TokenReader::Impl {
-  struct Shard {
-    std::string path;
-    std::uint64_t first = 0, tokens = 0, documents = 0;  // first: index in the split
-    std::optional<Hdf5File> file;
-    std::list<std::size_t>::iterator use;  // in `recent`, when open
-    // First tokens of documents, within the shard, read when first asked for. 32 bits: a large corpus has tens of millions of documents.
-    std::optional<std::vector<std::uint32_t>> starts;
-  };
-
-  DatasetInfo info;
-  std::vector<Shard> shards;
-  std::list<std::size_t> recent;  // open shards, the latest used first
-  std::uint64_t size = 0;
-
-  std::size_t shard_of(std::uint64_t token) const {
-    const auto after = std::upper_bound(shards.begin(), shards.end(), token, [](std::uint64_t t, const Shard& shard) { return t < shard.first; });
-    return static_cast<std::size_t>(after - shards.begin()) - 1;
-  }
-
-  Hdf5File& open(std::size_t index) {
-    Shard& shard = shards[index];
-    if (shard.file) {
-      recent.splice(recent.begin(), recent, shard.use);
-      return *shard.file;
-    }
-    if (recent.size() == kOpenShards) {
-      shards[recent.back()].file.reset();
-      recent.pop_back();
-    }
-    try {
-      Hdf5File file = Hdf5File::open(shard.path);
-      const ShardHeader header = header_of(file);
-      expect(shard.path, "the tokenizer's hash", header.tokenizer_hash, info.tokenizer_hash);
-      expect(shard.path, "the vocabulary", header.vocabulary, info.vocabulary);
-      expect(shard.path, "the number of tokens", header.tokens, shard.tokens);
-      expect(shard.path, "the number of documents", header.documents, shard.documents);
-      shard.file = std::move(file);
-    } catch (const std::invalid_argument& e) {  // the manifest vouches for the shard: not the user's mistake
-      throw std::runtime_error(e.what());
-    }
-    shard.use = recent.insert(recent.begin(), index);
-    return *shard.file;
-  }
-
-  const std::vector<std::uint32_t>& starts(std::size_t index) {
-    Shard& shard = shards[index];
-    if (shard.starts) return *shard.starts;
-    const auto wide = open(index).read<std::uint64_t>("documents");
-    if (!std::is_sorted(wide.begin(), wide.end()) || wide.back() != shard.tokens)
-      throw std::runtime_error(fmt::format("{}: `documents` should rise and end with the number of tokens, {}", shard.path, shard.tokens));
-    shard.starts.emplace(wide.begin(), wide.end() - 1);
-    return *shard.starts;
-  }
-
-  /// Index in the split of the first token of the document that holds the token before shard `index`.
-  std::uint64_t start_before(std::size_t index) {
-    while (index-- > 0)
-      if (const auto& own = starts(index); !own.empty()) return shards[index].first + own.back();
-    return 0;
-  }
-
-  void check_range(std::uint64_t first, std::size_t count) const {
-    if (first > size || count > size - first)
-      throw std::out_of_range(fmt::format("{}: tokens {} to {} were asked for, the split has {}", info.directory, first, first + count, size));
-  }
-};
-
-TokenReader::TokenReader(const DatasetInfo& info, const SplitInfo& split) : impl_(std::make_unique<Impl>()) {
-  impl_->info = info;
-  for (const ShardInfo& shard : split.shards) {
-    if (shard.tokens == 0) continue;
-    if (shard.tokens > std::numeric_limits<std::uint32_t>::max())
-      throw std::runtime_error(fmt::format("{}: the shard has {} tokens, this program reads at most 2^32-1 in one", shard.file, shard.tokens));
-    auto& added = impl_->shards.emplace_back();
-    added.path = info.directory + "/" + shard.file;
-    added.first = impl_->size;
-    added.tokens = shard.tokens;
-    added.documents = shard.documents;
-    impl_->size += shard.tokens;
-  }
-}
-TokenReader::TokenReader(TokenReader&&) noexcept = default;
-TokenReader& TokenReader::operator=(TokenReader&&) noexcept = default;
-TokenReader::~TokenReader() = default;
-std::uint64_t TokenReader::size() const { return impl_->size; }
-
-void TokenReader::read(std::uint64_t first, std::span<std::int32_t> out) {
-  impl_->check_range(first, out.size());
-  while (!out.empty()) {
-    const std::size_t index = impl_->shard_of(first);
-    const Impl::Shard& shard = impl_->shards[index];
-    const std::uint64_t offset = first - shard.first;
-    const std::size_t count = std::min<std::uint64_t>(out.size(), shard.tokens - offset);
-    const std::span<std::int32_t> part = out.first(count);
-    Hdf5File& file = impl_->open(index);
-    try {
-      file.read_part<std::int32_t>("tokens", {offset}, {count}, part);
-    } catch (const std::runtime_error& e) {
-      throw std::runtime_error(fmt::format("{}: tokens {} to {} cannot be read: the shard is damaged. Prepare the data again ({})", shard.path,
-                                           offset, offset + count, e.what()));
-    }
-    const auto wrong = std::find_if(part.begin(), part.end(), [&](std::int32_t token) { return token < 0 || token >= impl_->info.vocabulary; });
-    if (wrong != part.end())
-      throw std::runtime_error(fmt::format("{}: token {} at index {} lies outside the vocabulary of {}; the shard does not match its tokenizer",
-                                           shard.path, *wrong, offset + static_cast<std::uint64_t>(wrong - part.begin()), impl_->info.vocabulary));
-    out = out.subspan(count);
-    first += count;
-  }
-}
-
-void TokenReader::read_document_starts(std::uint64_t first, std::span<std::int32_t> out) {
-  impl_->check_range(first, out.size());
-  const std::uint64_t origin = first;
-  // Sequences are far shorter than 2^31 tokens; a start further back than that is as good as any before the sequence.
-  const auto relative = [&](std::uint64_t start) {
-    return start >= origin ? static_cast<std::int32_t>(start - origin)
-                           : static_cast<std::int32_t>(
-                                 -std::min<std::int64_t>(static_cast<std::int64_t>(origin - start), std::numeric_limits<std::int32_t>::max()));
-  };
-  while (!out.empty()) {
-    const std::size_t index = impl_->shard_of(first);
-    const Impl::Shard& shard = impl_->shards[index];
-    const std::uint64_t offset = first - shard.first;
-    const std::size_t count = std::min<std::uint64_t>(out.size(), shard.tokens - offset);
-    const auto& starts = impl_->starts(index);
-    auto next = std::upper_bound(starts.begin(), starts.end(), offset);  // the first document after `offset`
-    std::int32_t current = relative(next == starts.begin() ? impl_->start_before(index) : shard.first + *(next - 1));
-    for (std::size_t i = 0; i < count; ++i) {
-      if (next != starts.end() && *next == offset + i) current = relative(shard.first + *next++);
-      out[i] = current;
-    }
-    out = out.subspan(count);
-    first += count;
-  }
-}
+ShardHeader read_shard_header(const std::string& file) { return read_shard_header(Hdf5File::open(file)); }
 
 }  // namespace tessera

@@ -18,6 +18,8 @@
 
 namespace tessera {
 
+class Hdf5File;
+
 constexpr std::int64_t kDatasetVersion = 1;
 
 struct ShardInfo {
@@ -64,11 +66,13 @@ std::string dataset_manifest(const DatasetInfo& info);
 /// Whether `directory` holds a dataset's manifest.
 bool is_dataset(const std::string& directory);
 
-/// All shards of a split as one long row of tokens, shard after shard. Reads are checked (Fletcher-32). Not thread-safe: one a thread.
-/// Each shard is opened when first needed, and then checked against the manifest (tokenizer, vocabulary, length).
+/// All shards of a split as one long row of tokens, shard after shard. Not thread-safe: one a thread. Each shard is opened when first needed, and
+/// then checked against the manifest (tokenizer, vocabulary, length); each of its chunks when first read, against its checksum (Fletcher-32), and
+/// again when the file has changed since.
 class TokenReader {
  public:
-  TokenReader(const DatasetInfo& info, const SplitInfo& split);
+  /// open_files: shards that stay open at once, at least 1; the one unused for longest goes first.
+  TokenReader(const DatasetInfo& info, const SplitInfo& split, std::size_t open_files = 64);
   TokenReader(TokenReader&&) noexcept;
   TokenReader& operator=(TokenReader&&) noexcept;
   ~TokenReader();
@@ -95,6 +99,7 @@ struct ShardHeader {
 bool is_shard(const std::string& file);
 /// Throws std::invalid_argument when the file is no shard, std::runtime_error when it is damaged.
 ShardHeader read_shard_header(const std::string& file);
+ShardHeader read_shard_header(const Hdf5File& file);
 
 /// For people, or as JSON: what it is, sizes, where it came from.
 std::string describe_dataset(const std::string& directory, bool json);

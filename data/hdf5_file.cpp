@@ -351,6 +351,45 @@ Hdf5Info Hdf5File::info(const std::string& name) const {
   return out;
 }
 
+std::optional<Hdf5Placement> Hdf5File::placement(const std::string& name) const {
+  constexpr std::uint64_t kPiece = 16 << 10;  // elements, of a dataset that lies in one
+  const Session session;
+  const hid_t id = impl_->open(name);
+  const Handle type(H5Dget_type(id), H5Tclose), properties(H5Dget_create_plist(id), H5Pclose);
+  impl_->check(type.ok() && properties.ok(), name, "properties cannot be read");
+  Hdf5Placement out;
+  out.type = impl_->type_of(type, name);
+  const Hdf5Shape shape = impl_->shape_of(id, name);
+  const int filters = H5Pget_nfilters(properties);
+  if (shape.size() != 1 || H5Tequal(type, native(out.type)) <= 0 || filters > 1) return {};
+  out.elements = shape[0];
+  const std::uint64_t size = size_of(out.type);
+  if (H5Pget_layout(properties) == H5D_CONTIGUOUS && filters == 0 && H5Pget_external_count(properties) == 0) {
+    const haddr_t address = H5Dget_offset(id);
+    if (address == HADDR_UNDEF) return {};
+    out.piece = kPiece;
+    for (std::uint64_t i = 0; i < out.elements; i += kPiece) out.offsets.push_back(address + i * size);
+    return out;
+  }
+  if (H5Pget_layout(properties) != H5D_CHUNKED) return {};
+  hsize_t chunk = 0;
+  impl_->check(H5Pget_chunk(properties, 1, &chunk) == 1 && chunk > 0, name, "chunk size cannot be read");
+  if (filters == 1) {
+    out.fletcher32 = H5Pget_filter2(properties, 0, nullptr, nullptr, nullptr, 0, nullptr, nullptr) == H5Z_FILTER_FLETCHER32;
+    if (!out.fletcher32) return {};
+  }
+  out.piece = chunk;
+  for (hsize_t first = 0; first < out.elements; first += chunk) {
+    unsigned filters_left_out = 0;
+    haddr_t address = HADDR_UNDEF;
+    hsize_t bytes = 0;
+    impl_->check(H5Dget_chunk_info_by_coord(id, &first, &filters_left_out, &address, &bytes) >= 0, name, "chunks cannot be found");
+    if (address == HADDR_UNDEF || filters_left_out != 0 || bytes != chunk * size + (out.fletcher32 ? 4 : 0)) return {};
+    out.offsets.push_back(address);
+  }
+  return out;
+}
+
 void Hdf5File::create_dataset(const std::string& name, Hdf5Type type, const Hdf5Shape& shape, const Hdf5Shape& chunk, bool extendible) {
   const Session session;
   impl_->check_writable();

@@ -10,6 +10,7 @@
 #include <concepts>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -66,6 +67,15 @@ struct Hdf5Info {
   std::uint64_t elements() const;
 };
 
+/// Where the elements of a one-dimensional dataset lie in the file, for reading them without the library: piece i holds elements
+/// [i * piece, (i + 1) * piece), as they are in memory, from byte offsets[i] on; with `fletcher32`, fletcher32() of the whole piece follows, 4 bytes.
+struct Hdf5Placement {
+  Hdf5Type type = Hdf5Type::u16;
+  std::uint64_t elements = 0, piece = 0;
+  bool fletcher32 = false;
+  std::vector<std::uint64_t> offsets;
+};
+
 /// One open file. Objects are named by path ("tokens", "optimizer/m"); groups on the way are made as needed. Movable, not copyable.
 /// Not for two threads at once; different files may be used by different threads.
 /// All functions throw std::runtime_error "FILE: dataset NAME: what failed: why" unless said otherwise.
@@ -88,6 +98,8 @@ class Hdf5File {
   bool contains(const std::string& name) const;
   std::vector<std::string> datasets() const;  // paths of all datasets, sorted
   Hdf5Info info(const std::string& name) const;
+  /// Nothing when the bytes in the file are not the elements (compressed, other byte order, never written) or the dataset has other dimensions.
+  std::optional<Hdf5Placement> placement(const std::string& name) const;
 
   /// Chunk: empty lets the wrapper choose about 1 MiB; the shape {} makes a scalar. extendible: append() may lengthen dimension 0.
   void create_dataset(const std::string& name, Hdf5Type type, const Hdf5Shape& shape, const Hdf5Shape& chunk = {}, bool extendible = false);

@@ -20,6 +20,7 @@ HostBatch make_batch(std::int64_t batch, std::int64_t context) {
   const auto size = static_cast<std::size_t>(batch * context);
   HostBatch out{batch, context, {}, {}, {}, {}, 0};
   for (auto* row : {&out.token, &out.target, &out.position, &out.document_start}) row->resize(size);
+  for (std::size_t i = 0; i < size; ++i) out.position[i] = static_cast<std::int32_t>(i % static_cast<std::size_t>(context));
   return out;
 }
 
@@ -29,19 +30,20 @@ void fill(HostBatch& out, std::int64_t row, TokenReader& reader, std::uint64_t f
   const auto context = static_cast<std::size_t>(out.tokens), offset = static_cast<std::size_t>(row) * context;
   const std::size_t have = std::min<std::uint64_t>(context + 1, reader.size() - first);
   scratch.resize(context + 1);
-  reader.read(first, std::span(scratch).first(have));
-  std::fill(scratch.begin() + static_cast<std::ptrdiff_t>(have), scratch.end(), scratch[have - 1]);
+  const std::span all = std::span(scratch);
+  reader.read(first, all.first(have));
+  std::ranges::fill(all.subspan(have), scratch[have - 1]);
+  std::ranges::copy(all.first(context), out.token.begin() + static_cast<std::ptrdiff_t>(offset));
+  const std::span targets = std::span(out.target).subspan(offset, context);
+  std::ranges::copy(all.subspan(1), targets.begin());
+  std::ranges::fill(targets.subspan(have - 1), -1);
+  out.target_tokens += have - 1;
 
   const std::span starts = std::span(out.document_start).subspan(offset, context);
-  reader.read_document_starts(first, starts.first(std::min(have, context)));
-  for (std::size_t i = 0; i < context; ++i) {
-    const bool real = i + 1 < have;
-    out.token[offset + i] = scratch[i];
-    out.target[offset + i] = real ? scratch[i + 1] : -1;
-    out.position[offset + i] = static_cast<std::int32_t>(i);
-    starts[i] = i < have ? std::max(starts[i], 0) : starts[i - 1];
-    out.target_tokens += real;
-  }
+  const std::size_t real = std::min(have, context);
+  reader.read_document_starts(first, starts.first(real));
+  for (std::int32_t& start : starts) start = std::max(start, 0);
+  std::ranges::fill(starts.subspan(real), starts[real - 1]);
 }
 
 }  // namespace
