@@ -166,6 +166,8 @@ bool is_zstd(std::string_view head) {
 
 }  // namespace
 
+std::unique_ptr<ByteSource> open_plain_source(const std::string& path) { return std::make_unique<PlainSource>(path); }
+
 std::unique_ptr<ByteSource> open_source(const std::string& path) {
   auto file = std::make_unique<PlainSource>(path);
   if (file->head().starts_with("\x1f\x8b")) return std::make_unique<GzipSource>(std::move(file));

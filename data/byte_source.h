@@ -20,5 +20,7 @@ class ByteSource {
 
 /// gzip (several members), Zstandard (several frames) or plain; "-" is standard input. Throws std::invalid_argument when it cannot be opened.
 std::unique_ptr<ByteSource> open_source(const std::string& path);
+/// The bytes as they lie on disk, whatever they look like.
+std::unique_ptr<ByteSource> open_plain_source(const std::string& path);
 
 }  // namespace tessera

@@ -1,16 +1,16 @@
 #include "data/document_reader.h"
 
 #include <fmt/core.h>
-#include <glob.h>
 
 #include <algorithm>
-#include <array>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <utility>
 
 #include "data/byte_source.h"
+#include "data/parquet_source.h"
+#include "data/token_files.h"
 
 namespace tessera {
 namespace fs = std::filesystem;
@@ -18,27 +18,6 @@ namespace {
 
 constexpr std::size_t kReadBytes = 256 << 10;
 constexpr std::size_t kLongLine = 1 << 20;  // from here on the reader parses the line itself, so that only its pieces travel
-
-/// Extension in lower case, less a .gz or .zst behind it.
-std::string text_extension(const std::string& path) {
-  fs::path name = fs::path(path).filename();
-  if (name.extension() == ".gz" || name.extension() == ".zst") name = name.stem();
-  std::string extension = name.extension().string();
-  std::transform(extension.begin(), extension.end(), extension.begin(), [](unsigned char c) { return std::tolower(c); });
-  return extension;
-}
-
-bool is_jsonl(const std::string& extension) { return extension == ".jsonl" || extension == ".ndjson"; }
-bool is_text(const std::string& extension) { return extension == ".txt" || extension == ".text" || extension == ".md" || extension == ".rst"; }
-
-TextFormat format_of(const std::string& path, TextFormat wanted) {
-  if (wanted != TextFormat::automatic) return wanted;
-  const std::string extension = text_extension(path);
-  if (is_jsonl(extension)) return TextFormat::jsonl;
-  if (path == "-" || extension.empty() || is_text(extension)) return TextFormat::text;
-  throw std::invalid_argument(fmt::format(
-      "{}: the extension {} says neither text (.txt) nor JSON lines (.jsonl); say which it is with --format txt or --format jsonl", path, extension));
-}
 
 bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
@@ -137,14 +116,14 @@ std::string parse_line(std::string_view line, const std::string& key, std::strin
 
 bool is_blank(std::string_view line) { return std::all_of(line.begin(), line.end(), is_space); }
 
-}  // namespace
-
-TextFormat text_format(const std::string& name) {
-  if (name == "auto") return TextFormat::automatic;
-  if (name == "txt") return TextFormat::text;
-  if (name == "jsonl") return TextFormat::jsonl;
-  throw std::invalid_argument(fmt::format("text format \"{}\": expected auto, txt or jsonl", name));
+/// What reads a file that is neither text nor .jsonl; nothing for those.
+std::unique_ptr<EntrySource> open_entries(const std::string& path, InputFormat format, const ReaderOptions& options) {
+  if (format == InputFormat::parquet) return open_parquet(path, options.text_key, options.where);
+  if (is_tokenized(format)) return open_token_file(path, format, {options.vocabulary, options.end_of_text});
+  return nullptr;
 }
+
+}  // namespace
 
 std::size_t piece_length(std::string_view rest) {
   if (rest.size() <= kPieceBytes) return rest.size();
@@ -165,55 +144,6 @@ std::size_t piece_length(std::string_view rest) {
   return (rest[cut] & 0xc0) == 0x80 ? kPieceBytes : cut;  // not UTF-8 anyway
 }
 
-namespace {
-
-/// The text files below a folder, sorted, added to `out`.
-void add_folder(const std::string& folder, std::vector<std::string>& out) {
-  std::vector<std::string> found;
-  try {
-    for (const auto& item : fs::recursive_directory_iterator(folder))
-      if (item.is_regular_file() && (is_text(text_extension(item.path())) || is_jsonl(text_extension(item.path()))))
-        found.push_back(item.path().string());
-  } catch (const fs::filesystem_error& e) {
-    throw std::invalid_argument(fmt::format("{}: the folder cannot be listed: {}", folder, e.code().message()));
-  }
-  if (found.empty()) throw std::invalid_argument(fmt::format("{}: the folder holds no .txt or .jsonl files (plain, .gz or .zst)", folder));
-  std::sort(found.begin(), found.end());
-  out.insert(out.end(), found.begin(), found.end());
-}
-
-}  // namespace
-
-std::vector<std::string> expand_inputs(const std::vector<std::string>& inputs) {
-  std::vector<std::string> out;
-  const auto add = [&](const std::string& path) {
-    std::error_code ignored;
-    if (fs::is_directory(path, ignored))
-      add_folder(path, out);
-    else
-      out.push_back(path);
-  };
-  for (const std::string& input : inputs) {
-    std::error_code error;
-    if (input == "-" || fs::exists(fs::status(input, error))) {
-      add(input);
-      continue;
-    }
-    if (error && error != std::errc::no_such_file_or_directory && error != std::errc::not_a_directory)
-      throw std::invalid_argument(fmt::format("{}: cannot be opened: {}", input, error.message()));
-    glob_t matches{};
-    const bool pattern = input.find_first_of("*?[") != std::string::npos;
-    const int status = pattern ? ::glob(input.c_str(), 0, nullptr, &matches) : GLOB_NOMATCH;
-    const std::vector<std::string> found(matches.gl_pathv, matches.gl_pathv + (status == 0 ? matches.gl_pathc : 0));
-    ::globfree(&matches);
-    if (found.empty())
-      throw std::invalid_argument(
-          fmt::format("{}: no such file{}", input.empty() ? "\"\"" : input, pattern ? " matches this pattern" : " or folder"));
-    for (const std::string& path : found) add(path);
-  }
-  return out;
-}
-
 struct DocumentReader::Impl {
   std::vector<std::string> files;
   ReaderOptions options;
@@ -222,8 +152,9 @@ struct DocumentReader::Impl {
 
   // The open file.
   std::size_t file = 0;
-  std::unique_ptr<ByteSource> source;
-  TextFormat format = TextFormat::text;
+  std::unique_ptr<ByteSource> source;    // of text and .jsonl
+  std::unique_ptr<EntrySource> entries;  // of everything else
+  InputFormat format = InputFormat::text;
   std::uint64_t consumed_before = 0, line = 0;
   std::string window;      // bytes read; those before `begin` are done with
   std::size_t begin = 0;   // of what remains of the document or line
@@ -243,9 +174,11 @@ struct DocumentReader::Impl {
 
   /// Opens the next file when none is open; false when there is none.
   bool ready() {
-    if (source) return true;
+    if (source || entries) return true;
     if (file == files.size()) return false;
     format = format_of(files[file], options.format);
+    entries = open_entries(files[file], format, options);
+    if (entries) return true;
     source = open_source(files[file]);
     window.clear();
     begin = looked = 0;
@@ -255,9 +188,10 @@ struct DocumentReader::Impl {
     return true;
   }
   void finish() {
-    consumed_before += source->consumed();
+    consumed_before += source ? source->consumed() : entries->consumed();
     consumed = consumed_before;
     source.reset();
+    entries.reset();
     ++file;
   }
   void read_more() {
@@ -275,7 +209,17 @@ struct DocumentReader::Impl {
   }
 
   Entry entry(std::string_view bytes, bool json, bool starts) const {
-    return {std::string(bytes), json, starts, static_cast<std::uint32_t>(file), line};
+    return {std::string(bytes), json, starts, static_cast<std::uint32_t>(file), line, {}};
+  }
+
+  bool next_entry(std::vector<Entry>& out) {
+    if (!entries->next(out)) {
+      finish();
+      return false;
+    }
+    out.back().file = static_cast<std::uint32_t>(file);
+    consumed = consumed_before + entries->consumed();
+    return true;
   }
 
   struct Marker {
@@ -376,7 +320,15 @@ struct DocumentReader::Impl {
 
 DocumentReader::DocumentReader(std::vector<std::string> files, const ReaderOptions& options) : impl_(std::make_unique<Impl>()) {
   for (const std::string& file : files) {
-    format_of(file, options.format);  // a wrong one is said before hours of work on the others
+    std::error_code ignored;
+    // What is wrong is said before hours of work on the others.
+    const InputFormat format = format_of(file, options.format);
+    if (is_tokenized(format) && options.vocabulary == 0)
+      throw std::invalid_argument(fmt::format("{}: a file of tokens ({}), expected text", file, to_string(format)));
+    if (format == InputFormat::parquet) check_parquet_support(file);
+    if (format != InputFormat::parquet && !options.where.empty())
+      throw std::invalid_argument(fmt::format("{}: --where filters the rows of Parquet files, and this is {}", file, to_string(format)));
+    if (fs::is_regular_file(file, ignored)) open_entries(file, format, options);
     std::error_code error;
     const auto size = file == "-" ? 0 : fs::file_size(file, error);
     if (!error) impl_->total += size;
@@ -390,8 +342,8 @@ bool DocumentReader::next(std::vector<Entry>& out, std::size_t bytes) {
   out.clear();
   std::size_t have = 0;
   while (have < bytes && impl_->ready()) {
-    const bool added = impl_->format == TextFormat::jsonl ? impl_->next_line(out) : impl_->next_text(out);
-    if (added) have += out.back().bytes.size() + sizeof(Entry);
+    const bool added = impl_->entries ? impl_->next_entry(out) : impl_->format == InputFormat::jsonl ? impl_->next_line(out) : impl_->next_text(out);
+    if (added) have += out.back().bytes.size() + 4 * out.back().tokens.size() + sizeof(Entry);
   }
   return !out.empty();
 }

@@ -1,13 +1,9 @@
 #pragma once
-// Documents out of text files, as a stream in bounded memory.
-//
-//   .txt   (also .text .md .rst, or no extension): one document, or several with a line `<|endoftext|>` between them. Bytes, valid UTF-8 or not.
-//   .jsonl (also .ndjson): an object a line; the document is the string under one key ("text").
-// Either may be compressed with gzip or Zstandard; the content decides, whatever the name.
+// Documents out of input files (input_format.h lists the kinds), as a stream in bounded memory: texts, JSON lines still to be parsed, or tokens.
 //
 // Long documents come in pieces of at most kPieceBytes. A piece ends before the last whitespace character of a run (after a paragraph where
 // there is one, else a line, else a word), which is where the GPT-2 pattern starts a new word whatever surrounds it: the pieces' tokens, joined,
-// are the document's. Text without any whitespace is cut between characters.
+// are the document's. Text without any whitespace is cut between characters. Documents of tokens come in pieces of at most kPieceTokens.
 
 #include <atomic>
 #include <cstdint>
@@ -17,34 +13,24 @@
 #include <string_view>
 #include <vector>
 
+#include "data/entry_source.h"
+#include "data/input_format.h"
+
 namespace tessera {
 
 constexpr std::size_t kPieceBytes = 64 << 10;
+constexpr std::size_t kPieceTokens = 16 << 10;
 constexpr std::size_t kLongestLine = 256 << 20;  // of a .jsonl file; such a line is held in memory
 constexpr std::string_view kDocumentMarker = "<|endoftext|>";
 
-enum class TextFormat { automatic, text, jsonl };
-
-/// "auto", "txt" or "jsonl"; throws std::invalid_argument for another name.
-TextFormat text_format(const std::string& name);
-
 struct ReaderOptions {
-  TextFormat format = TextFormat::automatic;  // automatic: by file name
-  std::string text_key = "text";
+  InputFormat format = InputFormat::automatic;
+  std::string text_key = "text";   // of each .jsonl object; the column of a Parquet file
+  std::vector<std::string> where;  // of Parquet rows, all must hold; see row_filter.h
+  /// Of files of tokens: ids beyond the vocabulary are an error, and end_of_text separates documents. 0: no such files are read.
+  std::int64_t vocabulary = 0;
+  std::uint32_t end_of_text = 0;
   bool skip_bad = false;  // .jsonl lines that are broken or lack the text are counted and left out; false: they are an error
-};
-
-/// Files of the arguments, in order: a file itself, a folder's text files (recursively, sorted, those with a known extension), a pattern's
-/// matches (* ? [...], sorted; files and folders). "-" is standard input. Throws std::invalid_argument when one is missing or yields no file.
-std::vector<std::string> expand_inputs(const std::vector<std::string>& inputs);
-
-/// What the reader hands to the workers: a piece of a document, or a line of JSON still to be parsed.
-struct Entry {
-  std::string bytes;
-  bool json = false;
-  bool first = true;       // begins a document
-  std::uint32_t file = 0;  // index into files()
-  std::uint64_t line = 0;  // of a .jsonl file, from 1
 };
 
 class DocumentReader {
@@ -54,7 +40,8 @@ class DocumentReader {
 
   /// The next few entries, about `bytes` of them together; false at the end. Throws std::runtime_error naming file and line or offset.
   bool next(std::vector<Entry>& out, std::size_t bytes);
-  /// Calls take(piece, first) for the document of an entry and returns true; false for a bad line when skip_bad. const and thread-safe.
+  /// Of an entry without tokens: calls take(piece, first) for its document and returns true; false for a bad line when skip_bad. const and
+  /// thread-safe.
   bool pieces(const Entry& entry, const std::function<void(std::string_view, bool)>& take) const;
 
   const std::vector<std::string>& files() const;

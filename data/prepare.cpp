@@ -205,7 +205,10 @@ PrepareSummary prepare_dataset(const Tokenizer& tokenizer, const PrepareOptions&
   const auto begin = Clock::now();
   const auto seconds = [&] { return std::chrono::duration<double>(Clock::now() - begin).count(); };
   check(options);
-  DocumentReader reader(expand_inputs(options.inputs), options.reader);
+  ReaderOptions reading = options.reader;
+  reading.vocabulary = tokenizer.vocabulary();
+  reading.end_of_text = tokenizer.end_of_text();
+  DocumentReader reader(expand_inputs(options.inputs, reading.format), reading);
   const int threads = options.threads ? options.threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 
   PrepareSummary summary;

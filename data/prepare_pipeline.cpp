@@ -98,6 +98,13 @@ void PreparePipeline::work() {
 TokenizedBatch PreparePipeline::tokenize(const std::vector<Entry>& entries) const {
   TokenizedBatch out;
   for (const Entry& entry : entries) {
+    if (!entry.tokens.empty()) {  // nothing to tokenize; its text is what it would be prepared from
+      std::string text;
+      for (const std::uint32_t token : entry.tokens) tokenizer_.decode(token, text);
+      out.tokens.insert(out.tokens.end(), entry.tokens.begin(), entry.tokens.end());
+      out.pieces.push_back({entry.file, entry.first, true, hashes_ ? split_hash(text) : 0, entry.tokens.size(), text.size()});
+      continue;
+    }
     const auto take = [&](std::string_view text, bool first) {
       const std::size_t before = out.tokens.size();
       tokenizer_.encode(text, out.tokens);

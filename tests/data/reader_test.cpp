@@ -259,7 +259,7 @@ TEST(DocumentReader, LinesBeyondTheLimitAreReportedOrSkipped) {
 TEST(ExpandInputs, FilesFoldersAndPatterns) {
   const TemporaryFolder folder;
   std::filesystem::create_directories(folder / "d/sub");
-  for (const char* name : {"d/b.txt", "d/a.jsonl.gz", "d/sub/c.md", "d/ignored.bin", "plain"}) put(folder / name, "x");
+  for (const char* name : {"d/b.txt", "d/a.jsonl.gz", "d/sub/c.md", "d/ignored.dat", "plain"}) put(folder / name, "x");
   EXPECT_EQ(expand_inputs({folder / "plain", folder / "d"}),
             (Texts{folder / "plain", folder / "d/a.jsonl.gz", folder / "d/b.txt", folder / "d/sub/c.md"}));
   EXPECT_EQ(expand_inputs({folder / "d/*.[tj]*", "-"}), (Texts{folder / "d/a.jsonl.gz", folder / "d/b.txt", "-"}));
@@ -270,12 +270,12 @@ TEST(ExpandInputs, FilesFoldersAndPatterns) {
   EXPECT_THROW(expand_inputs({folder / "*.none"}), std::invalid_argument);
   std::filesystem::create_directories(folder / "empty");
   EXPECT_THROW(expand_inputs({folder / "empty"}), std::invalid_argument);
-  EXPECT_THROW(DocumentReader({folder / "d/ignored.bin"}, {}), std::invalid_argument);  // what is it?
-  EXPECT_NO_THROW(DocumentReader({folder / "d/ignored.bin"}, {.format = TextFormat::text}));
+  EXPECT_THROW(DocumentReader({folder / "d/ignored.dat"}, {}), std::invalid_argument);  // what is it?
+  EXPECT_NO_THROW(DocumentReader({folder / "d/ignored.dat"}, {.format = InputFormat::text}));
   EXPECT_THROW(open_source(folder / "missing.txt"), std::invalid_argument);
   EXPECT_THROW(open_source(folder / "d"), std::invalid_argument);
-  EXPECT_EQ(text_format("jsonl"), TextFormat::jsonl);
-  EXPECT_THROW(text_format("json"), std::invalid_argument);
+  EXPECT_EQ(input_format("jsonl"), InputFormat::jsonl);
+  EXPECT_THROW(input_format("json"), std::invalid_argument);
 }
 
 }  // namespace

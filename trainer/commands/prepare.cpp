@@ -61,7 +61,7 @@ class ProgressBar {
 
 void prepare(Arguments& arguments) {
   auto& reader = arguments.options.reader;
-  reader.format = text_format(arguments.format);
+  reader.format = input_format(arguments.format);
   const auto tokenizer = load_tokenizer(arguments.tokenizer);
   PrepareSummary summary;
   {
@@ -77,7 +77,7 @@ void add_prepare_command(CLI::App& app) {
   auto arguments = std::make_shared<Arguments>();
   PrepareOptions& options = arguments->options;
   CLI::App* command = app.add_subcommand("prepare", "Turn text into token shards to train on");
-  command->add_option("--input", options.inputs, "Text: .txt or .jsonl, also .gz or .zst; files, folders, patterns, - for standard input")
+  command->add_option("--input", options.inputs, "Text (.txt, .jsonl, also .gz or .zst; .parquet) or tokens (.bin); files, folders, patterns, - for standard input")
       ->type_name("FILE...")
       ->required();
   command->add_option("--tokenizer", arguments->tokenizer, "bytes, gpt2:DIR or bpe:FILE (see tessera tokenizer train)")
@@ -94,10 +94,16 @@ void add_prepare_command(CLI::App& app) {
   command->add_option("--threads", options.threads, "Tokenizer threads; 0: one a core. The result does not depend on it")
       ->type_name("N")
       ->capture_default_str();
-  command->add_option("--format", arguments->format, "What the files are; auto: by their names")
-      ->check(CLI::IsMember({"auto", "txt", "jsonl"}))
+  command->add_option("--format", arguments->format, "What the files are; auto: by their content and names")
+      ->check(CLI::IsMember({"auto", "txt", "jsonl", "parquet", "llmc", "nanogpt", "megatron"}))
       ->capture_default_str();
-  command->add_option("--text-key", options.reader.text_key, "Key of the text in each .jsonl object")->type_name("KEY")->capture_default_str();
+  command->add_option("--text-key,--column", options.reader.text_key, "Name of the text: key in each .jsonl object, column of a Parquet file")
+      ->type_name("NAME")
+      ->capture_default_str();
+  command->add_option("--where", options.reader.where, "Parquet rows to take, as score>=3 or language==en; given several times, all must hold")
+      ->type_name("COND")
+      ->take_all()
+      ->expected(1);
   command->add_flag("--skip-bad", options.reader.skip_bad, "Leave broken .jsonl lines out and count them");
   command->add_flag("--overwrite", options.overwrite, "Replace a dataset in the output folder, once the new one is complete");
   command->add_flag("--json", arguments->json, "Print the summary as JSON");

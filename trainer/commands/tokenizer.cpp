@@ -66,8 +66,8 @@ void check_output(const std::string& output, const std::vector<std::string>& inp
 }
 
 void train(TrainOptions& options) {
-  options.reader.format = text_format(options.format);
-  DocumentReader reader(expand_inputs(options.inputs), options.reader);
+  options.reader.format = input_format(options.format);
+  DocumentReader reader(expand_inputs(options.inputs, options.reader.format), options.reader);
   check_output(options.output, reader.files());
   const std::string folder = folder_of(options.output);
   make_folder(folder);
