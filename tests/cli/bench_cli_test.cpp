@@ -98,6 +98,15 @@ TEST(BenchCommand, GemmReportsEveryLayer) {
     for (const char* key : {"forward_gflops", "input_gradient_gflops", "weight_gradient_gflops"}) EXPECT_GT(layer[key].get<double>(), 0) << layer;
 }
 
+TEST(BenchCommand, NumbersOutOfRangeAreTwo) {
+  for (const char* arguments : {"gemm --seconds nan", "gemm --seconds 0", "gemm --seconds fast", "step --seconds inf", "data --seconds nan",
+                                "attention --active-share nan", "attention --active-share 1.1"}) {
+    const Outcome outcome = run_tessera(std::string("bench ") + arguments);
+    EXPECT_EQ(outcome.code, 2) << arguments << outcome.out;
+    EXPECT_TRUE(has(outcome.err, "expected a number from ")) << outcome.err;
+  }
+}
+
 TEST(BenchCommand, ADeviceThatCannotBeUsedIsTwo) {
   if (no_gpu().empty()) GTEST_SKIP() << "there is a GPU";
   for (const std::string what : {"step", "gemm", "attention"}) {

@@ -41,7 +41,7 @@ void add_bench_command(CLI::App& app) {
 void BenchOptions::add_to(CLI::App& command) {
   command.add_option("--device", device, "Device to measure: cpu or cuda")->capture_default_str();
   command.add_option("--threads", threads, "CPU threads; 0: OMP_NUM_THREADS or all cores")->check(CLI::Range(0, 4096))->capture_default_str();
-  command.add_option("--seconds", seconds, "Time spent on each measurement")->check(CLI::Range(0.001, 3600.0))->capture_default_str();
+  command.add_option("--seconds", seconds, "Time spent on each measurement")->check(number_in(0.001, 3600))->capture_default_str();
   command.add_flag("--json", json, "Print JSON");
 }
 

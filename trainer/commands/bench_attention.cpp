@@ -13,6 +13,7 @@
 #include <random>
 
 #include "trainer/commands/bench.h"
+#include "trainer/commands/commands.h"
 #include "trainer/config.h"
 
 namespace tessera {
@@ -229,7 +230,7 @@ void add_bench_attention(CLI::App& bench) {
   command->add_option("--pattern", o->pattern, "As attention.pattern, in YAML")->capture_default_str();
   command->add_option("--tile", o->tile, "Tile: N, or QUERIESxKEYS")->capture_default_str();
   command->add_option("--active-share", o->active_share, "Share of the tiles that the data make active, in steps of 1 / head size")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(number_in(0, 1))
       ->capture_default_str();
   o->add_to(*command);
   command->footer(

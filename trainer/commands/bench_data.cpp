@@ -18,6 +18,7 @@
 #include "data/loader.h"
 #include "data/prepare.h"
 #include "trainer/commands/bench.h"
+#include "trainer/commands/commands.h"
 
 namespace tessera {
 namespace {
@@ -157,7 +158,7 @@ void add_bench_data(CLI::App& bench) {
   command->add_option("--context", options->context, "Tokens a sequence")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   command->add_option("--micro-batch", options->micro_batch, "Sequences a batch")->check(CLI::Range(1, 4096))->capture_default_str();
   command->add_option("--threads", options->threads, "Tokenizer threads; 0: one a core")->check(CLI::Range(0, 1024))->capture_default_str();
-  command->add_option("--seconds", options->seconds, "Time spent on each measurement")->check(CLI::Range(0.001, 3600.0))->capture_default_str();
+  command->add_option("--seconds", options->seconds, "Time spent on each measurement")->check(number_in(0.001, 3600))->capture_default_str();
   command->add_flag("--json", options->json, "Print JSON");
   command->footer("Example:\n  tessera bench data --tokenizer gpt2:gpt2/ --megabytes 256");
   command->callback([options] {

@@ -3,9 +3,22 @@
 // that does the work. Errors are thrown: std::invalid_argument (also ConfigError) is the user's (exit code 2), anything else is a failure
 // while running (exit code 1). Results go to stdout, everything else to stderr.
 
+#include <fmt/core.h>
+
 #include <CLI/CLI.hpp>
+#include <string>
 
 namespace tessera {
+
+/// For options of type double. CLI::Range takes nan for a number of every range.
+inline CLI::Validator number_in(double low, double high) {
+  const auto problem = [=](const std::string& text) {
+    double value = 0;
+    const bool good = CLI::detail::lexical_cast(text, value) && value >= low && value <= high;
+    return good ? std::string() : fmt::format("expected a number from {:g} to {:g}, found {}", low, high, text);
+  };
+  return {problem, fmt::format("{:g} to {:g}", low, high), ""};
+}
 
 void add_prepare_command(CLI::App& app);    // text -> token shards
 void add_tokenizer_command(CLI::App& app);  // train a BPE vocabulary

@@ -4,14 +4,12 @@
 
 #include <fmt/core.h>
 
-#include <cmath>
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 
 #include "trainer/commands/commands.h"
-#include "trainer/config.h"
 #include "trainer/host_threads.h"
 #include "trainer/open_checkpoint.h"
 
@@ -33,7 +31,7 @@ void add_generate_command(CLI::App& app) {
   command->add_option("--tokens", o->tokens, "Tokens to make, at most")->type_name("N")->check(CLI::Range(1, 1 << 30))->required();
   command->add_option("--temperature", o->temperature, "Below 1 likelier tokens, above 1 more surprising ones; 0: always the likeliest")
       ->type_name("T")
-      ->check(CLI::Range(0.0, 100.0))
+      ->check(number_in(0, 100))
       ->capture_default_str();
   command->add_option("--top-k", o->top_k, "Only the K likeliest tokens; 0: all")
       ->type_name("K")
@@ -49,7 +47,6 @@ void add_generate_command(CLI::App& app) {
       "Example:\n"
       "  tessera generate runs/mine --prompt \"The function returns\" --tokens 100 --temperature 0.7 --top-k 40 --seed 1");
   command->callback([o] {
-    if (std::isnan(o->temperature)) throw ConfigError("--temperature: expected a number from 0 to 100, found nan");
     const auto alone = make_single_communicator();
     o->open.threads = threads_for_rank(*alone, o->open.threads);
     OpenCheckpoint open(o->checkpoint, OpenCheckpoint::Use::generate, o->open, *alone);
