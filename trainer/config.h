@@ -107,6 +107,8 @@ std::string to_json(const Config& config);
 std::string schema_text();
 std::string schema_json();
 
+/// optimizer.warmup of a run of so many steps where the key is not set.
+std::int64_t usual_warmup(std::int64_t steps);
 /// Sets model.vocabulary and model.vocabulary_padded to a tokenizer's `vocabulary`, which came from `origin` (a dataset's path, for the message).
 /// Throws ConfigError when the configuration asks for another one.
 void resolve_vocabulary(Config& config, std::int64_t vocabulary, const std::string& origin);

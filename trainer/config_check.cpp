@@ -170,7 +170,7 @@ class Resolver {
   void schedule() {
     OptimizerConfig& o = c_.optimizer;
     const std::int64_t steps = c_.train.steps;
-    if (!is_set("optimizer.warmup")) o.warmup = std::min(o.warmup, steps / 10);
+    if (!is_set("optimizer.warmup")) o.warmup = usual_warmup(steps);
     if (o.warmup >= steps)
       fail({"optimizer.warmup", "train.steps"},
            fmt::format("optimizer.warmup {} leaves nothing of train.steps {}; expected fewer steps, as {}", o.warmup, steps, steps / 10));
@@ -233,6 +233,8 @@ class Resolver {
 }  // namespace
 
 void resolve(Config& config, const Places& places, Problems& problems) { Resolver(config, places, problems).run(); }
+
+std::int64_t usual_warmup(std::int64_t steps) { return std::min(OptimizerConfig().warmup, steps / 10); }
 
 void resolve_vocabulary(Config& config, std::int64_t vocabulary, const std::string& origin) {
   if (config.model.vocabulary != 0 && config.model.vocabulary != vocabulary)

@@ -18,6 +18,9 @@ namespace tessera {
 namespace fs = std::filesystem;
 namespace {
 
+/// Whether warm-up is what it would be without being set.
+bool follows_steps(const Config& c) { return c.optimizer.warmup == usual_warmup(c.train.steps); }
+
 /// Keys that change neither the model nor which batches it sees.
 bool may_change(const std::string& path) {
   for (const char* section : {"eval.", "checkpoint.", "sample.", "log.", "parallel."})
@@ -49,8 +52,8 @@ std::vector<std::string> changes_that_matter(const Config& checkpoint, const Con
   std::vector<std::string> changes;
   for (const Key& key : schema()) {
     if (may_change(key.path)) continue;
-    // Unless it is set, warm-up follows the number of steps, which may change.
-    if (key.path == "optimizer.warmup" && checkpoint.train.steps != now.train.steps) continue;
+    // Warm-up that was not set follows the number of steps, which may change.
+    if (key.path == "optimizer.warmup" && follows_steps(checkpoint) && follows_steps(now)) continue;
     const auto before = key.write(checkpoint), after = key.write(now);
     if (before != after) changes.push_back(fmt::format("{}: {} in the checkpoint, {} now", key.path, before.dump(), after.dump()));
   }

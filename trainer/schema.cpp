@@ -108,6 +108,7 @@ Key betas() {
               problems.add(value.place, value.path, fmt::format("expected a list of two numbers, as [0.9, 0.95], found {}", found));
               return;
             }
+            refuse_tag(value, "seq", problems);
             double* const members[] = {&c.optimizer.beta1, &c.optimizer.beta2};
             for (std::size_t i = 0; i < 2; ++i) {
               const YAML::Node node = value.node[i];
@@ -130,7 +131,8 @@ Key pattern() {
       "keys, "
       "every `dilation`-th. global: the first `tokens` keys. bigbird: blocks of `block` tokens: the last `window`, the first `global` and `random` "
       "drawn by "
-      "seed. blocks: a block mask in a text file. any, all: union, intersection of a list. per_layer: {0: ..., \"4-7\": ...}, per_head: {\"0-3\": "
+      "seed. blocks: a block mask in a text file, whose contents a resolved configuration pins down as sha256. any, all: union, intersection of a "
+      "list. per_layer: {0: ..., \"4-7\": ...}, per_head: {\"0-3\": "
       "...} "
       "replace the default for these layers or heads (per_head goes before per_layer; a per_layer entry may hold {default, per_head} of its own).",
       false,
@@ -231,7 +233,7 @@ std::vector<Key> make_schema() {
       choice<Recompute>("train.recompute", FIELD(train.recompute),
                         {{"none", Recompute::none}, {"gelu+norm", Recompute::gelu_norm}, {"block", Recompute::block}},
                         "What the backward pass computes again instead of keeping it, for memory: nothing; outputs of norms and of the gelu; "
-                        "everything inside a block. Same bits."),
+                        "everything inside a block. Same bits, but for gelu+norm on cuda, whose gelu reads a rounded argument."),
       integer("train.max_nonfinite", FIELD(train.max_nonfinite), 1, 1'000'000,
               "Steps in a row with a loss or gradient that is not finite, each skipped, after which the run stops."),
 

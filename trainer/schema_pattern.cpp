@@ -5,6 +5,7 @@
 #include <limits>
 #include <optional>
 
+#include "data/sha256.h"
 #include "trainer/schema.h"
 #include "trainer/schema_values.h"
 
@@ -56,6 +57,16 @@ const Form* find_form(const std::string& name) {
 }
 
 const std::vector<std::string> kKinds = {"causal", "window", "strided", "dilated", "global", "bigbird", "blocks", "any", "all"};
+
+/// SHA-256 of the mask as text, which is that of its file but for empty lines and the kind of line ends.
+std::string hash_of(const BlockMask& mask) {
+  std::string text = fmt::format("block {}\n", mask.block);
+  for (std::size_t i = 0; i < mask.visible.size(); ++i) {
+    text += mask.visible[i] ? '1' : '0';
+    if ((i + 1) % static_cast<std::size_t>(mask.rows) == 0) text += '\n';
+  }
+  return sha256_hex(text);
+}
 
 class PatternReader {
  public:
@@ -271,9 +282,16 @@ class PatternReader {
     PatternSpec result;
     result.kind = Kind::blocks;
     bool good = true;
+    std::optional<std::pair<std::string, Value>> wanted;
     for (auto& [name, child] : read_map(value, problems_)) {
+      if (name == "sha256") {
+        const auto hash = read_text(child, false, problems_);
+        if (!hash) return {};
+        wanted.emplace(*hash, child);
+        continue;
+      }
       if (name != "file") {
-        unknown(child, name, {"file"});
+        unknown(child, name, {"file", "sha256"});
         good = false;
         continue;
       }
@@ -291,6 +309,13 @@ class PatternReader {
       fail(value, "file is missing: blocks: {file: PATH}");
       good = false;
     }
+    if (good && wanted && wanted->first != hash_of(*result.mask)) {
+      fail(wanted->second,
+           fmt::format("the mask in {} is another one than when this was written: its SHA-256 is {}, expected {}. Put that mask back; "
+                       "for a new run leave the key sha256 out",
+                       result.file, hash_of(*result.mask), wanted->first));
+      good = false;
+    }
     return good ? std::optional(result) : std::nullopt;
   }
 
@@ -301,6 +326,7 @@ class PatternReader {
                               value.node.IsSequence() ? "an empty one" : describe(value.node)));
       return {};
     }
+    refuse_tag(value, "seq", problems_);
     PatternSpec result;
     result.kind = kind;
     bool good = true;
@@ -317,7 +343,7 @@ class PatternReader {
 Json write_spec(const PatternSpec& p) {
   switch (p.kind) {
     case Kind::causal: return "causal";
-    case Kind::blocks: return {{"blocks", {{"file", p.file}}}};
+    case Kind::blocks: return {{"blocks", {{"file", p.file}, {"sha256", hash_of(*p.mask)}}}};
     case Kind::any:
     case Kind::all: {
       Json children = Json::array();

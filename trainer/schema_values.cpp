@@ -139,7 +139,14 @@ std::optional<std::string> read_choice(const Value& value, const std::vector<std
   return {};
 }
 
+void refuse_tag(const Value& value, const std::string& standard, Problems& problems) {
+  const std::string& tag = value.node.Tag();
+  if (is_plain(value.node) || tag == "!" || tag == "tag:yaml.org,2002:" + standard) return;
+  problems.add(value.place, value.path, fmt::format("the tag {} has no meaning here; leave it out", shortened(tag)));
+}
+
 std::vector<std::pair<std::string, Value>> read_map(const Value& value, Problems& problems) {
+  refuse_tag(value, "map", problems);
   std::vector<std::pair<std::string, Value>> entries;
   std::set<std::string> seen;
   for (const auto& entry : value.node) {

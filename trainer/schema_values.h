@@ -42,6 +42,9 @@ std::optional<double> read_number(const Value& value, const Bounds<double>& boun
 std::optional<std::string> read_text(const Value& value, bool may_be_empty, Problems& problems);
 std::optional<std::string> read_choice(const Value& value, const std::vector<std::string>& choices, Problems& problems);
 
+/// Adds a problem when a map or list has a tag other than the `standard` one ("map", "seq").
+void refuse_tag(const Value& value, const std::string& standard, Problems& problems);
+
 /// A plain (unquoted) scalar: what numbers and true/false are written as.
 bool is_plain(const YAML::Node& node);
 

@@ -45,6 +45,13 @@ TEST(ConfigErrors, WrongTypes) {
   expect_error(error_of("train: {steps: {a: 1}}"), "found a map");
   expect_error(error_of("train: {steps: !!int 5}"), "found a value tagged");
   expect_error(error_of("train: {steps: !mine 5}"), "found a value tagged !mine");
+  expect_error(error_of("train: !mine {steps: 5}"), "x.yaml:1:8: train: the tag !mine has no meaning here; leave it out");
+  expect_error(error_of("!mine {train: {steps: 5}}"), "x.yaml:1:1: the tag !mine has no meaning here");
+  expect_error(error_of("optimizer: {betas: !mine [0.9, 0.95]}"), "optimizer.betas: the tag !mine has no meaning here");
+  expect_error(error_of("attention: {pattern: {any: !set [causal, causal]}}"), "attention.pattern.any: the tag !set has no meaning here");
+  expect_error(error_of("attention: {pattern: {window: !mine {size: 5}}}"), "attention.pattern.window: the tag !mine has no meaning here");
+  EXPECT_EQ(error_of("train: !!map {steps: 200}"), "");
+  EXPECT_EQ(error_of("optimizer: {betas: !!seq [0.9, 0.95]}"), "");
   expect_error(error_of("model: {bias: yes}"), "model.bias: expected true or false, found yes");
   expect_error(error_of("model: {bias: \"true\"}"), "found the text \"true\"");
   expect_error(error_of("optimizer: {lr: fast}"), "optimizer.lr: expected a number > 0 and <= 100, found fast");

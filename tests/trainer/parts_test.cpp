@@ -215,6 +215,18 @@ TEST(RunFolder, WhichChangesMatter) {
   EXPECT_NE(changes[2].find("0.5 now"), std::string::npos);
 }
 
+TEST(RunFolder, WarmUpFollowsTheStepsOnlyWhereItIsNotSet) {
+  const auto changes = [](std::vector<std::string> then, std::vector<std::string> now) {
+    return changes_that_matter(load_config("", then), load_config("", now)).size();
+  };
+  EXPECT_EQ(changes({"train.steps=100"}, {"train.steps=200"}), 0u);  // 10, 20
+  EXPECT_EQ(changes({"train.steps=100", "optimizer.warmup=7"}, {"train.steps=200", "optimizer.warmup=7"}), 0u);
+  EXPECT_EQ(changes({"train.steps=100"}, {"train.steps=200", "optimizer.warmup=10"}), 0u);  // as a run's config.yaml has it
+  EXPECT_EQ(changes({"train.steps=100"}, {"train.steps=200", "optimizer.warmup=50"}), 1u);
+  EXPECT_EQ(changes({"train.steps=100", "optimizer.warmup=7"}, {"train.steps=200"}), 1u);
+  EXPECT_EQ(changes({"train.steps=100"}, {"train.steps=100", "optimizer.warmup=11"}), 1u);
+}
+
 TEST(RunFolder, OneRunAtATime) {
   const Folder folder;
   const FolderLock first(folder.path);

@@ -125,6 +125,16 @@ TEST(Pattern, BlocksReadTheirFile) {
   ASSERT_TRUE(blocks.mask);
   EXPECT_EQ(blocks.mask->block, 16);
   EXPECT_EQ(blocks.mask->rows, 2);
+
+  // A resolved configuration holds what the file held.
+  const std::string text = to_yaml(parse_config("attention: {pattern: {blocks: {file: " + file.string() + "}}}", "x.yaml", {}));
+  EXPECT_NE(text.find("sha256: d82fe20f"), std::string::npos) << text;
+  EXPECT_EQ(to_yaml(parse_config(text, "x.yaml", {})), text);
+  std::ofstream(file) << "block 16\r\n10\r\n\r\n11";
+  EXPECT_EQ(to_yaml(parse_config(text, "x.yaml", {})), text) << "the same mask";
+  std::ofstream(file) << "block 16\n10\n01\n";
+  expect_error(error_of(text), "attention.pattern.blocks.sha256: the mask in ", file.string(), "another one", "Put that mask back");
+  expect_error(pattern_error("{blocks: {sha256: 00, file: " + file.string() + "}}"), "attention.pattern.blocks.sha256: ", "expected 00");
   std::ofstream(file) << "nonsense\n";
   expect_error(pattern_error("{blocks: {file: " + file.string() + "}}"), "x.yaml:2:28: attention.pattern.blocks.file: ", file.string());
   std::filesystem::remove(file);
