@@ -18,6 +18,15 @@ void require(const std::string& device) {
 
 #ifdef TESSERA_HAS_CUDA
 NcclOptions nccl_options(const ParallelConfig& parallel) { return {.deadline_seconds = parallel.deadline, .share_gpu = parallel.share_gpu}; }
+
+int own_gpu(const ParallelConfig& parallel, Communicator& host) {
+  try {
+    return choose_gpu(host, nccl_options(parallel));
+  } catch (const std::invalid_argument& e) {  // every rank's, alike: to be said once
+    if (host.size() == 1) throw;
+    throw CommonError(2, e.what());
+  }
+}
 #endif
 
 std::unique_ptr<Communicator> make_own(const ParallelConfig& parallel, Communicator& host, Ops& ops) {
@@ -61,7 +70,7 @@ std::unique_ptr<Ops> make_ops(const std::string& device, int threads, const Para
   agree(host, [&] { require(device); });
   int gpu = 0;
 #ifdef TESSERA_HAS_CUDA
-  if (device == "cuda") gpu = choose_gpu(host, nccl_options(parallel));
+  if (device == "cuda") gpu = own_gpu(parallel, host);
 #endif
   (void)parallel, (void)gpu;
   std::unique_ptr<Ops> ops;

@@ -21,7 +21,7 @@ DeviceKind device_kind(const std::string& device);
 /// Operations for a process that computes alone, on the first GPU that it sees. threads: of the CPU, 0 for OMP_NUM_THREADS or all cores. Throws
 /// ConfigError with device_problem().
 std::unique_ptr<Ops> make_ops(const std::string& device, int threads = 0);
-/// The same on every rank of `host`, a GPU each unless parallel.share_gpu. Collective.
+/// The same on every rank of `host`, a GPU each unless parallel.share_gpu. All ranks throw, or none. Collective.
 std::unique_ptr<Ops> make_ops(const std::string& device, int threads, const ParallelConfig& parallel, Communicator& host);
 
 /// What ranks that train together compute with. Host values (agreement, texts, sums of a few numbers) stay with the host's communicator.

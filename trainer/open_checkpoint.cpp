@@ -6,6 +6,7 @@
 
 #include "trainer/collective.h"
 #include "trainer/device.h"
+#include "trainer/preflight.h"
 
 namespace tessera {
 namespace {
@@ -39,6 +40,9 @@ OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, const Options& 
     options.training = false;
     model = std::make_unique<Gpt>(config.model, *ops, plan, options);
     if (use == Use::evaluate) batch = std::make_unique<BatchBuffer>(plan, config.train.micro_batch, config.model.context);
+  });
+  if (host.size() > 1) check_memory(host, *ops, plan.total_bytes());  // alone, allocate() itself looks
+  agree(host, [&] {
     plan.allocate(*ops);
     model->bind();
     load_model(info.directory, *model, *ops);

@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <fstream>
 #include <map>
 #include <memory>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 #include "kernels/device.h"
 #include "trainer/collective.h"
@@ -28,6 +30,13 @@ std::string host_name() {
   char name[256] = "";
   gethostname(name, sizeof name - 1);
   return *name ? name : "localhost";
+}
+
+/// One word; the same for all containers of a host.
+std::string machine() {
+  std::string boot;
+  std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
+  return boot.empty() ? "unknown" : boot;
 }
 
 /// Ranks that the launcher says it started; 0 when it says nothing.
@@ -57,7 +66,7 @@ std::string device_text(Ops& ops) {
 MemoryClaim parse_claim(const std::string& text) {
   MemoryClaim claim;
   std::istringstream in(text);
-  in >> claim.planned >> claim.available >> std::ws;
+  in >> claim.planned >> claim.available >> claim.machine >> std::ws;
   std::getline(in, claim.device);
   return claim;
 }
@@ -146,32 +155,36 @@ std::string memory_problem(const std::vector<MemoryClaim>& ranks) {
     std::size_t planned = 0, available = SIZE_MAX;
     int ranks = 0;
   };
-  std::map<std::string, Total> devices;
+  std::map<std::pair<std::string, std::string>, Total> devices;
   for (const MemoryClaim& claim : ranks) {
-    Total& t = devices[claim.device];
+    Total& t = devices[{claim.device, claim.machine}];
     t.planned += claim.planned;
     t.available = std::min(t.available, claim.available);
     ++t.ranks;
   }
-  for (const auto& [device, t] : devices) {
+  for (const auto& [key, t] : devices) {
     if (t.planned > t.available) {
       return fmt::format(
           "{} has {:.2f} GiB of memory free, and {} rank{} on it need{} {:.2f} GiB. Use a smaller train.micro_batch, model.context or "
-          "model, or more ranks on other devices; or end what else uses its memory",
-          device, static_cast<double>(t.available) / kGiB, t.ranks, t.ranks == 1 ? "" : "s", t.ranks == 1 ? "s" : "",
+          "model, or fewer ranks on this device; or end what else uses its memory",
+          key.first, static_cast<double>(t.available) / kGiB, t.ranks, t.ranks == 1 ? "" : "s", t.ranks == 1 ? "s" : "",
           static_cast<double>(t.planned) / kGiB);
     }
   }
   return "";
 }
 
+void check_memory(Communicator& host, Ops& ops, std::size_t planned_bytes) {
+  std::vector<MemoryClaim> claims;
+  for (const std::string& text : all_gather(host, fmt::format("{} {} {} {}", planned_bytes, ops.memory_available(), machine(), device_text(ops))))
+    claims.push_back(parse_claim(text));
+  stop_on(host, memory_problem(claims));
+}
+
 void preflight(const PreflightRequest& r) {
   stop_on(r.host, launch_problem(launched_ranks(), r.host.size(), sum_of_ones(r.host)));
   stop_on(r.host, build_problem(all_gather(r.host, build(r.ops)), all_gather(r.host, host_name())));
-  std::vector<MemoryClaim> claims;
-  for (const std::string& text : all_gather(r.host, fmt::format("{} {} {}", r.planned_bytes, r.ops.memory_available(), device_text(r.ops))))
-    claims.push_back(parse_claim(text));
-  stop_on(r.host, memory_problem(claims));
+  check_memory(r.host, r.ops, r.planned_bytes);
   check_device(r);
 }
 

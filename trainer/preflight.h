@@ -24,6 +24,9 @@ struct PreflightRequest {
 /// what to do; what NCCL itself reports, std::runtime_error on the rank that it reports it to. Collective.
 void preflight(const PreflightRequest& request);
 
+/// Its look at memory alone, for those who are about to allocate `planned_bytes` on each rank. Collective.
+void check_memory(Communicator& host, Ops& ops, std::size_t planned_bytes);
+
 // Its parts that need no other rank; "" when all is well.
 
 /// `launched` as the launcher's variables state it (0: not stated), `found` as MPI counts, `sum` of a one from each rank.
@@ -33,8 +36,9 @@ std::string launch_problem(int launched, int found, double sum);
 std::string build_problem(const std::vector<std::string>& builds, const std::vector<std::string>& hosts);
 
 struct MemoryClaim {
-  std::string device;  // with its host: ranks of the same text share its memory
+  std::string device;  // with its host's name
   std::size_t planned = 0, available = 0;
+  std::string machine{};  // tells hosts of one name apart: ranks of the same machine and device share its memory
 };
 std::string memory_problem(const std::vector<MemoryClaim>& ranks);
 

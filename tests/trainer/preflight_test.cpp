@@ -81,6 +81,14 @@ TEST(Preflight, AddsUpWhatTheRanksOfADevicePlan) {
   expect_line(*all.begin(), {"preflight: ", "2 ranks on it need ", "GiB", "train.micro_batch"});
 }
 
+TEST(Preflight, ALookAtMemoryAloneTouchesNoDevice) {
+  const auto two_thirds = [](Communicator& comm, Ops& ops) { check_memory(comm, ops, ops.memory_available() / 3 * 2); };
+  EXPECT_EQ(errors(1, two_thirds).count(""), 1u);
+  const auto all = errors(3, two_thirds);
+  ASSERT_EQ(all.count(*all.begin()), 3u) << "the ranks throw alike";
+  expect_line(*all.begin(), {"3 ranks on it need "});
+}
+
 TEST(Preflight, FindsAWrongSumOnOneRank) {
   for (const int ranks : {1, 2, 4}) {
     const auto all = errors(ranks, [&](Communicator& comm, Ops& ops) {
@@ -114,6 +122,7 @@ TEST(Preflight, NamesTheDeviceWithoutEnoughMemory) {
               {"gpu 1 has 20.00 GiB", "1 rank on it needs 21.00 GiB"});
   expect_line(memory_problem({{"gpu 0", 10 * gib, 20 * gib}, {"gpu 0", 10 * gib, 19 * gib}}),
               {"gpu 0 has 19.00 GiB", "2 ranks on it need 20.00 GiB"});
+  EXPECT_EQ(memory_problem({{"host a", 10 * gib, 15 * gib, "1"}, {"host a", 10 * gib, 15 * gib, "2"}}), "") << "two hosts of one name";
 }
 
 }  // namespace

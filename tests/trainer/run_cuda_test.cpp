@@ -131,7 +131,7 @@ TEST_F(RunCudaTest, ARankThatDiesTakesTheJobDown) {
 TEST_F(RunCudaTest, TwoRanksOnOneGpuMustBeAskedFor) {
   const Result r = tessera_on(9, kTiny + "--set device=cuda --set train.tokens_per_step=1728 --set run.dir=runs/a");
   EXPECT_EQ(r.code, 2) << r;
-  EXPECT_TRUE(r.says("parallel.share_gpu")) << r;
+  EXPECT_EQ(r.count("parallel.share_gpu"), 1) << r;
 }
 
 TEST_F(RunCudaTest, EvaluatesAndGeneratesOnEitherDevice) {
