@@ -109,8 +109,8 @@ struct AttentionBackward {
   Tensor workspace;          // f32, at least attention_backward_workspace(...) elements
 };
 
-/// Elements of f32 workspace a backward call wants: four values a row of every query tile (on the GPU offset, 1/z, delta and the document's
-/// start, read as one 16-byte word) and two partial sums a query tile.
+/// Elements of f32 workspace a backward call wants: four values a row of every query tile (on the GPU 1/z, delta, the offset of x and the
+/// document's start, 64 of each in turn) and two partial sums a query tile.
 constexpr std::int64_t attention_backward_workspace(const AttentionShape& s, std::int32_t tile_query) {
   const std::int64_t tiles = s.batch * s.heads * ((s.tokens + tile_query - 1) / tile_query);
   return tiles * (4 * tile_query + 2);

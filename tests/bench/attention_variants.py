@@ -14,15 +14,12 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 VARIANTS = {
     "as it stands": {},
-    "forward: q held": {"HELD_FORWARD": 1},
-    "dk, dv: k held": {"HELD_KV": 1},
-    "dk, dv: v held": {"HELD_KV": 2},
-    "dk, dv: k and v held": {"HELD_KV": 3},
-    "dq: q held": {"HELD_Q": 1},
-    "dq: pairs": {"GROUPS_Q": 2},
-    "dq: pairs, q and do held": {"GROUPS_Q": 2, "HELD_Q": 3},
+    "forward: pairs": {"GROUPS_FORWARD": 2},
+    "dq: threes": {"GROUPS_Q": 3},
+    "dk, dv: nothing ahead": {"AHEAD_KV": 0},
+    "dk, dv: ahead, less": {"AHEAD_KV": 2},
 }
-AFFECTS = {"HELD_FORWARD": ["forward_64.cu"], "HELD_KV": ["backward_kv_64.cu"], "HELD_Q": ["backward_q_64.cu"], "GROUPS_Q": ["backward_q_64.cu"]}
+AFFECTS = {"GROUPS_FORWARD": ["forward_64.cu"], "AHEAD_KV": ["backward_kv_64.cu"], "GROUPS_Q": ["backward_q_64.cu"]}
 NVCC = ["nvcc", "-std=c++20", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr", "-I" + ROOT]
 
 

@@ -337,7 +337,7 @@ __device__ __forceinline__ void clear(Acc& c) {
 
 /// A warpgroup's own 64 rows, left operand of q k^T and its like: c = sum over the D/64 parts of own rows times right rows. Read from shared
 /// memory by every product, or held in registers, which leaves more of the bandwidth of shared memory to everything else.
-template <bool Hopper, int Parts, bool Held>
+template <bool Hopper, int Parts, bool Held = false>
 class Left {
  public:
   __device__ __forceinline__ Left(uint32_t rows, int warp, int lane) : rows_(rows) {

@@ -14,7 +14,7 @@ namespace tessera::cuda_attention {
 
 template <int D, bool Hopper>
 struct BackwardKvShared {
-  static constexpr int kGroups = 2, kStages = D == 64 ? (Hopper ? 6 : 3) : (Hopper ? 4 : 2), kOwn = D == 64 && Hopper ? 2 : 1;
+  static constexpr int kGroups = 2, kStages = D == 64 ? (Hopper ? 8 : 3) : (Hopper ? 4 : 2), kOwn = D == 64 && Hopper ? 2 : 1;
   static constexpr uint32_t kRows = D / 64 * kTileBytes;  // 64 rows of one tensor
   static constexpr uint32_t kOwnBytes = 2 * kGroups * kRows;
   static constexpr uint32_t kK = 0, kV = kGroups * kRows, kQ = kOwn * kOwnBytes, kDo = kQ + kStages * kRows, kRowTiles = kDo + kStages * kRows,
@@ -51,8 +51,12 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
   using P = Product<Hopper>;
   constexpr int kGroups = Shared::kGroups, kStages = Shared::kStages, kOwn = Shared::kOwn, kParts = D / 64;
   constexpr uint32_t kRows = Shared::kRows;
-  constexpr bool kLate = D == 128;  // dp waits for the weights, which leaves its registers to them: with both, ptxas runs one product at a time
-  extern __shared__ __align__(1024) uint8_t raw[];  // the swizzle counts from multiples of 1024
+  // Where registers allow, the next tile's scores are computed while this tile's become weights. Head size 128: dp waits for the weights, which
+  // leaves its registers to them: with both, ptxas runs one product at a time.
+  constexpr bool kAhead = Hopper && D == 64 && TESSERA_ATTENTION_AHEAD_KV, kLate = D == 128;
+  constexpr int kPending = TESSERA_ATTENTION_AHEAD_KV == 1 ? 1 : 0;  // kAhead: sets of products under way from one tile to the next
+  constexpr bool kTerms = !kAhead && !kLate;                         // the rows' terms are read at once
+  extern __shared__ __align__(1024) uint8_t raw[];                   // the swizzle counts from multiples of 1024
   const uint32_t base = kept(shared_address(raw));
   const typename Shared::Ring ring{base + Shared::kRing};
   const Schedule schedule(a, a.key_tiles, kGroups, false);
@@ -118,35 +122,46 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
     for (int d = 0; d < kParts; ++d) clear(dk[d]), clear(dv[d]);
     int pending = -1;  // stage whose products may still be under way
     const uint32_t own_k = base + own.stage * Shared::kOwnBytes + Shared::kK + group * kRows;
-    Left<Hopper, kParts, D == 64 && (TESSERA_ATTENTION_HELD_KV & 1)> k(own_k, warp, lane);
-    Left<Hopper, kParts, D == 64 && (TESSERA_ATTENTION_HELD_KV & 2)> v(own_k + Shared::kV, warp, lane);
-
-    for (;; at.next<kStages>()) {
-      const Step step = ring.step(at, group);
-      if (step.tile < 0) break;
-      if (step.mask == kAbsent) {  // nothing may be held back here, or the producer could wait for it
-        P::template wait<0>();
-        if (pending >= 0) ring.release(pending), pending = -1;
-        ring.release(at.stage);
-        continue;
-      }
-      const uint32_t q_at = base + Shared::kQ + at.stage * kRows, do_at = base + Shared::kDo + at.stage * kRows;
-      Acc s, dp;
-      k.prepare(step.zero), v.prepare(step.zero);
+    const Left<Hopper, kParts> k(own_k, warp, lane), v(own_k + Shared::kV, warp, lane);
+    const auto q_at = [&](int stage) { return base + Shared::kQ + stage * kRows; };
+    const auto do_at = [&](int stage) { return base + Shared::kDo + stage * kRows; };
+    const auto begin_scores = [&](Acc& s, int stage) {
       P::begin();
-      k.multiply(s, q_at, warp, lane);
+      k.multiply(s, q_at(stage), warp, lane);
       P::commit();
-      if constexpr (!kLate) {
-        v.multiply(dp, do_at, warp, lane);
-        P::commit();
+    };
+    const auto begin_gradients = [&](Acc& dp, int stage) {
+      P::begin();
+      v.multiply(dp, do_at(stage), warp, lane);
+      P::commit();
+    };
+    const auto release_pending = [&] {
+      if (pending >= 0) ring.release(pending), pending = -1;
+    };
+    // The tile of `step` at `at`. Goes on to the next and returns whether this warpgroup visits it. kAhead: on entry the scores are in s, on return
+    // the next tile's are in `other`, needed or not (under a condition, ptxas would let one product run at a time). Products run in the order dk of
+    // the tile before, dp, the next tile's scores, dv, dk.
+    const auto work = [&](Step& step, Acc& s, Acc& dp, Acc& other) {
+      Cursor following = at;
+      following.next<kStages>();
+      Step next;
+      if constexpr (kAhead) {
+        begin_gradients(dp, at.stage);
+        next = ring.step(following, group);
+        begin_scores(other, following.stage);
+      } else {
+        begin_scores(s, at.stage);
+        if constexpr (!kLate) begin_gradients(dp, at.stage);
       }
       const uint32_t rows_at = base + Shared::kRowTiles + at.stage * sizeof(RowTile);
-      Columns<!kLate> inverse_z, minus_delta, offsets;
+      Columns<kTerms> inverse_z, minus_delta, offsets;
       inverse_z.read(rows_at + offsetof(RowTile, inverse_z), lane);
       if constexpr (Gate::kRowOffsets) offsets.read(rows_at + offsetof(RowTile, offset), lane);
-      P::template wait<kLate ? 0 : 1>();
-      P::settle(s);
-      if (pending >= 0) ring.release(pending);
+      if constexpr (!kAhead) {
+        P::template wait<kLate ? 0 : 1>();  // s, and dk of the tile before
+        P::settle(s);
+        release_pending();
+      }
 
       if (step.mask != TileEntry::kFull) {
         const uint32_t starts = a.document_start ? rows_at + static_cast<uint32_t>(offsetof(RowTile, document_start)) : 0;
@@ -164,12 +179,13 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
         p[j / 2][2 * (j & 1) + 1] = pack(w[2], w[3]);
       }
       P::begin();
-      if constexpr (kLate) v.multiply(dp, do_at, warp, lane);
-      accumulate<Hopper>(dv, p, do_at, lane);
+      if constexpr (kLate) v.multiply(dp, do_at(at.stage), warp, lane);
+      accumulate<Hopper>(dv, p, do_at(at.stage), lane);
       P::commit();
       minus_delta.read(rows_at + offsetof(RowTile, minus_delta), lane);
-      P::template wait<kLate ? 0 : 1>();
+      P::template wait<kAhead ? 2 : kLate ? 0 : 1>();  // dp; kAhead: and before it dk of the tile before
       P::settle(dp);
+      if constexpr (kAhead) release_pending();
 
       Frag ds;
 #pragma unroll
@@ -182,14 +198,41 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
         ds[j / 2][2 * (j & 1) + 1] = pack(g[2], g[3]);
       }
       P::begin();
-      accumulate<Hopper>(dk, ds, q_at, lane);
+      accumulate<Hopper>(dk, ds, q_at(at.stage), lane);
       P::commit();
       pending = at.stage;
+      if constexpr (kAhead) {
+        P::template wait<kPending>();  // the next tile's scores, and dv
+        P::settle(other);
+        if (kPending == 0) release_pending();
+      } else {
+        next = ring.step(following, group);
+      }
+      at = following, step = next;
+      return step.tile >= 0 && step.mask != kAbsent;
+    };
+    for (;;) {
+      // Passes the tiles that are not in this warpgroup's list. No stage may be held back here, or the producer could wait for it.
+      Step step = ring.step(at, group);
+      for (; step.tile >= 0 && step.mask == kAbsent; step = ring.step(at, group)) ring.release(at.stage), at.next<kStages>();
+      if (step.tile < 0) break;
+      Acc even, dp;
+      if constexpr (kAhead) {
+        Acc odd;
+        begin_scores(even, at.stage);
+        P::template wait<0>();
+        P::settle(even);
+        while (work(step, even, dp, odd) && work(step, odd, dp, even)) {
+        }
+      } else {
+        while (work(step, even, dp, even)) {
+        }
+      }
+      P::template wait<0>();
+      release_pending();
     }
-    P::template wait<0>();
 #pragma unroll
     for (int d = 0; d < kParts; ++d) P::settle(dk[d]), P::settle(dv[d]);
-    if (pending >= 0) ring.release(pending);
     ring.release(at.stage), at.next<kStages>();
     ring.release_own(own.stage), own.next<kOwn>();
     if (tile >= a.key_tiles) return;

@@ -11,7 +11,7 @@ namespace tessera::cuda_attention {
 template <int D, bool Hopper>
 struct BackwardQShared {
   static constexpr int kGroups = D == 64 && Hopper ? TESSERA_ATTENTION_GROUPS_Q : 2;
-  static constexpr int kStages = D == 64 ? (Hopper ? 6 : 4) : (Hopper ? 4 : 3), kOwn = D == 64 && Hopper ? 2 : 1;
+  static constexpr int kStages = D == 64 ? (Hopper ? (kGroups == 2 ? 8 : 6) : 4) : (Hopper ? 4 : 3), kOwn = D == 64 && Hopper ? 2 : 1;
   static constexpr uint32_t kRows = D / 64 * kTileBytes;  // 64 rows of one tensor
   static constexpr uint32_t kOwnBytes = 2 * kGroups * kRows;
   static constexpr uint32_t kQ = 0, kDo = kGroups * kRows, kK = kOwn * kOwnBytes, kV = kK + kStages * kRows, kRing = kV + kStages * kRows;
@@ -26,6 +26,8 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
   using P = Product<Hopper>;
   constexpr int kGroups = Shared::kGroups, kStages = Shared::kStages, kOwn = Shared::kOwn, kParts = D / 64;
   constexpr uint32_t kRows = Shared::kRows;
+  // With two warpgroups a block, registers allow to compute the next tile's scores while this tile's become gradients.
+  constexpr bool kAhead = Hopper && D == 64 && kGroups == 2;
   extern __shared__ __align__(1024) uint8_t raw[];  // the swizzle counts from multiples of 1024
   __shared__ float2 sums[kGroups][4];
   const uint32_t base = kept(shared_address(raw));
@@ -99,29 +101,38 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
     float dx0 = 0, dx8 = 0;
     int pending = -1;  // stage whose product may still be under way
     const uint32_t own_q = base + own.stage * Shared::kOwnBytes + Shared::kQ + group * kRows;
-    Left<Hopper, kParts, D == 64 && (TESSERA_ATTENTION_HELD_Q & 1)> q(own_q, warp, lane);
-    Left<Hopper, kParts, D == 64 && (TESSERA_ATTENTION_HELD_Q & 2)> d_o(own_q + Shared::kDo, warp, lane);
-
-    for (;; at.next<kStages>()) {
-      const Step step = ring.step(at, group);
-      if (step.tile < 0) break;
-      if (step.mask == kAbsent) {  // nothing may be held back here, or the producer could wait for it
-        P::template wait<0>();
-        if (pending >= 0) ring.release(pending), pending = -1;
-        ring.release(at.stage);
-        continue;
-      }
-      const uint32_t k_at = base + Shared::kK + at.stage * kRows, v_at = base + Shared::kV + at.stage * kRows;
-      Acc s, dp;
-      q.prepare(step.zero), d_o.prepare(step.zero);
+    const Left<Hopper, kParts> q(own_q, warp, lane), d_o(own_q + Shared::kDo, warp, lane);
+    const auto k_at = [&](int stage) { return base + Shared::kK + stage * kRows; };
+    const auto v_at = [&](int stage) { return base + Shared::kV + stage * kRows; };
+    const auto begin_scores = [&](Acc& s, int stage) {
       P::begin();
-      q.multiply(s, k_at, warp, lane);
+      q.multiply(s, k_at(stage), warp, lane);
       P::commit();
-      d_o.multiply(dp, v_at, warp, lane);
+    };
+    const auto begin_gradients = [&](Acc& dp, int stage) {
+      P::begin();
+      d_o.multiply(dp, v_at(stage), warp, lane);
       P::commit();
-      P::template wait<1>();
-      P::settle(s);
-      if (pending >= 0) ring.release(pending);
+    };
+    const auto release_pending = [&] {
+      if (pending >= 0) ring.release(pending), pending = -1;
+    };
+    // The tile of `step` at `at`. Goes on to the next and returns whether this warpgroup visits it. kAhead: on entry the scores are in s, on return
+    // the next tile's are in `other`, needed or not (under a condition, ptxas would let one product run at a time).
+    const auto work = [&](Step& step, Acc& s, Acc& dp, Acc& other) {
+      Cursor following = at;
+      following.next<kStages>();
+      Step next;
+      if constexpr (kAhead) {
+        begin_gradients(dp, at.stage);
+        next = ring.step(following, group);
+        begin_scores(other, following.stage);
+      } else {
+        begin_scores(s, at.stage), begin_gradients(dp, at.stage);
+        P::template wait<1>();  // s, and dq of the tile before
+        P::settle(s);
+        release_pending();
+      }
 
       if (step.mask != TileEntry::kFull) {
         const int first_key = step.tile * kTile;
@@ -138,8 +149,9 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
           }
         }
       }
-      P::template wait<0>();
+      P::template wait<kAhead ? 1 : 0>();  // dp; kAhead: and before it dq of the tile before
       P::settle(dp);
+      if constexpr (kAhead) release_pending();
 
       Frag ds;
 #pragma unroll
@@ -165,14 +177,40 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
         ds[j / 2][2 * (j & 1) + 1] = pack(g[2], g[3]);
       }
       P::begin();
-      accumulate<Hopper>(dq, ds, k_at, lane);
+      accumulate<Hopper>(dq, ds, k_at(at.stage), lane);
       P::commit();
       pending = at.stage;
+      if constexpr (kAhead) {
+        P::template wait<1>();  // the next tile's scores
+        P::settle(other);
+      } else {
+        next = ring.step(following, group);
+      }
+      at = following, step = next;
+      return step.tile >= 0 && step.mask != kAbsent;
+    };
+    for (;;) {
+      // Passes the tiles that are not in this warpgroup's list. No stage may be held back here, or the producer could wait for it.
+      Step step = ring.step(at, group);
+      for (; step.tile >= 0 && step.mask == kAbsent; step = ring.step(at, group)) ring.release(at.stage), at.next<kStages>();
+      if (step.tile < 0) break;
+      Acc even, dp;
+      if constexpr (kAhead) {
+        Acc odd;
+        begin_scores(even, at.stage);
+        P::template wait<0>();
+        P::settle(even);
+        while (work(step, even, dp, odd) && work(step, odd, dp, even)) {
+        }
+      } else {
+        while (work(step, even, dp, even)) {
+        }
+      }
+      P::template wait<0>();
+      release_pending();
     }
-    P::template wait<0>();
 #pragma unroll
     for (int d = 0; d < kParts; ++d) P::settle(dq[d]);
-    if (pending >= 0) ring.release(pending);
     ring.release(at.stage), at.next<kStages>();
 
     // dscale: sum_j dx f(s), with f(s) less the threshold where that stands inside the scale.

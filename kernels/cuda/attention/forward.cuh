@@ -12,7 +12,8 @@ namespace tessera::cuda_attention {
 
 template <int D, bool Hopper>
 struct ForwardShared {
-  static constexpr int kGroups = D == 64 ? 3 : 2, kStages = D == 64 && Hopper ? 5 : 4, kOwn = Hopper ? 2 : 1;
+  static constexpr int kGroups = D == 64 ? (Hopper ? TESSERA_ATTENTION_GROUPS_FORWARD : 3) : 2, kStages = Hopper ? (D == 64 ? 8 : 5) : 4,
+                       kOwn = Hopper ? 2 : 1;
   static constexpr uint32_t kRows = D / 64 * kTileBytes;  // 64 rows of one tensor
   static constexpr uint32_t kOwnBytes = kGroups * kRows;
   static constexpr uint32_t kQ = 0, kK = kOwn * kOwnBytes, kV = kK + kStages * kRows, kRing = kV + kStages * kRows;
@@ -117,38 +118,41 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
     float sum0 = 0, sum8 = 0, top0 = -INFINITY, top8 = -INFINITY, active_edges = 0;
     int visible0 = 0, visible8 = 0, full_tiles = 0, active_tiles = 0, visible_tiles = 0;
 
-    Frag p;         // weights of the tile at stage `held`, whose product with v is to come
-    int held = -1;  // -1: none
-    Left<Hopper, kParts, D == 64 && TESSERA_ATTENTION_HELD_FORWARD> q(base + Shared::kQ + own.stage * Shared::kOwnBytes + group * kRows, warp, lane);
-
-    for (;; at.next<kStages>()) {
-      const Step step = ring.step(at, group);
-      if (step.tile < 0) break;
-      if (step.mask == kAbsent) {  // nothing may be held back here, or the producer could wait for it
-        if (held >= 0) {
-          P::begin();
-          accumulate<Hopper>(o, p, base + Shared::kV + held * kRows, lane);
-          P::commit();
-          P::template wait<0>();
-          ring.release(held), held = -1;
-        }
-        ring.release(at.stage);
-        continue;
-      }
-      Acc s;
-      q.prepare(step.zero);
+    // While the weights of a tile are worked out from its scores, the tensor cores add the product of the tile before to o and compute the scores of
+    // the one behind. One wait a tile is for all of it, and most of the time for nothing.
+    struct Half {  // tiles take turns
+      Acc s;       // scores
+      Frag p;      // weights
+    };
+    int held = -1;  // stage whose product of weights and values is to come or under way; -1: none
+    const Left<Hopper, kParts> q(base + Shared::kQ + own.stage * Shared::kOwnBytes + group * kRows, warp, lane);
+    const auto add_held = [&](const Frag& p) {
+      if (held < 0) return;
       P::begin();
-      q.multiply(s, base + Shared::kK + at.stage * kRows, warp, lane);
+      accumulate<Hopper>(o, p, base + Shared::kV + held * kRows, lane);
       P::commit();
-      if (held >= 0) {
-        P::begin();
-        accumulate<Hopper>(o, p, base + Shared::kV + held * kRows, lane);
-        P::commit();
-        P::template wait<1>();
-      } else {
-        P::template wait<0>();
-      }
-      P::settle(s);
+    };
+    const auto begin_scores = [&](Acc& s, int stage) {
+      P::begin();
+      q.multiply(s, base + Shared::kK + stage * kRows, warp, lane);
+      P::commit();
+    };
+    const auto wait = [&] {
+      P::template wait<0>();
+      if (held >= 0) ring.release(held), held = -1;
+    };
+    // The tile of `step` at `at`, whose scores are there. Goes on to the next and returns whether its scores are in `other`.
+    const auto work = [&](Step& step, Half& mine, Half& other) {
+      Acc& s = mine.s;
+      add_held(other.p);
+      Cursor following = at;
+      following.next<kStages>();
+      const Step next = ring.step(following, group);
+      const bool on = next.tile >= 0 && next.mask != kAbsent;
+      if constexpr (Hopper)
+        begin_scores(other.s, following.stage);  // needed or not: under a condition, ptxas would let one product run at a time
+      else
+        begin_scores(s, at.stage);
 
       bool visible = true;
       if (step.mask != TileEntry::kFull) {
@@ -161,6 +165,7 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
       } else {
         ++full_tiles;
       }
+      bool add = false;
       if (Gate::kSoftmax || (visible && (!quick || likely || warpgroup_any(any_active<Gate::kFidelity>(s, scale, offset0, offset8), group)))) {
         bool active = visible;
         if constexpr (Gate::kSoftmax) {
@@ -201,33 +206,49 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
           const float2 sum = weigh<Gate>(s, scale, offset0, offset8);
           sum0 += sum.x, sum8 += sum.y;
           active = likely = warpgroup_any(sum.x + sum.y > 0.f, group);
-          P::template wait<0>();
         }
-        if (held >= 0) ring.release(held), held = -1;
         active_tiles += active;
         if (active) bitmap.set(step.tile, thread == 0);
-        if (active || (visit_all && visible)) {
-          round_fragment(p, s);
-          if (!Gate::kSoftmax && counting) active_edges += count_positive(p);
-          held = at.stage;
-          continue;
-        }
+        add = active || (visit_all && visible);
       } else {
         likely = false;
-        P::template wait<0>();
-        if (held >= 0) ring.release(held), held = -1;
       }
-      ring.release(at.stage);
+      if (add) {
+        round_fragment(mine.p, s);
+        if (!Gate::kSoftmax && counting) active_edges += count_positive(mine.p);
+      }
+      wait();
+      P::settle(other.s);
+      if (add)
+        held = at.stage;
+      else
+        ring.release(at.stage);
+      at = following, step = next;
+      if (!on) {
+        add_held(mine.p);
+        wait();
+      }
+      return on;
+    };
+    for (;;) {
+      // Passes the tiles that are not in this warpgroup's list. No stage may be held back here, or the producer could wait for it.
+      Step step = ring.step(at, group);
+      for (; step.tile >= 0 && step.mask == kAbsent; step = ring.step(at, group)) ring.release(at.stage), at.next<kStages>();
+      if (step.tile < 0) break;
+      Half even, odd;
+      if constexpr (Hopper) {
+        begin_scores(even.s, at.stage);
+        wait();
+        P::settle(even.s);
+        while (work(step, even, odd) && work(step, odd, even)) {
+        }
+      } else {
+        while (work(step, even, even)) {
+        }
+      }
     }
-    if (held >= 0) {
-      P::begin();
-      accumulate<Hopper>(o, p, base + Shared::kV + held * kRows, lane);
-      P::commit();
-    }
-    P::template wait<0>();
 #pragma unroll
     for (int d = 0; d < kParts; ++d) P::settle(o[d]);
-    if (held >= 0) ring.release(held);
     ring.release(at.stage), at.next<kStages>();
     ring.release_own(own.stage), own.next<kOwn>();
     if (!exists) return;

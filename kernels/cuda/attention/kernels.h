@@ -1,6 +1,9 @@
 #pragma once
 // Launchers of the kernels, one translation unit a kernel and head size, so that they compile side by side.
 
+#include <stdexcept>
+#include <string>
+
 #include "kernels/cuda/attention/pipeline.cuh"
 
 namespace tessera::cuda_attention {
@@ -26,13 +29,22 @@ int forward_groups(bool hopper);
 template <int D>
 int backward_q_groups(bool hopper);
 
+/// What a kernel needs beside Shared::kBytes, at most.
+constexpr uint32_t kStaticShared = 1024;
+
 /// Launches the variant of the arguments: kernels[variant][hopper].
 using Kernel = void (*)(Args);
 template <class Shared, bool Hopper>
 cudaError_t launch(Kernel kernel, const Args& a, int tiles, bool persistent, cudaStream_t stream) {
-  int device = 0, blocks = 0;
+  int device = 0, blocks = 0, shared = 0;
   if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
   if (const cudaError_t e = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
+  if (const cudaError_t e = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device); e != cudaSuccess) return e;
+  if (Shared::kBytes + kStaticShared > static_cast<uint32_t>(shared)) {
+    throw std::runtime_error("CUDA attention: this head size needs " + std::to_string((Shared::kBytes + kStaticShared) / 1024) +
+                             " KiB of shared memory a block, the GPU has " + std::to_string(shared / 1024) +
+                             " KiB: use head size 64, or a GPU of compute capability 8.0 or 9.0");
+  }
   if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shared::kBytes); e != cudaSuccess) return e;
   const int64_t bands = (tiles + Shared::kGroups - 1) / Shared::kGroups, items = bands * a.batch * a.heads;
   if (items > 1 << 29) return cudaErrorInvalidConfiguration;            // Schedule counts in int

@@ -1,18 +1,15 @@
 #pragma once
 // Choices between forms of the kernels that only a measurement can make. Each can be set on the compiler's command line.
 
-/// Head size 64: a warpgroup's own tiles, left operands of every score product, held in registers: 0 none (shared memory), 1 those of the scores
-/// (q, k), 2 those of the weights' gradients (do, v), 3 both.
-#ifndef TESSERA_ATTENTION_HELD_FORWARD
-#define TESSERA_ATTENTION_HELD_FORWARD 0
+/// Query tiles of a block of the forward and of the dq kernel, head size 64, Hopper: 2 or 3. The dq kernel overlaps neighbouring tiles with 2 only.
+#ifndef TESSERA_ATTENTION_GROUPS_FORWARD
+#define TESSERA_ATTENTION_GROUPS_FORWARD 3
 #endif
-#ifndef TESSERA_ATTENTION_HELD_KV
-#define TESSERA_ATTENTION_HELD_KV 0
-#endif
-#ifndef TESSERA_ATTENTION_HELD_Q
-#define TESSERA_ATTENTION_HELD_Q 0
-#endif
-/// Query tiles of a block of the dq kernel, head size 64, Hopper.
 #ifndef TESSERA_ATTENTION_GROUPS_Q
-#define TESSERA_ATTENTION_GROUPS_Q 3
+#define TESSERA_ATTENTION_GROUPS_Q 2
+#endif
+/// dk, dv kernel, head size 64, Hopper: 0 one tile at a time; 1 the next tile's scores ahead, and dk still under way from one tile to the next; 2 the
+/// next tile's scores ahead, and nothing under way between tiles, which takes fewer registers.
+#ifndef TESSERA_ATTENTION_AHEAD_KV
+#define TESSERA_ATTENTION_AHEAD_KV 1
 #endif
