@@ -335,52 +335,17 @@ __device__ __forceinline__ void clear(Acc& c) {
   for (int j = 0; j < 8; ++j) c[j][0] = c[j][1] = c[j][2] = c[j][3] = 0.f;
 }
 
-/// A warpgroup's own 64 rows, left operand of q k^T and its like: c = sum over the D/64 parts of own rows times right rows. Read from shared
-/// memory by every product, or held in registers, which leaves more of the bandwidth of shared memory to everything else.
-template <bool Hopper, int Parts, bool Held = false>
-class Left {
- public:
-  __device__ __forceinline__ Left(uint32_t rows, int warp, int lane) : rows_(rows) {
-    if constexpr (Held) {
-#pragma unroll
-      for (int d = 0; d < Parts; ++d) load_fragment(held_[d], rows + d * kTileBytes, warp, lane);
-    }
-  }
-  /// To be called before begin(). ptxas 13.0 takes the registers that wgmma reads for free afterwards, even when a later round of the loop
-  /// reads them again: so every round multiplies a copy, made while no product is under way, or ptxas would let one run at a time. `zero` is 0, and
-  /// the compiler must not know: it comes out of memory in every round.
-  __device__ __forceinline__ void prepare(uint32_t zero) {
-    if constexpr (Held) {
-      Product<Hopper>::template wait<0>();
-#pragma unroll
-      for (int d = 0; d < Parts; ++d) {
-#pragma unroll
-        for (int kk = 0; kk < 4; ++kk) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) copy_[d][kk][e] = kept(held_[d][kk][e] ^ zero);
-        }
-      }
-    }
-  }
+/// A warpgroup's own 64 rows in shared memory, left operand of q k^T and its like: c = sum over the D/64 parts of own rows times right rows.
+template <bool Hopper, int Parts>
+struct Left {
+  uint32_t rows;
   __device__ __forceinline__ void multiply(Acc& c, uint32_t right, int warp, int lane) const {
-    part<true>(c, 0, right, warp, lane);
+    Product<Hopper>::template multiply_shared<true>(c, rows, right, warp, lane);
 #pragma unroll
-    for (int d = 1; d < Parts; ++d) part<false>(c, d, right + d * kTileBytes, warp, lane);
+    for (int d = 1; d < Parts; ++d) Product<Hopper>::template multiply_shared<false>(c, rows + d * kTileBytes, right + d * kTileBytes, warp, lane);
   }
-
- private:
-  template <bool Clear>
-  __device__ __forceinline__ void part(Acc& c, int d, uint32_t right, int warp, int lane) const {
-    using P = Product<Hopper>;
-    if constexpr (Held)
-      P::template multiply<false, Clear>(c, copy_[d], right, lane);
-    else
-      P::template multiply_shared<Clear>(c, rows_ + d * kTileBytes, right, warp, lane);
-  }
-
-  uint32_t rows_;
-  Frag held_[Parts], copy_[Parts];  // where Held
 };
+
 /// c[d] += a b, a in registers, b's rows the summed index.
 template <bool Hopper, int Parts>
 __device__ __forceinline__ void accumulate(Acc (&c)[Parts], const Frag& a, uint32_t right, int lane) {

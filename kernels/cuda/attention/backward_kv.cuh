@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
     for (int d = 0; d < kParts; ++d) clear(dk[d]), clear(dv[d]);
     int pending = -1;  // stage whose products may still be under way
     const uint32_t own_k = base + own.stage * Shared::kOwnBytes + Shared::kK + group * kRows;
-    const Left<Hopper, kParts> k(own_k, warp, lane), v(own_k + Shared::kV, warp, lane);
+    const Left<Hopper, kParts> k{own_k}, v{own_k + Shared::kV};
     const auto q_at = [&](int stage) { return base + Shared::kQ + stage * kRows; };
     const auto do_at = [&](int stage) { return base + Shared::kDo + stage * kRows; };
     const auto begin_scores = [&](Acc& s, int stage) {

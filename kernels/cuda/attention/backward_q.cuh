@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
     float dx0 = 0, dx8 = 0;
     int pending = -1;  // stage whose product may still be under way
     const uint32_t own_q = base + own.stage * Shared::kOwnBytes + Shared::kQ + group * kRows;
-    const Left<Hopper, kParts> q(own_q, warp, lane), d_o(own_q + Shared::kDo, warp, lane);
+    const Left<Hopper, kParts> q{own_q}, d_o{own_q + Shared::kDo};
     const auto k_at = [&](int stage) { return base + Shared::kK + stage * kRows; };
     const auto v_at = [&](int stage) { return base + Shared::kV + stage * kRows; };
     const auto begin_scores = [&](Acc& s, int stage) {

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
       Frag p;      // weights
     };
     int held = -1;  // stage whose product of weights and values is to come or under way; -1: none
-    const Left<Hopper, kParts> q(base + Shared::kQ + own.stage * Shared::kOwnBytes + group * kRows, warp, lane);
+    const Left<Hopper, kParts> q{base + Shared::kQ + own.stage * Shared::kOwnBytes + group * kRows};
     const auto add_held = [&](const Frag& p) {
       if (held < 0) return;
       P::begin();

@@ -107,7 +107,6 @@ struct Item {
 struct Step {
   int tile;  // -1: the band ends here
   int mask;
-  uint32_t zero;  // for Left: 0 in every tile's step
 };
 
 /// Barriers and entries of the stages, in shared memory from `base`. An entry is (tile, mask) for each warpgroup. Beside them `Own` slots for a
@@ -142,7 +141,7 @@ struct Ring {
   __device__ __forceinline__ Step step(const Cursor& at, int group) const {
     barrier_wait(full(at.stage), at.phase);
     const int2 e = load_shared2(entry(at.stage, group));
-    return {uniform(e.x), uniform(e.y), static_cast<uint32_t>(e.x) >> 31};
+    return {uniform(e.x), uniform(e.y)};
   }
   __device__ __forceinline__ void put_item(int slot, const Item& i) const {
     store_shared4(own_full(slot) + 16, i.band, i.b, i.h, 0);
