@@ -85,10 +85,13 @@ class NcclLink {
 
   ncclComm_t get() const { return comm_; }
 
-  /// What NCCL reports of work under way; "" when nothing, or when the owner is in a call just now.
-  std::string error() {
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock) return "";
+  /// What NCCL reports of work under way; "" when nothing. For the watchdog, which shall not wait, also when the owner is in a call just now.
+  std::string error(bool watchdog) {
+    std::unique_lock lock(mutex_, std::defer_lock);
+    if (!watchdog)
+      lock.lock();
+    else if (!lock.try_lock())
+      return "";
     ncclResult_t code = ncclSuccess;
     const ncclResult_t asked = ncclCommGetAsyncError(comm_, &code);
     if (asked != ncclSuccess) code = asked;

@@ -75,7 +75,7 @@ class NcclWatchdog {
   /// After a wait for the device. A collective that failed ends on the GPU as one that succeeded does; then this does not return, so that the owner
   /// never reads what it left.
   void check_after_wait() {
-    if (const std::string error = link_->error(); ending_ || !error.empty()) end("NCCL reports: " + error);
+    if (const std::string error = link_->error(false); ending_ || !error.empty()) end("NCCL reports: " + error);
   }
   /// The event behind a collective, nullptr when it is known to be over. It keeps its meaning until the next begin().
   cudaEvent_t done(std::int64_t number) {
@@ -121,7 +121,7 @@ class NcclWatchdog {
     cudaThreadExchangeStreamCaptureMode(&mode);
     while (sleep(stop, std::chrono::milliseconds(100))) {
       alive_ = Clock::now();
-      if (const std::string error = link_->error(); !error.empty()) end("NCCL reports: " + error);
+      if (const std::string error = link_->error(true); !error.empty()) end("NCCL reports: " + error);
       look();
     }
   }
