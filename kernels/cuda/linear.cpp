@@ -113,7 +113,10 @@ void Linear::choose(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, in
 
 bool Linear::try_run(const Context& c, const Product& p) {
   auto at = plans_.find(p.key);
-  if (at == plans_.end()) at = plans_.emplace(p.key, make_plan(p)).first;
+  if (at == plans_.end()) {
+    if (plans_.size() >= kMostPlans) plans_.clear();
+    at = plans_.emplace(p.key, make_plan(p)).first;
+  }
   Plan& plan = *at->second;
   if (!plan.found) return false;
   if (p.bias) set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, p.bias);

@@ -33,6 +33,8 @@ struct LinearPolicy {
 
 class Linear {
  public:
+  /// Generation asks for products of every length up to the context: so many are remembered before all are forgotten and asked for again.
+  static constexpr std::size_t kMostPlans = 1024;
   static constexpr std::size_t kWorkspaceBytes = std::size_t{32} << 20;  // what NVIDIA recommends for Hopper
 
   explicit Linear(LinearPolicy policy = {});
@@ -48,7 +50,7 @@ class Linear {
   };
   void multiply(const Context& c, std::int64_t n, std::int64_t m, std::int64_t k, Operand left, Operand right, void* to, DType type);
 
-  /// The products met so far: shape, epilogue, and what cuBLASLt chose. One line each.
+  /// The products remembered: shape, epilogue, and what cuBLASLt chose. One line each.
   std::vector<std::string> describe() const;
 
  private:

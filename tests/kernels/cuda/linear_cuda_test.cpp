@@ -125,6 +125,60 @@ TEST(CudaLinear, ActivationsGoIntoTheEpilogue) {
   for (const std::string& line : lines) EXPECT_EQ(line.find("no algorithm"), std::string::npos) << line;
 }
 
+TEST(CudaLinear, EveryAnswerOfCublasGivesTheSameFunction) {
+  TESSERA_NEEDS_GPU();
+  constexpr std::int64_t n = 1000, k = 256, m = 512;
+  const Doubles dy = random_bf16(n * m, 1), w = random_bf16(m * k, 2, 1 / std::sqrt(static_cast<double>(m))), argument = random_bf16(n * k, 3);
+  const OnDevice dev_dy(DType::bf16, {n, m}, dy), dev_w(DType::bf16, {m, k}, w), dev_argument(DType::bf16, {n, k}, argument);
+  const Doubles plain = product(n, k, m, {dy, m, 1}, {w, k, 1});
+  Doubles exact(plain.size()), rounded(plain.size());
+  for (std::size_t i = 0; i < plain.size(); ++i) {
+    exact[i] = plain[i] * gelu_slope(argument[i]);
+    rounded[i] = bf16(bf16(plain[i]) * gelu_slope(argument[i]));
+  }
+  OnDevice dx(DType::bf16, {n, k});
+  const auto run = [&](Linear& linear, const std::string& what) {
+    dx.poison();
+    linear.backward(context(), {.dy = dev_dy, .w = dev_w, .dx = dx, .gelu_argument = dev_argument});
+    expect_within_twice(dx.doubles(), exact, rounded, what);
+  };
+  constexpr int kAnswers = 32;
+  int runs = 0;
+  for (; runs < kAnswers; ++runs) {
+    Linear one({.answers = kAnswers, .answer = runs});
+    try {
+      run(one, "answer " + std::to_string(runs));
+    } catch (const std::logic_error&) {  // neither the fused product nor the plain one has so many
+      break;
+    }
+  }
+  EXPECT_GE(runs, 1);
+  EXPECT_THROW(Linear({.answers = 1, .answer = 1}).backward(context(), {.dy = dev_dy, .w = dev_w, .dx = dx}), std::logic_error);
+  // The choice is a matter of the answers alone.
+  Linear first({.answers = kAnswers}), second({.answers = kAnswers});
+  run(first, "the preferred answer"), run(second, "the preferred answer");
+  EXPECT_EQ(first.describe(), second.describe());
+}
+
+TEST(CudaLinear, RemembersAnEndOfShapes) {
+  TESSERA_NEEDS_GPU();
+  constexpr std::int64_t kRows = static_cast<std::int64_t>(Linear::kMostPlans) + 40, kWidth = 64;
+  const OnDevice x(DType::bf16, {kRows, kWidth}, random_bf16(kRows * kWidth, 1)), w(DType::bf16, {kWidth, kWidth}, random_bf16(kWidth * kWidth, 2));
+  OnDevice y(DType::bf16, {kRows, kWidth});
+  Linear linear;
+  const auto forward = [&](std::int64_t rows) {
+    linear.forward(context(), {.x = x.tensor().view({rows, kWidth}), .w = w, .y = y.tensor().view({rows, kWidth})});
+  };
+  y.poison();
+  forward(100);
+  const auto before = y.bytes();
+  for (std::int64_t rows = 1; rows <= kRows; ++rows) forward(rows);
+  EXPECT_EQ(linear.describe().size(), 40u);
+  y.poison();
+  forward(100);
+  EXPECT_EQ(y.bytes(), before);
+}
+
 TEST(CudaLinear, TenRunsGiveTheSameBits) {
   TESSERA_NEEDS_GPU();
   constexpr std::int64_t kRows = 8192, kWidth = 256, kWide = 1024;  // the sum over rows is split
