@@ -25,8 +25,8 @@ constexpr std::string_view kDocumentMarker = "<|endoftext|>";
 
 struct ReaderOptions {
   InputFormat format = InputFormat::automatic;
-  std::string text_key = "text";   // of each .jsonl object; the column of a Parquet file
-  std::vector<std::string> where;  // of Parquet rows, all must hold; see row_filter.h
+  std::string text_key = "text";        // of each .jsonl object; the column of a Parquet file
+  std::vector<std::string> where = {};  // of Parquet rows, all must hold; see row_filter.h
   /// Of files of tokens: ids beyond the vocabulary are an error, and end_of_text separates documents. 0: no such files are read.
   std::int64_t vocabulary = 0;
   std::uint32_t end_of_text = 0;

@@ -129,7 +129,7 @@ struct MegatronIndex::Impl {
     const auto sequences = number_at<std::uint64_t>(header, 18), indices = number_at<std::uint64_t>(header, 26);
     const std::uint64_t most = file.size();  // either number is less: nothing below overflows
     const std::uint64_t expected = sequences < most && indices < most && most < (1ull << 58) ? kHeaderBytes + 12 * sequences + 8 * indices : 0;
-    if (expected && file.size() == expected + sequences)
+    if (expected && sequences && file.size() == expected + sequences)
       fail("the index of a multimodal dataset (it ends with a mode for each sequence), expected one of text");
     if (file.size() != expected)
       fail(fmt::format("{} bytes, where its header promises {} sequences and {} indices{}", file.size(), sequences, indices,
