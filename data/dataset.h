@@ -1,8 +1,8 @@
 #pragma once
 // Prepared data: a folder of HDF5 shards a split.
 //
-//   DIR/dataset.json                manifest: format version, tokenizer (name, hash, vocabulary), splits, shards with tokens, documents,
-//                                   bytes of text, bytes of the file, SHA-256; sources; written last
+//   DIR/dataset.json                manifest: format version, tokenizer (name, hash, vocabulary), how it was prepared, splits, shards with
+//                                   tokens, documents, bytes of text, bytes of the file, SHA-256, inputs; sources; its own SHA-256; written last
 //   DIR/tokenizer.json              the tokenizer, self-contained (load_tokenizer("bpe:DIR/tokenizer.json"))
 //   DIR/train/shard_00000.h5 ...    datasets `tokens` (uint16, or uint32 when the vocabulary wants it), `documents` (uint64: index of each
 //   DIR/validation/shard_00000.h5   document's first token, plus the end); chunked, Fletcher-32; attributes say where they came from
@@ -20,7 +20,14 @@ namespace tessera {
 
 class Hdf5File;
 
-constexpr std::int64_t kDatasetVersion = 1;
+constexpr std::int64_t kDatasetVersion = 1;   // of shards
+constexpr std::int64_t kManifestVersion = 2;  // 1 had no SHA-256 of its own, no inputs of shards and no tokens of sources; it is still read
+
+/// A stretch of an input file's documents that a shard holds documents of. Documents are numbered from 0 in their file.
+struct ShardInput {
+  std::uint32_t source = 0;                             // index into DatasetInfo::sources
+  std::uint64_t first_document = 0, last_document = 0;  // in the shard; those between may be in the other split, or were left out
+};
 
 struct ShardInfo {
   std::string file;  // relative to the dataset folder
@@ -29,6 +36,7 @@ struct ShardInfo {
   std::uint64_t text_bytes = 0;
   std::uint64_t file_bytes = 0;
   std::string sha256;
+  std::vector<ShardInput> inputs = {};
 };
 
 struct SplitInfo {
@@ -38,7 +46,16 @@ struct SplitInfo {
 
 struct SourceInfo {
   std::string file;
-  std::uint64_t documents = 0, text_bytes = 0;
+  std::uint64_t documents = 0, text_bytes = 0, tokens = 0;
+};
+
+/// How a dataset was made; of manifests of version 1 nothing is known.
+struct Preparation {
+  double validation_fraction = 0;
+  std::string held_out;  // "documents" or "pieces": what was drawn for validation
+  bool deduplicated = false;
+  std::uint64_t duplicates = 0, duplicate_bytes = 0;  // left out: documents whose text had come before
+  std::uint64_t bad_documents = 0, bad_files = 0;     // left out, the rest of a file in the second case
 };
 
 struct DatasetInfo {
@@ -48,6 +65,7 @@ struct DatasetInfo {
   std::uint32_t end_of_text = 0;
   SplitInfo train, validation;
   std::vector<SourceInfo> sources;
+  Preparation preparation;
   /// Nats a token. The entropy of the training split's token frequencies: the loss of the best guess that ignores the context.
   double unigram_entropy = 0;
   /// Nats a token. The loss of that guess (frequencies plus one, so that none is zero) on the validation split; 0 when there is none.

@@ -1,173 +1,31 @@
 #include "data/prepare.h"
 
-#include <fcntl.h>
 #include <fmt/core.h>
-#include <sys/file.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <array>
-#include <cerrno>
 #include <chrono>
 #include <cmath>
-#include <cstring>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
-#include <system_error>
 #include <thread>
 
-#include "data/files.h"
+#include "data/dedup.h"
+#include "data/holdout.h"
+#include "data/output_folder.h"
+#include "data/prepare_inputs.h"
+#include "data/prepare_journal.h"
 #include "data/prepare_pipeline.h"
 #include "data/shard_writer.h"
 
 namespace tessera {
 namespace fs = std::filesystem;
+using Json = nlohmann::ordered_json;
 namespace {
 
-constexpr std::uint64_t kDecideBytes = 16 << 20;  // of text seen before the way of holding out is chosen
-constexpr std::uint64_t kFewDocuments = 20;       // fewer in that much text, and pieces are held out
-constexpr std::array kParts = {"train", "validation", "tokenizer.json"};
-
-/// The output folder while a dataset is being made in its subfolder .prepare, which a lock marks as in use.
-class OutputFolder {
- public:
-  OutputFolder(std::string path, bool overwrite) : path_(std::move(path)) {
-    std::error_code error;
-    existed_ = fs::exists(path_, error);
-    make_folder(path_);
-    if (!overwrite) refuse_foreign();
-    make_folder(staging());
-    const std::string lock = staging() + "/lock";
-    lock_ = ::open(lock.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (lock_ < 0) throw std::invalid_argument(fmt::format("{}: the folder cannot be written: {}", path_, std::strerror(errno)));
-    // Some network file systems have no locks; there nobody is kept out.
-    if (::flock(lock_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
-      ::close(lock_);
-      throw std::invalid_argument(fmt::format("{}: another tessera prepare is writing into this folder", path_));
-    }
-    for (const char* part : kParts) fs::remove_all(staging() + "/" + part);  // of a run that was killed
-  }
-  OutputFolder(const OutputFolder&) = delete;
-  OutputFolder& operator=(const OutputFolder&) = delete;
-  ~OutputFolder() {
-    std::error_code ignored;
-    fs::remove_all(staging(), ignored);
-    ::close(lock_);
-    if (!existed_) ::rmdir(path_.c_str());  // only if nothing came of it: a folder that is not empty stays
-  }
-
-  std::string staging() const { return path_ + "/.prepare"; }
-
-  /// Moves the parts into place, the manifest last. What a former dataset had goes only now.
-  void commit(const std::string& manifest) {
-    const std::string staged = staging() + "/dataset.json";
-    write_file(staged, manifest);  // the last thing to need space: a full disk shows before anything has moved
-    if (fs::remove(path_ + "/dataset.json")) sync_folder(path_);
-    for (const char* part : kParts) {
-      const std::string from = staging() + "/" + part, to = path_ + "/" + part;
-      fs::remove_all(to);
-      if (!fs::exists(from)) continue;
-      if (fs::is_directory(from)) sync_folder(from);
-      fs::rename(from, to);
-    }
-    sync_folder(path_);
-    fs::rename(staged, path_ + "/dataset.json");
-    sync_folder(path_);
-  }
-
- private:
-  void refuse_foreign() const {
-    if (is_dataset(path_))
-      throw std::invalid_argument(fmt::format("{}: already holds a dataset; choose another folder, or replace it with --overwrite", path_));
-    const bool own = fs::exists(staging());  // a killed run's: its parts may have begun to move into place
-    for (const auto& item : fs::directory_iterator(path_)) {
-      const std::string name = item.path().filename().string();
-      if (name == ".prepare" || (own && std::find(kParts.begin(), kParts.end(), name) != kParts.end())) continue;
-      throw std::invalid_argument(
-          fmt::format("{}: the folder is not empty (it holds {}) and is not a dataset; choose another, or write into it with "
-                      "--overwrite, which replaces train, validation, tokenizer.json and dataset.json and leaves the rest",
-                      path_, name));
-    }
-  }
-
-  std::string path_;
-  bool existed_ = false;
-  int lock_ = -1;
-};
-
-/// Puts each piece on its side. What it sees first it keeps, until it knows whether documents or pieces are to be held out, and in a small
-/// corpus which hashes are the smallest.
-class Holdout {
- public:
-  Holdout(double fraction, SplitWriter& train, SplitWriter& validation) : fraction_(fraction), writers_{&train, &validation} {
-    decided_ = fraction == 0;
-  }
-
-  void add(TokenizedBatch batch) {
-    if (decided_) return place(batch);
-    for (const TokenizedPiece& piece : batch.pieces) {
-      kept_bytes_ += piece.text_bytes;
-      documents_ += piece.first;
-    }
-    kept_.push_back(std::move(batch));
-    if (kept_bytes_ > kDecideBytes) decide(false);
-  }
-  void finish() {
-    if (!decided_) decide(true);
-  }
-  bool by_pieces() const { return by_pieces_; }
-
- private:
-  void decide(bool complete) {
-    decided_ = true;
-    by_pieces_ = documents_ < kFewDocuments;
-    if (complete) {
-      std::vector<std::uint64_t> hashes;
-      for (const TokenizedBatch& batch : kept_)
-        for (const TokenizedPiece& piece : batch.pieces)
-          if (piece.first || by_pieces_) hashes.push_back(piece.hash);
-      std::sort(hashes.begin(), hashes.end());
-      if (hashes.size() > 1) {
-        const auto wanted = static_cast<std::size_t>(std::llround(fraction_ * static_cast<double>(hashes.size())));
-        threshold_ = hashes[std::clamp<std::size_t>(wanted, 1, hashes.size() - 1)];
-      }
-    } else {
-      threshold_ = static_cast<std::uint64_t>(std::ldexp(fraction_, 64));
-    }
-    for (const TokenizedBatch& batch : kept_) place(batch);
-    kept_.clear();
-  }
-
-  void place(const TokenizedBatch& batch) {
-    std::span<const std::uint32_t> tokens = batch.tokens;
-    for (const TokenizedPiece& piece : batch.pieces) {
-      bool side = side_;
-      if (piece.first || by_pieces_) side = piece.hash < threshold_;
-      writers_[side]->add(tokens.first(piece.tokens), piece.first || side != side_, piece.text_bytes, piece.source);
-      side_ = side;
-      tokens = tokens.subspan(piece.tokens);
-    }
-  }
-
-  const double fraction_;
-  const std::array<SplitWriter*, 2> writers_;
-  std::vector<TokenizedBatch> kept_;
-  std::uint64_t kept_bytes_ = 0, documents_ = 0, threshold_ = 0;
-  bool decided_ = false, by_pieces_ = false, side_ = false;  // side_: where the last piece went; true: validation
-};
-
-void check(const PrepareOptions& options) {
-  if (options.inputs.empty()) throw std::invalid_argument("prepare: no input files");
-  if (options.output.empty()) throw std::invalid_argument("prepare: no output folder");
-  if (!(options.validation_fraction >= 0 && options.validation_fraction < 1))
-    throw std::invalid_argument(fmt::format("--validation-fraction {}: expected a number from 0 to less than 1", options.validation_fraction));
-  if (options.shard_tokens < 2 || options.shard_tokens > 4'000'000'000)
-    throw std::invalid_argument(fmt::format("--shard-tokens {}: expected 2 to 4000000000", options.shard_tokens));
-  if (options.threads < 0 || options.threads > 1024) throw std::invalid_argument(fmt::format("--threads {}: expected 0 to 1024", options.threads));
-}
+constexpr std::size_t kListedProblems = 20;
 
 /// What to say of files that stand in the input more than once, under whatever names; empty when none does.
 std::string repeated_files(const std::vector<std::string>& files) {
@@ -197,6 +55,221 @@ double unigram_loss(const std::vector<std::uint64_t>& observed, const std::vecto
   return sum;
 }
 
+/// What was left out, or is odd. What lies behind a place in the input is known apart, as a run that resumes there counts it again.
+class Tally {
+ public:
+  void add(InputProblem problem) {
+    documents_ += problem.documents;
+    files_ += problem.files;
+    if (first_.size() < kListedProblems) first_.push_back(problem);
+    problem.what.clear();
+    recent_.push_back(std::move(problem));
+  }
+  std::uint64_t documents() const { return documents_; }
+  std::uint64_t files() const { return files_; }
+  const std::vector<InputProblem>& first() const { return first_; }
+
+  Json state_before(const InputPosition& place) {
+    std::erase_if(recent_, [&](const InputProblem& problem) { return problem.at < place; });
+    std::uint64_t documents = documents_, files = files_;
+    for (const InputProblem& problem : recent_) documents -= problem.documents, files -= problem.files;
+    Json first = Json::array();
+    for (const InputProblem& problem : first_)
+      if (problem.at < place) first.push_back({problem.at.file, problem.at.entry, problem.what});
+    return {{"documents", documents}, {"files", files}, {"first", first}};
+  }
+  void restore(const Json& state) {
+    documents_ = state.at("documents");
+    files_ = state.at("files");
+    for (const Json& problem : state.at("first")) first_.push_back({{problem.at(0), problem.at(1), 0}, problem.at(2), 0, 0});
+  }
+
+ private:
+  std::uint64_t documents_ = 0, files_ = 0;
+  std::vector<InputProblem> first_, recent_;
+};
+
+/// One run: the stages behind the pipeline, and what has been counted.
+class Run {
+ public:
+  Run(const Tokenizer& tokenizer, const PrepareOptions& options, std::vector<std::string> files, OutputFolder& output)
+      : tokenizer_(tokenizer),
+        options_(options),
+        files_(std::move(files)),
+        output_(output),
+        train_(tokenizer, output.staging(), "train", options.shard_tokens, files_),
+        validation_(tokenizer, output.staging(), "validation", options.shard_tokens, files_),
+        holdout_(options.validation_fraction, train_, validation_),
+        dedup_(output.staging() + "/keys", [this](TokenizedBatch batch) { holdout_.add(std::move(batch)); }),
+        resumable_(std::find(files_.begin(), files_.end(), "-") == files_.end()),
+        journal_(output.staging() + "/journal.json", settings_of(tokenizer, options, files_), options.journal_seconds) {}
+
+  /// Takes up what an interrupted run left, or clears it away.
+  void begin() {
+    if (options_.resume && !resumable_)
+      throw std::invalid_argument("--resume: standard input cannot be read again; put the text into a file, or leave --resume away");
+    if (options_.resume && output_.has("journal.json")) {
+      output_.keep();  // whatever happens now, it stays
+      const Json state = journal_.load();
+      kept_ = true;
+      restore(state);
+      note(fmt::format("resumed after {} tokens in {} finished shards and the beginnings of others", done(),
+                       train_.info().shards.size() + validation_.info().shards.size()));
+      return;
+    }
+    if (options_.resume) note("there was nothing to resume: the run began at the beginning");
+    if (!options_.resume && output_.has("journal.json"))
+      note("what an interrupted run had left in the output folder was cleared away; --resume would have gone on with it");
+    output_.clear();
+  }
+
+  void go(const std::function<void(const PrepareProgress&)>& progress, const std::function<double()>& seconds) {
+    PreparePipeline pipeline(files_, tokenizer_, pipeline_options(tokenizer_, options_, start_));
+    PrepareProgress now;
+    now.total_input_bytes = pipeline.total_bytes();
+    double shown = 0;
+    while (auto batch = pipeline.next()) {
+      for (const TokenizedPiece& piece : batch->pieces) {
+        now.text_bytes += piece.text_bytes;
+        if (!piece.utf8) not_utf8_.add({piece.at, {}, 1, 0});
+      }
+      now.tokens += batch->tokens.size();
+      for (InputProblem& problem : batch->problems) bad_.add(std::move(problem));
+      if (now.input_bytes == 0 && kept_) now.resumed_bytes = batch->input_bytes;
+      now.input_bytes = batch->input_bytes;
+      const InputPosition end = batch->end;
+      if (options_.dedup) {
+        dedup_.add(std::move(*batch));
+      } else {
+        holdout_.add(std::move(*batch));
+      }
+      record_if_due(end);
+      now.seconds = seconds();
+      if (progress && now.seconds - shown > 0.2) progress(now), shown = now.seconds;
+    }
+    if (options_.dedup) dedup_.finish();
+    holdout_.finish();
+    summary_.text_bytes = now.text_bytes;
+    summary_.tokens = now.tokens;
+  }
+
+  PrepareSummary finish() {
+    DatasetInfo& info = summary_.dataset;
+    info.train = train_.finish();
+    info.validation = validation_.finish();
+    if (info.train.tokens + info.validation.tokens == 0)
+      throw std::invalid_argument(fmt::format("{}: the input is empty: no text in {} file{}{}", options_.inputs.front(), files_.size(),
+                                              files_.size() == 1 ? "" : "s",
+                                              bad_.documents() ? fmt::format(", {} bad lines left out", bad_.documents()) : ""));
+    if (info.train.tokens == 0) throw std::invalid_argument("no text was left to train on; lower --validation-fraction");
+    info.directory = options_.output;
+    info.tokenizer_name = tokenizer_.name();
+    info.tokenizer_hash = tokenizer_.hash();
+    info.vocabulary = tokenizer_.vocabulary();
+    info.end_of_text = tokenizer_.end_of_text();
+    info.sources = train_.sources();
+    for (std::size_t i = 0; i < info.sources.size(); ++i) {
+      info.sources[i].documents += validation_.sources()[i].documents;
+      info.sources[i].text_bytes += validation_.sources()[i].text_bytes;
+      info.sources[i].tokens += validation_.sources()[i].tokens;
+    }
+    info.preparation = {options_.validation_fraction,
+                        holdout_.by_pieces() ? "pieces" : "documents",
+                        options_.dedup,
+                        dedup_.duplicates(),
+                        dedup_.duplicate_bytes(),
+                        bad_.documents(),
+                        bad_.files()};
+    info.unigram_entropy = unigram_loss(train_.token_counts(), train_.token_counts(), 0);
+    info.validation_unigram_loss = unigram_loss(validation_.token_counts(), train_.token_counts(), 1);
+    tokenizer_.save(output_.staging() + "/tokenizer.json");
+    output_.commit(dataset_manifest(info));
+    summary_.skipped_lines = bad_.documents();
+    for (const InputProblem& problem : bad_.first()) summary_.problems.push_back(problem.what);
+    add_notices();
+    return std::move(summary_);
+  }
+
+  /// What to say behind an error: how to go on.
+  std::string advice() const { return !kept_ ? "" : ". What was done so far is kept: the same command with --resume goes on with it"; }
+
+ private:
+  std::uint64_t done() const {
+    std::uint64_t tokens = 0;
+    for (const SplitWriter* split : {&train_, &validation_})
+      for (const SourceInfo& source : split->sources()) tokens += source.tokens;
+    return tokens;
+  }
+  void note(std::string line) { summary_.notices.push_back(std::move(line)); }
+
+  void record_if_due(const InputPosition& end) {
+    const std::size_t shards = train_.info().shards.size() + validation_.info().shards.size();
+    if (!resumable_ || !holdout_.decided() || !journal_.due(shards > recorded_shards_)) return;
+    const InputPosition position = options_.dedup ? dedup_.held().value_or(end) : end;
+    Json state = {{"position", to_json(position)},     {"train", train_.state()}, {"validation", validation_.state()},
+                  {"holdout", holdout_.state()},       {"dedup", dedup_.state()}, {"not_utf8", not_utf8_.state_before(position)},
+                  {"bad", bad_.state_before(position)}};
+    journal_.record(std::move(state));
+    recorded_shards_ = shards;
+    train_.remove_finished_spools();
+    validation_.remove_finished_spools();
+    output_.keep();
+    kept_ = true;
+  }
+
+  void restore(const Json& state) {
+    start_ = position_from(state.at("position"));
+    train_.restore(state.at("train"));
+    validation_.restore(state.at("validation"));
+    holdout_.restore(state.at("holdout"));
+    dedup_.restore(state.at("dedup"));
+    not_utf8_.restore(state.at("not_utf8"));
+    bad_.restore(state.at("bad"));
+    recorded_shards_ = train_.info().shards.size() + validation_.info().shards.size();
+  }
+
+  void add_notices() {
+    const DatasetInfo& info = summary_.dataset;
+    if (std::string repeated = repeated_files(files_); !repeated.empty() && !options_.dedup) note(std::move(repeated));
+    if (holdout_.by_pieces() && info.validation.tokens > 0)
+      note(fmt::format("fewer than {} documents: pieces of up to {} KiB were held out for validation instead of whole documents", kFewDocuments,
+                       kPieceBytes >> 10));
+    if (options_.validation_fraction > 0 && info.validation.tokens == 0) note("the validation split is empty: the text is too short, or all alike");
+    if (not_utf8_.documents())
+      note(fmt::format("bytes that are not UTF-8 were kept as they are, in {} of the pieces of up to {} KiB, first in {}: is it text?",
+                       not_utf8_.documents(), kPieceBytes >> 10, files_[not_utf8_.first().front().at.file]));
+    if (bad_.documents()) note(fmt::format("{} bad line{} left out", bad_.documents(), bad_.documents() == 1 ? " was" : "s were"));
+    if (bad_.files())
+      note(fmt::format("{} damaged file{} left out from where the damage begins", bad_.files(), bad_.files() == 1 ? " was" : "s were"));
+    if (dedup_.duplicates())
+      note(fmt::format("{} document{} ({} bytes) whose text had come before {} left out", dedup_.duplicates(), dedup_.duplicates() == 1 ? "" : "s",
+                       dedup_.duplicate_bytes(), dedup_.duplicates() == 1 ? "was" : "were"));
+  }
+
+  const Tokenizer& tokenizer_;
+  const PrepareOptions& options_;
+  const std::vector<std::string> files_;
+  OutputFolder& output_;
+  SplitWriter train_, validation_;
+  Holdout holdout_;
+  Deduplicator dedup_;
+  const bool resumable_;
+  PrepareJournal journal_;
+  InputPosition start_;
+  PrepareSummary summary_;
+  Tally not_utf8_, bad_;
+  std::size_t recorded_shards_ = 0;
+  bool kept_ = false;
+};
+
+/// The interrupted run had finished but for moving its parts into place.
+PrepareSummary recovered_dataset(const PrepareOptions& options) {
+  PrepareSummary summary;
+  summary.dataset = read_dataset(options.output);
+  summary.notices = {"the interrupted run was complete but for its last step, which is done now"};
+  return summary;
+}
+
 }  // namespace
 
 PrepareSummary prepare_dataset(const Tokenizer& tokenizer, const PrepareOptions& options,
@@ -205,121 +278,32 @@ PrepareSummary prepare_dataset(const Tokenizer& tokenizer, const PrepareOptions&
   const auto begin = Clock::now();
   const auto seconds = [&] { return std::chrono::duration<double>(Clock::now() - begin).count(); };
   check(options);
-  ReaderOptions reading = options.reader;
-  reading.vocabulary = tokenizer.vocabulary();
-  reading.end_of_text = tokenizer.end_of_text();
-  DocumentReader reader(expand_inputs(options.inputs, reading.format), reading);
-  const int threads = options.threads ? options.threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-
-  PrepareSummary summary;
-  if (std::string repeated = repeated_files(reader.files()); !repeated.empty()) summary.notices.push_back(std::move(repeated));
-  std::uint64_t not_utf8 = 0;
-  std::uint32_t first_not_utf8 = 0;
-  DatasetInfo& info = summary.dataset;
+  std::vector<std::string> files = input_files(options);
   try {
     OutputFolder output(options.output, options.overwrite);
-    SplitWriter train(tokenizer, output.staging(), "train", options.shard_tokens, reader.files());
-    SplitWriter validation(tokenizer, output.staging(), "validation", options.shard_tokens, reader.files());
-    Holdout holdout(options.validation_fraction, train, validation);
-    {
-      PreparePipeline pipeline(reader, tokenizer, threads, options.validation_fraction > 0);
-      PrepareProgress now{0, reader.total_bytes(), 0, 0, 0};
-      double shown = 0;
-      while (auto batch = pipeline.next()) {
-        for (const TokenizedPiece& piece : batch->pieces) {
-          now.text_bytes += piece.text_bytes;
-          if (!piece.utf8 && not_utf8++ == 0) first_not_utf8 = piece.source;
-        }
-        now.tokens += batch->tokens.size();
-        summary.skipped_lines += batch->skipped_lines;
-        holdout.add(std::move(*batch));
-        now.input_bytes = reader.consumed_bytes();
-        now.seconds = seconds();
-        if (progress && now.seconds - shown > 0.2) progress(now), shown = now.seconds;
-      }
+    if (output.recovered() && options.resume) return recovered_dataset(options);
+    if (output.recovered() && !options.overwrite)
+      throw std::invalid_argument(
+          fmt::format("{}: holds a dataset: that of an interrupted run, which was complete but for its last step and is in "
+                      "place now; choose another folder, or replace it with --overwrite",
+                      options.output));
+    Run run(tokenizer, options, std::move(files), output);
+    run.begin();
+    try {
+      run.go(progress, seconds);
+      PrepareSummary summary = run.finish();
+      summary.seconds = seconds();
+      return summary;
+    } catch (const fs::filesystem_error& e) {
+      throw std::runtime_error(fmt::format("{}: {}{}", e.path1().string(), e.code().message(), run.advice()));
+    } catch (const std::invalid_argument& e) {
+      throw std::invalid_argument(e.what() + run.advice());
+    } catch (const std::runtime_error& e) {
+      throw std::runtime_error(e.what() + run.advice());
     }
-    summary.skipped_lines += reader.skipped_lines();
-    holdout.finish();
-    info.train = train.finish();
-    info.validation = validation.finish();
-    if (info.train.tokens + info.validation.tokens == 0)
-      throw std::invalid_argument(fmt::format("{}: the input is empty: no text in {} file{}{}", options.inputs.front(), reader.files().size(),
-                                              reader.files().size() == 1 ? "" : "s",
-                                              summary.skipped_lines ? fmt::format(", {} bad lines left out", summary.skipped_lines) : ""));
-    if (info.train.tokens == 0) throw std::invalid_argument("no text was left to train on; lower --validation-fraction");
-
-    info.directory = options.output;
-    info.tokenizer_name = tokenizer.name();
-    info.tokenizer_hash = tokenizer.hash();
-    info.vocabulary = tokenizer.vocabulary();
-    info.end_of_text = tokenizer.end_of_text();
-    info.sources = train.sources();
-    for (std::size_t i = 0; i < info.sources.size(); ++i) {
-      info.sources[i].documents += validation.sources()[i].documents;
-      info.sources[i].text_bytes += validation.sources()[i].text_bytes;
-    }
-    info.unigram_entropy = unigram_loss(train.token_counts(), train.token_counts(), 0);
-    info.validation_unigram_loss = unigram_loss(validation.token_counts(), train.token_counts(), 1);
-    tokenizer.save(output.staging() + "/tokenizer.json");
-    output.commit(dataset_manifest(info));
-    if (holdout.by_pieces() && info.validation.tokens > 0)
-      summary.notices.push_back(fmt::format("fewer than {} documents: pieces of up to {} KiB were held out for validation instead of whole documents",
-                                            kFewDocuments, kPieceBytes >> 10));
   } catch (const fs::filesystem_error& e) {
     throw std::runtime_error(fmt::format("{}: {}", e.path1().string(), e.code().message()));
   }
-  if (options.validation_fraction > 0 && info.validation.tokens == 0)
-    summary.notices.push_back("the validation split is empty: the text is too short, or all alike");
-  if (not_utf8)
-    summary.notices.push_back(
-        fmt::format("bytes that are not UTF-8 were kept as they are, in {} of the pieces of up to {} KiB, first in {}: is it text?", not_utf8,
-                    kPieceBytes >> 10, reader.files()[first_not_utf8]));
-  if (summary.skipped_lines)
-    summary.notices.push_back(fmt::format("{} bad line{} left out", summary.skipped_lines, summary.skipped_lines == 1 ? " was" : "s were"));
-  summary.seconds = seconds();
-  return summary;
-}
-
-std::string describe(const PrepareSummary& summary, bool json) {
-  const DatasetInfo& info = summary.dataset;
-  const std::uint64_t tokens = info.train.tokens + info.validation.tokens, bytes = info.train.text_bytes + info.validation.text_bytes;
-  const double speed = static_cast<double>(bytes) / std::max(summary.seconds, 1e-9);
-  if (json) {
-    const auto split = [](const SplitInfo& s) {
-      return nlohmann::ordered_json{{"tokens", s.tokens}, {"documents", s.documents}, {"text_bytes", s.text_bytes}, {"shards", s.shards.size()}};
-    };
-    const nlohmann::ordered_json out = {
-        {"output", info.directory},
-        {"tokenizer", {{"name", info.tokenizer_name}, {"hash", info.tokenizer_hash}, {"vocabulary", info.vocabulary}}},
-        {"train", split(info.train)},
-        {"validation", split(info.validation)},
-        {"source_files", info.sources.size()},
-        {"skipped_lines", summary.skipped_lines},
-        {"unigram_entropy", info.unigram_entropy},
-        {"unigram_bits_per_byte", bits_per_byte(info.unigram_entropy, info.train)},
-        {"validation_unigram_loss", info.validation_unigram_loss},
-        {"validation_unigram_bits_per_byte", bits_per_byte(info.validation_unigram_loss, info.validation)},
-        {"seconds", summary.seconds},
-        {"bytes_per_second", speed},
-        {"tokens_per_second", static_cast<double>(tokens) / std::max(summary.seconds, 1e-9)},
-        {"notices", summary.notices}};
-    return out.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
-  }
-  const auto split = [](const char* name, const SplitInfo& s) {
-    return fmt::format("  {:<11}{:>14} tokens {:>10} documents {:>14} bytes of text {:>5} shard{}\n", name, s.tokens, s.documents, s.text_bytes,
-                       s.shards.size(), s.shards.size() == 1 ? "" : "s");
-  };
-  std::string out =
-      fmt::format("{}: {} tokens from {} bytes in {} file{}, tokenizer {} ({} tokens), {:.1f} s, {:.1f} MB/s\n", info.directory, tokens, bytes,
-                  info.sources.size(), info.sources.size() == 1 ? "" : "s", info.tokenizer_name, info.vocabulary, summary.seconds, speed / 1e6);
-  out += split("train", info.train) + split("validation", info.validation);
-  out += fmt::format("  unigram entropy of the training tokens: {:.4f} nats a token, {:.4f} bits per byte\n", info.unigram_entropy,
-                     bits_per_byte(info.unigram_entropy, info.train));
-  if (info.validation.tokens)
-    out += fmt::format("  loss of that guess on validation:       {:.4f} nats a token, {:.4f} bits per byte\n", info.validation_unigram_loss,
-                       bits_per_byte(info.validation_unigram_loss, info.validation));
-  for (const std::string& notice : summary.notices) out += fmt::format("  note: {}\n", notice);
-  return out;
 }
 
 }  // namespace tessera

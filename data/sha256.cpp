@@ -21,16 +21,17 @@ class Sha256 {
   void update(const void* data, std::size_t size) {
     if (EVP_DigestUpdate(context_.get(), data, size) != 1) throw std::runtime_error("OpenSSL cannot go on with a SHA-256");
   }
+  std::array<unsigned char, 32> digest() {
+    std::array<unsigned char, 32> out;
+    if (EVP_DigestFinal_ex(context_.get(), out.data(), nullptr) != 1) throw std::runtime_error("OpenSSL cannot finish a SHA-256");
+    return out;
+  }
   std::string hex() {
-    std::array<unsigned char, EVP_MAX_MD_SIZE> digest;
-    unsigned size = 0;
-    if (EVP_DigestFinal_ex(context_.get(), digest.data(), &size) != 1) throw std::runtime_error("OpenSSL cannot finish a SHA-256");
     constexpr char kDigits[] = "0123456789abcdef";
     std::string out;
-    out.reserve(2 * size);
-    for (unsigned i = 0; i < size; ++i) {
-      out += kDigits[digest[i] >> 4];
-      out += kDigits[digest[i] & 15];
+    for (const unsigned char byte : digest()) {
+      out += kDigits[byte >> 4];
+      out += kDigits[byte & 15];
     }
     return out;
   }
@@ -45,6 +46,12 @@ std::string sha256_hex(std::string_view bytes) {
   Sha256 hash;
   hash.update(bytes.data(), bytes.size());
   return hash.hex();
+}
+
+std::array<unsigned char, 32> sha256(std::initializer_list<std::string_view> parts) {
+  Sha256 hash;
+  for (const std::string_view part : parts) hash.update(part.data(), part.size());
+  return hash.digest();
 }
 
 std::string sha256_file(const std::string& path) {

@@ -2,19 +2,44 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 
+#include "data/files.h"
+#include "data/hdf5_file.h"
 #include "data/sha256.h"
 
 namespace tessera {
 namespace {
+using Json = nlohmann::ordered_json;
 
-// A sequence reads one or two chunks of 32 KiB (uint16) wherever it lies; buffers hold whole chunks, so that none is written twice.
-constexpr std::uint64_t kChunkTokens = 16 << 10, kBufferedTokens = 64 * kChunkTokens;
-constexpr std::uint64_t kChunkStarts = 4 << 10, kBufferedStarts = 32 * kChunkStarts;
+// A sequence reads one or two chunks of 32 KiB (uint16) wherever it lies; blocks hold whole chunks, so that none is written twice.
+constexpr std::uint64_t kChunkTokens = 16 << 10, kBlockTokens = 64 * kChunkTokens;
+constexpr std::uint64_t kChunkStarts = 4 << 10, kBlockStarts = 32 * kChunkStarts;
 constexpr std::size_t kListedSources = 1000;  // in a shard's attributes; the manifest has all
+
+template <typename T>
+void copy(const Spool& from, Hdf5File& to, const std::string& name, std::uint64_t block) {
+  from.read(block * sizeof(T), [&](std::span<const std::byte> bytes) {
+    to.append<T>(name, std::span(reinterpret_cast<const T*>(bytes.data()), bytes.size() / sizeof(T)));
+  });
+}
+
+Json to_json(const Spool::Mark& mark) { return {{"bytes", mark.bytes}, {"crc", mark.crc}}; }
+Spool::Mark mark_from(const Json& json) { return {json.at("bytes"), json.at("crc")}; }
+
+Json to_json(const ShardInfo& shard) {
+  Json inputs = Json::array();
+  for (const ShardInput& input : shard.inputs) inputs.push_back({input.source, input.first_document, input.last_document});
+  return {shard.file, shard.tokens, shard.documents, shard.text_bytes, shard.file_bytes, shard.sha256, inputs};
+}
+ShardInfo shard_from(const Json& json) {
+  ShardInfo out{json.at(0), json.at(1), json.at(2), json.at(3), json.at(4), json.at(5), {}};
+  for (const Json& input : json.at(6)) out.inputs.push_back({input.at(0), input.at(1), input.at(2)});
+  return out;
+}
 
 }  // namespace
 
@@ -28,101 +53,177 @@ SplitWriter::SplitWriter(const Tokenizer& tokenizer, std::string folder, std::st
       split_(std::move(split)),
       shard_tokens_(shard_tokens),
       source_names_(sources),
+      wide_(vocabulary_ > 65536),
       token_counts_(static_cast<std::size_t>(vocabulary_)),
       source_totals_(sources.size()) {
   for (std::size_t i = 0; i < sources.size(); ++i) source_totals_[i].file = sources[i];
 }
 
-void SplitWriter::add(std::span<const std::uint32_t> tokens, bool starts_document, std::uint64_t text_bytes, std::uint32_t source) {
-  if (!file_) open_shard();
-  SourceInfo& in_shard = shard_sources_[source];
-  in_shard.text_bytes += text_bytes;
-  in_shard.documents += starts_document;
+void SplitWriter::add(std::span<const std::uint32_t> tokens, bool starts_document, std::uint64_t text_bytes, std::uint32_t source,
+                      std::uint64_t document) {
+  if (!tokens_) open_shard();
+  InShard* here = &in_shard(source, document);
+  here->counts.text_bytes += text_bytes;
   source_totals_[source].text_bytes += text_bytes;
-  source_totals_[source].documents += starts_document;
   shard_.text_bytes += text_bytes;
   if (starts_document) {
-    starts_.push_back(shard_.tokens);
+    ++here->counts.documents;
+    ++source_totals_[source].documents;
     ++shard_.documents;
-    add_token(end_of_text_);
+    starts_->append(std::as_bytes(std::span(&shard_.tokens, 1)));
+    append(std::span(&end_of_text_, 1), *here);
   }
-  for (const std::uint32_t token : tokens) {
-    if (!file_) {
+  while (!tokens.empty()) {
+    if (!tokens_) {
       open_shard();
-      shard_sources_[source];  // the document goes on in it
+      here = &in_shard(source, document);  // the document goes on in it
     }
-    add_token(token);
+    const std::size_t count = std::min<std::uint64_t>(tokens.size(), shard_tokens_ - shard_.tokens);
+    append(tokens.first(count), *here);
+    tokens = tokens.subspan(count);
   }
 }
 
-void SplitWriter::add_token(std::uint32_t token) {
-  ++token_counts_.at(token);
-  tokens_.push_back(token);
-  ++shard_.tokens;
-  if (shard_.tokens == shard_tokens_) {
-    close_shard();
-  } else if (tokens_.size() == kBufferedTokens) {
-    flush();
+/// No more tokens than the shard has room for.
+void SplitWriter::append(std::span<const std::uint32_t> tokens, InShard& source) {
+  for (const std::uint32_t token : tokens) ++token_counts_.at(token);
+  if (wide_) {
+    tokens_->append(std::as_bytes(tokens));
+  } else {
+    narrow_.assign(tokens.begin(), tokens.end());
+    tokens_->append(std::as_bytes(std::span(narrow_)));
   }
+  shard_.tokens += tokens.size();
+  source.counts.tokens += tokens.size();
+  source_totals_[source.stretch.source].tokens += tokens.size();
+  if (shard_.tokens == shard_tokens_) close_shard();
 }
+
+SplitWriter::InShard& SplitWriter::in_shard(std::uint32_t source, std::uint64_t document) {
+  const auto [found, is_new] = shard_sources_.try_emplace(source);
+  if (is_new) found->second.stretch = {source, document, document};
+  found->second.stretch.last_document = document;  // a file's documents come in their order
+  return found->second;
+}
+
+std::string SplitWriter::spool_path(const char* what) const { return fmt::format("{}/{}.{:05}.{}", folder_, split_, info_.shards.size(), what); }
 
 void SplitWriter::open_shard() {
-  make_folder(folder_ + "/" + split_);
   shard_ = {};
   shard_.file = fmt::format("{}/shard_{:05}.h5", split_, info_.shards.size());
   shard_sources_.clear();
-  target_ = std::make_unique<AtomicFile>(folder_ + "/" + shard_.file);
-  file_ = Hdf5File::create(target_->temporary());
-  file_->create_dataset("tokens", vocabulary_ <= 65536 ? Hdf5Type::u16 : Hdf5Type::u32, {0}, {kChunkTokens}, true);
-  file_->create_dataset("documents", Hdf5Type::u64, {0}, {kChunkStarts}, true);
+  tokens_ = std::make_unique<Spool>(spool_path("tokens"));
+  starts_ = std::make_unique<Spool>(spool_path("documents"));
 }
 
-void SplitWriter::flush() {
-  file_->append<std::uint32_t>("tokens", tokens_);  // the library narrows them to the dataset's type
-  tokens_.clear();
-  const std::size_t whole = starts_.size() / kChunkStarts * kChunkStarts;
-  if (whole < kBufferedStarts) return;
-  file_->append<std::uint64_t>("documents", std::span(starts_).first(whole));
-  starts_.erase(starts_.begin(), starts_.begin() + static_cast<std::ptrdiff_t>(whole));
+std::string SplitWriter::sources_attribute() const {
+  Json sources = Json::array();
+  for (const auto& [number, here] : shard_sources_) {
+    if (sources.size() == kListedSources) break;
+    sources.push_back({{"file", source_names_[number]},
+                       {"documents", here.counts.documents},
+                       {"text_bytes", here.counts.text_bytes},
+                       {"tokens", here.counts.tokens},
+                       {"first_document", here.stretch.first_document},
+                       {"last_document", here.stretch.last_document}});
+  }
+  return sources.dump(-1, ' ', false, Json::error_handler_t::replace);
 }
 
 void SplitWriter::close_shard() {
-  file_->append<std::uint32_t>("tokens", tokens_);
-  tokens_.clear();
-  starts_.push_back(shard_.tokens);
-  file_->append<std::uint64_t>("documents", starts_);
-  starts_.clear();
+  starts_->append(std::as_bytes(std::span(&shard_.tokens, 1)));
+  starts_->flush();
+  tokens_->flush();
 
-  nlohmann::ordered_json sources = nlohmann::ordered_json::array();
-  for (const auto& [number, counts] : shard_sources_) {
-    if (sources.size() == kListedSources) break;
-    sources.push_back({{"file", source_names_[number]}, {"documents", counts.documents}, {"text_bytes", counts.text_bytes}});
+  make_folder(folder_ + "/" + split_);
+  AtomicFile target(folder_ + "/" + shard_.file);
+  Hdf5File file = Hdf5File::create(target.temporary());
+  file.create_dataset("tokens", wide_ ? Hdf5Type::u32 : Hdf5Type::u16, {0}, {kChunkTokens}, true);
+  file.create_dataset("documents", Hdf5Type::u64, {0}, {kChunkStarts}, true);
+  if (wide_) {
+    copy<std::uint32_t>(*tokens_, file, "tokens", kBlockTokens);
+  } else {
+    copy<std::uint16_t>(*tokens_, file, "tokens", kBlockTokens);
   }
-  file_->set_attribute("format_version", kDatasetVersion);
-  file_->set_attribute("tokenizer", tokenizer_name_);
-  file_->set_attribute("tokenizer_hash", tokenizer_hash_);
-  file_->set_attribute("vocabulary", vocabulary_);
-  file_->set_attribute("end_of_text", end_of_text_);
-  file_->set_attribute("split", split_);
-  file_->set_attribute("text_bytes", shard_.text_bytes);
-  file_->set_attribute("source_files", shard_sources_.size());
-  file_->set_attribute("sources", sources.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace));
-  file_->close();
-  file_.reset();
-  target_->commit();
+  copy<std::uint64_t>(*starts_, file, "documents", kBlockStarts);
+  file.set_attribute("format_version", kDatasetVersion);
+  file.set_attribute("tokenizer", tokenizer_name_);
+  file.set_attribute("tokenizer_hash", tokenizer_hash_);
+  file.set_attribute("vocabulary", vocabulary_);
+  file.set_attribute("end_of_text", end_of_text_);
+  file.set_attribute("split", split_);
+  file.set_attribute("text_bytes", shard_.text_bytes);
+  file.set_attribute("source_files", shard_sources_.size());
+  file.set_attribute("sources", sources_attribute());
+  file.close();
+  target.commit();
 
-  shard_.file_bytes = std::filesystem::file_size(target_->path());
-  shard_.sha256 = sha256_file(target_->path());
-  target_.reset();
+  shard_.file_bytes = std::filesystem::file_size(target.path());
+  shard_.sha256 = sha256_file(target.path());
+  for (const auto& [number, here] : shard_sources_) shard_.inputs.push_back(here.stretch);
   info_.tokens += shard_.tokens;
   info_.documents += shard_.documents;
   info_.text_bytes += shard_.text_bytes;
   info_.shards.push_back(shard_);
+  for (auto* spool : {&tokens_, &starts_}) {
+    finished_spools_.push_back((*spool)->path());
+    spool->reset();
+  }
 }
 
 const SplitInfo& SplitWriter::finish() {
-  if (file_) close_shard();
+  if (tokens_) close_shard();
   return info_;
+}
+
+void SplitWriter::remove_finished_spools() {
+  for (const std::string& path : finished_spools_) std::filesystem::remove(path);
+  finished_spools_.clear();
+}
+
+// -- Going on after a crash ---------------------------------------------------------------------------------------------
+
+Json SplitWriter::state() {
+  Json shards = Json::array(), totals = Json::array(), counts = Json::array();
+  for (const ShardInfo& shard : info_.shards) shards.push_back(to_json(shard));
+  for (const SourceInfo& source : source_totals_) totals.push_back({source.documents, source.text_bytes, source.tokens});
+  Json out = {{"shards", shards}, {"sources", totals}, {"token_counts", token_counts_}};
+  if (!tokens_) return out;
+  for (const auto& [number, here] : shard_sources_)
+    counts.push_back(
+        {number, here.counts.documents, here.counts.text_bytes, here.counts.tokens, here.stretch.first_document, here.stretch.last_document});
+  out["open"] = {{"shard", to_json(shard_)}, {"sources", counts}, {"tokens", to_json(tokens_->mark())}, {"documents", to_json(starts_->mark())}};
+  return out;
+}
+
+void SplitWriter::restore(const Json& state) {
+  for (const Json& json : state.at("shards")) {
+    const ShardInfo& shard = info_.shards.emplace_back(shard_from(json));
+    const std::string path = folder_ + "/" + shard.file;
+    std::error_code error;
+    if (std::filesystem::file_size(path, error) != shard.file_bytes || error)
+      throw std::runtime_error(
+          fmt::format("{}: is not as the interrupted run left it ({} bytes expected); start anew, without --resume", path, shard.file_bytes));
+    info_.tokens += shard.tokens;
+    info_.documents += shard.documents;
+    info_.text_bytes += shard.text_bytes;
+  }
+  for (std::size_t i = 0; i < source_totals_.size(); ++i) {
+    const Json& total = state.at("sources").at(i);
+    source_totals_[i].documents = total.at(0);
+    source_totals_[i].text_bytes = total.at(1);
+    source_totals_[i].tokens = total.at(2);
+  }
+  token_counts_ = state.at("token_counts").get<std::vector<std::uint64_t>>();
+  if (!state.contains("open")) return;
+  const Json& open = state.at("open");
+  shard_ = shard_from(open.at("shard"));
+  for (const Json& c : open.at("sources")) {
+    const std::uint32_t number = c.at(0);
+    shard_sources_[number] = {{"", c.at(1), c.at(2), c.at(3)}, {number, c.at(4), c.at(5)}};
+  }
+  tokens_ = std::make_unique<Spool>(spool_path("tokens"), mark_from(open.at("tokens")));
+  starts_ = std::make_unique<Spool>(spool_path("documents"), mark_from(open.at("documents")));
 }
 
 }  // namespace tessera

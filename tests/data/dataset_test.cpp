@@ -104,7 +104,7 @@ TEST_F(Dataset, MissingAndForeignFolders) {
   broken("{}");
   broken("[1]");
   broken(manifest.substr(0, manifest.size() / 2));
-  broken(std::regex_replace(manifest, std::regex("\"version\": 1"), "\"version\": 2"));
+  broken(std::regex_replace(manifest, std::regex("\"version\": 2"), "\"version\": 3"));
   broken(std::regex_replace(manifest, std::regex("\"tokens\": 1000,"), "\"tokens\": 999,"));
 }
 

@@ -16,8 +16,9 @@ namespace {
 
 struct Arguments {
   PrepareOptions options;
-  std::string tokenizer, format = "auto";
-  bool json = false;
+  std::string tokenizer, format = "auto", on_error = "stop";
+  std::uint64_t sample_mb = 64;
+  bool json = false, dry_run = false;
 };
 
 /// A bar on a terminal, redrawn in place; elsewhere a line every ten seconds.
@@ -33,7 +34,8 @@ class ProgressBar {
       const double share = std::min(1.0, static_cast<double>(now.input_bytes) / static_cast<double>(now.total_input_bytes));
       if (terminal_) line = fmt::format("[{:<30}] ", std::string(static_cast<std::size_t>(30 * share), '#')) + line;
       line = fmt::format("{:3.0f} % {}", 100 * share, line);
-      if (share > 0) line += fmt::format(", {} left", duration(now.seconds / share - now.seconds));
+      const auto done = static_cast<double>(now.input_bytes - now.resumed_bytes), left = static_cast<double>(now.total_input_bytes - now.input_bytes);
+      if (done > 0) line += fmt::format(", {} left", duration(now.seconds * left / done));
     }
     if (terminal_) {
       fmt::print(stderr, "\r\033[K{}", line);
@@ -62,7 +64,12 @@ class ProgressBar {
 void prepare(Arguments& arguments) {
   auto& reader = arguments.options.reader;
   reader.format = input_format(arguments.format);
+  arguments.options.skip_errors = arguments.on_error == "skip";
   const auto tokenizer = load_tokenizer(arguments.tokenizer);
+  if (arguments.dry_run) {
+    std::cout << describe(estimate_dataset(*tokenizer, arguments.options, arguments.sample_mb * 1'000'000), arguments.json);
+    return;
+  }
   PrepareSummary summary;
   {
     ProgressBar bar;
@@ -77,14 +84,18 @@ void add_prepare_command(CLI::App& app) {
   auto arguments = std::make_shared<Arguments>();
   PrepareOptions& options = arguments->options;
   CLI::App* command = app.add_subcommand("prepare", "Turn text into token shards to train on");
-  command->add_option("--input", options.inputs, "Text (.txt, .jsonl, also .gz or .zst; .parquet) or tokens (.bin); files, folders, patterns, - for standard input")
+  command
+      ->add_option("--input", options.inputs,
+                   "Text (.txt, .jsonl, also .gz or .zst; .parquet) or tokens (.bin); files, folders, patterns, - for standard input")
       ->type_name("FILE...")
       ->required();
   command->add_option("--tokenizer", arguments->tokenizer, "bytes, gpt2:DIR or bpe:FILE (see tessera tokenizer train)")
       ->type_name("SPEC")
       ->required();
   command->add_option("--output", options.output, "Folder for the dataset")->type_name("DIR")->required();
-  command->add_option("--validation-fraction", options.validation_fraction, "Share of the documents held out, drawn by a hash of their text")
+  command
+      ->add_option("--validation-fraction,--validation", options.validation_fraction,
+                   "Share of the documents held out, drawn by a hash of their text")
       ->type_name("F")
       ->capture_default_str();
   command->add_option("--shard-tokens", options.shard_tokens, "Tokens in each shard file but the last")
@@ -105,6 +116,16 @@ void add_prepare_command(CLI::App& app) {
       ->take_all()
       ->expected(1);
   command->add_flag("--skip-bad", options.reader.skip_bad, "Leave broken .jsonl lines out and count them");
+  command->add_option("--on-error", arguments->on_error, "stop, or skip: leave out bad documents and the rest of damaged files, and say which")
+      ->check(CLI::IsMember({"stop", "skip"}))
+      ->capture_default_str();
+  command->add_flag("--dedup", options.dedup, "Leave out documents whose text has come before (20 to 40 bytes of memory a document)");
+  command->add_flag("--resume", options.resume, "Go on where a run with the same options was killed or stopped; the result is the same to the byte");
+  command->add_flag("--dry-run", arguments->dry_run, "Estimate tokens, shards, disk and time from a sample, and write nothing");
+  command->add_option("--sample-mb", arguments->sample_mb, "Text that --dry-run reads, from up to 8 files")
+      ->type_name("MB")
+      ->check(CLI::Range(1, 1'000'000))
+      ->capture_default_str();
   command->add_flag("--overwrite", options.overwrite, "Replace a dataset in the output folder, once the new one is complete");
   command->add_flag("--json", arguments->json, "Print the summary as JSON");
   command->footer(
