@@ -16,6 +16,8 @@
 namespace tessera {
 namespace {
 
+constexpr std::size_t kOpenFiles = 256;  // of one loader
+
 HostBatch make_batch(std::int64_t batch, std::int64_t context) {
   const auto size = static_cast<std::size_t>(batch * context);
   HostBatch out{batch, context, {}, {}, {}, {}, 0};
@@ -62,9 +64,15 @@ HostBatch read_sequences(TokenReader& reader, std::uint64_t first_sequence, std:
 }
 
 struct Loader::Impl {
+  /// A dataset: its tokens, and the order in which its sequences come.
+  struct Part {
+    TokenReader reader;
+    Sampler sampler;
+  };
+
   LoaderOptions options;
-  TokenReader reader;
-  Sampler sampler;
+  Mixture mixture;
+  std::vector<Part> parts;
 
   std::mutex mutex;
   std::condition_variable changed;
@@ -75,22 +83,37 @@ struct Loader::Impl {
   double waited = 0;
   std::thread thread;
 
-  Impl(const DatasetInfo& info, const SplitInfo& split, const LoaderOptions& o)
-      : options(o),
-        reader(info, split),
-        sampler(reader.size(), static_cast<std::uint64_t>(o.context), static_cast<std::uint64_t>(o.sequences_per_step), o.seed) {}
+  Impl(std::span<const double> weights, const LoaderOptions& o)
+      : options(o), mixture(weights, static_cast<std::uint64_t>(o.sequences_per_step), o.seed) {}
+
+  void add(const DatasetInfo& info, const SplitInfo& split) {
+    const std::size_t open_files = std::max<std::size_t>(8, kOpenFiles / mixture.parts());
+    const std::uint64_t seed = parts.empty() ? options.seed : options.seed + scramble(parts.size());  // orders of their own
+    TokenReader reader(info, split, open_files);
+    const Sampler sampler(reader.size(), static_cast<std::uint64_t>(options.context), static_cast<std::uint64_t>(options.sequences_per_step), seed);
+    parts.push_back({std::move(reader), sampler});
+  }
+
+  void start() {
+    thread = std::thread([this] { read_ahead(); });
+  }
+
+  void fill_row(HostBatch& batch, std::int64_t row, std::uint64_t step, std::int64_t index) {
+    const Mixture::Turn turn = mixture.turn(step, static_cast<std::uint64_t>(index));
+    Part& part = parts[turn.part];
+    fill(batch, row, part.reader, part.sampler.first_token(turn.number), scratch);
+  }
+  std::vector<std::int32_t> scratch;  // of the thread
 
   void read_ahead() {
     const std::int64_t of_rank = options.sequences_per_step / options.ranks;
-    std::vector<std::int32_t> scratch;
     try {
       for (std::uint64_t step = options.first_step;; ++step) {
         for (std::int64_t done = 0; done < of_rank; done += options.micro_batch) {
           HostBatch batch = take_spare();
           if (batch.batch == 0) return;
           batch.target_tokens = 0;
-          for (std::int64_t row = 0; row < options.micro_batch; ++row)
-            fill(batch, row, reader, sampler.first_token(step, static_cast<std::uint64_t>(options.rank * of_rank + done + row)), scratch);
+          for (std::int64_t row = 0; row < options.micro_batch; ++row) fill_row(batch, row, step, options.rank * of_rank + done + row);
           const std::lock_guard lock(mutex);
           ready.push_back(std::move(batch));
           changed.notify_all();
@@ -115,7 +138,9 @@ struct Loader::Impl {
   }
 };
 
-Loader::Loader(const DatasetInfo& info, const SplitInfo& split, const LoaderOptions& o) {
+namespace {
+
+void check(const LoaderOptions& o) {
   if (o.context < 1 || o.micro_batch < 1 || o.sequences_per_step < 1 || o.ranks < 1 || o.rank < 0 || o.rank >= o.ranks || o.prefetch < 1)
     throw std::invalid_argument("Loader: context, micro_batch, sequences_per_step, ranks and prefetch must be at least 1, and 0 <= rank < ranks");
   if (o.sequences_per_step % (o.micro_batch * o.ranks) != 0)
@@ -123,8 +148,30 @@ Loader::Loader(const DatasetInfo& info, const SplitInfo& split, const LoaderOpti
         fmt::format("{} sequences a step cannot be divided into micro-batches of {} on {} ranks; make tokens_per_step a "
                     "multiple of context x micro_batch x ranks",
                     o.sequences_per_step, o.micro_batch, o.ranks));
-  impl_ = std::make_unique<Impl>(info, split, o);
-  impl_->thread = std::thread([impl = impl_.get()] { impl->read_ahead(); });
+}
+
+}  // namespace
+
+Loader::Loader(const DatasetInfo& info, const SplitInfo& split, const LoaderOptions& o) {
+  check(o);
+  impl_ = std::make_unique<Impl>(std::vector{1.0}, o);
+  impl_->add(info, split);
+  impl_->start();
+}
+
+Loader::Loader(std::span<const MixPart> mix, const LoaderOptions& o) {
+  check(o);
+  std::vector<double> weights;
+  for (const MixPart& part : mix) weights.push_back(part.weight);
+  impl_ = std::make_unique<Impl>(weights, o);
+  for (const MixPart& part : mix) {
+    try {
+      impl_->add(part.data, part.data.train);
+    } catch (const std::invalid_argument& e) {
+      throw std::invalid_argument(fmt::format("{}: {}", part.data.directory, e.what()));
+    }
+  }
+  impl_->start();
 }
 
 Loader::~Loader() {

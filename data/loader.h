@@ -3,10 +3,12 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "data/dataset.h"
+#include "data/mix.h"
 #include "data/sampler.h"
 
 namespace tessera {
@@ -29,10 +31,18 @@ struct LoaderOptions {
   int prefetch = 4;  // HostBatches held ready
 };
 
+/// One of the datasets that a run trains on, and its weight beside the others.
+struct MixPart {
+  DatasetInfo data;
+  double weight = 1;
+};
+
 class Loader {
  public:
   /// Throws std::invalid_argument when the split is shorter than a sequence or the sequences cannot be divided among the ranks.
   Loader(const DatasetInfo& info, const SplitInfo& split, const LoaderOptions& options);
+  /// The training splits of several datasets, dealt by weight (mix.h); each in epochs of its own. One alone gives what it gives by itself.
+  Loader(std::span<const MixPart> mix, const LoaderOptions& options);
   ~Loader();
   /// The next micro-batch: sequences_per_step / ranks / micro_batch calls make a step. It stays valid until the next call. An error of the
   /// reading thread is thrown here, at the batch that could not be read, and at every call after it.

@@ -10,16 +10,16 @@ namespace {
 
 constexpr int kRounds = 8;
 
-/// The finaliser of SplitMix64 (Steele, Lea and Flood, 2014): a bijection of 64-bit words whose every output bit depends on every input bit.
-std::uint64_t mix(std::uint64_t x) {
+std::uint64_t round_key(std::uint64_t key, int round) { return scramble(key + static_cast<std::uint64_t>(round + 1) * 0x9e3779b97f4a7c15u); }
+
+}  // namespace
+
+// The finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
+std::uint64_t scramble(std::uint64_t x) {
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
   return x ^ (x >> 31);
 }
-
-std::uint64_t round_key(std::uint64_t key, int round) { return mix(key + static_cast<std::uint64_t>(round + 1) * 0x9e3779b97f4a7c15u); }
-
-}  // namespace
 
 Permutation::Permutation(std::uint64_t n, std::uint64_t key) : n_(n), key_(key), half_bits_((std::bit_width(n > 1 ? n - 1 : 1) + 1) / 2) {
   if (n == 0) throw std::invalid_argument("Permutation: of 0 things");
@@ -31,7 +31,7 @@ std::uint64_t Permutation::operator()(std::uint64_t i) const {
   do {
     std::uint64_t left = i >> half_bits_, right = i & mask;
     for (int round = 0; round < kRounds; ++round) {
-      const std::uint64_t next = left ^ (mix(right ^ round_key(key_, round)) & mask);
+      const std::uint64_t next = left ^ (scramble(right ^ round_key(key_, round)) & mask);
       left = right;
       right = next;
     }
@@ -45,7 +45,7 @@ std::uint64_t Permutation::inverse(std::uint64_t j) const {
   do {
     std::uint64_t left = j >> half_bits_, right = j & mask;
     for (int round = kRounds; round-- > 0;) {
-      const std::uint64_t before = right ^ (mix(left ^ round_key(key_, round)) & mask);
+      const std::uint64_t before = right ^ (scramble(left ^ round_key(key_, round)) & mask);
       right = left;
       left = before;
     }
@@ -63,9 +63,8 @@ Sampler::Sampler(std::uint64_t tokens, std::uint64_t context, std::uint64_t sequ
         "the split has {} tokens, and one sequence takes {} (model.context + 1); prepare more text or lower model.context", tokens, context + 1));
 }
 
-std::uint64_t Sampler::first_token(std::uint64_t step, std::uint64_t index) const {
-  const std::uint64_t number = step * sequences_per_step_ + index;
-  const Permutation order(sequences_, mix(seed_) + number / sequences_);  // each epoch in an order of its own
+std::uint64_t Sampler::first_token(std::uint64_t number) const {
+  const Permutation order(sequences_, scramble(seed_) + number / sequences_);  // each epoch in an order of its own
   return order(number % sequences_) * context_;
 }
 

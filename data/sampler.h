@@ -7,6 +7,9 @@
 
 namespace tessera {
 
+/// A bijection of 64-bit words whose every output bit depends on every input bit.
+std::uint64_t scramble(std::uint64_t x);
+
 /// Keyed bijection of [0, n): balanced Feistel network on ceil(log2 n) bits, walked until the result is < n. O(1) memory.
 class Permutation {
  public:
@@ -28,7 +31,9 @@ class Sampler {
 
   std::uint64_t sequences() const { return sequences_; }  // an epoch
   /// First token of sequence `index` (0 .. sequences_per_step-1) of `step`.
-  std::uint64_t first_token(std::uint64_t step, std::uint64_t index) const;
+  std::uint64_t first_token(std::uint64_t step, std::uint64_t index) const { return first_token(step * sequences_per_step_ + index); }
+  /// First token of sequence `number` of the run.
+  std::uint64_t first_token(std::uint64_t number) const;
   std::uint64_t epoch(std::uint64_t step) const;
 
  private:

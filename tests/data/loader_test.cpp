@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <map>
 #include <set>
 #include <thread>
 
@@ -35,7 +36,8 @@ class LoaderTest : public testing::Test {
   }
 
   /// Row `row` of a batch, against the definition.
-  void expect_sequence(const HostBatch& batch, std::int64_t row, std::uint64_t first) const {
+  void expect_sequence(const HostBatch& batch, std::int64_t row, std::uint64_t first) const { expect_sequence(batch, row, first, tokens); }
+  static void expect_sequence(const HostBatch& batch, std::int64_t row, std::uint64_t first, const std::vector<std::int32_t>& tokens) {
     std::int32_t document = 0;
     for (std::int64_t i = 0; i < kContext; ++i) {
       const auto at = static_cast<std::size_t>(row * kContext + i), source = static_cast<std::size_t>(first) + static_cast<std::size_t>(i);
@@ -94,6 +96,95 @@ TEST_F(LoaderTest, TheSameGlobalBatchesOnAnyNumberOfRanksAndAfterResuming) {
   EXPECT_EQ(global(4, 2, 0), expected);
   EXPECT_EQ(global(4, 2, 3), (std::vector(expected.begin() + 3, expected.end())));
   EXPECT_EQ(global(8, 1, 0), global(1, 1, 0));
+}
+
+TEST_F(LoaderTest, AMixtureDealsItsDatasetsAndKeepsTheirDocuments) {
+  put(folder / "b.jsonl", jsonl(90, 2));
+  const std::vector<MixPart> mix = {{info, 3}, {prepare({folder / "b.jsonl"}, folder / "e", 0, 1000).dataset, 1}};
+  const std::vector<std::vector<std::int32_t>> corpora = {tokens, all_tokens(mix[1].data, mix[1].data.train)};
+  constexpr std::uint64_t kSteps = 400;  // several epochs of both
+  const Mixture mixture(std::vector{3.0, 1.0}, 8, 5);
+  // Where each sequence comes from, by what it is: the text of a dataset, at a multiple of the context, each once in an epoch of its own.
+  std::vector<std::map<std::vector<std::int32_t>, std::uint64_t>> sequences(2);
+  std::vector<std::uint64_t> epoch(2);
+  for (std::size_t part = 0; part < 2; ++part) {
+    epoch[part] = (corpora[part].size() - 1) / kContext;
+    for (std::uint64_t s = 0; s < epoch[part]; ++s) {
+      const auto first = corpora[part].begin() + static_cast<std::ptrdiff_t>(s * kContext);
+      sequences[part].emplace(std::vector(first, first + kContext + 1), s);
+    }
+    ASSERT_EQ(sequences[part].size(), epoch[part]);
+  }
+  Loader loader(mix, options());
+  std::vector<std::map<std::uint64_t, int>> came(2);  // epoch * sequences + sequence
+  for (std::uint64_t step = 0; step < kSteps; ++step) {
+    std::vector<std::uint64_t> of_step(2);
+    for (std::uint64_t micro = 0; micro < 4; ++micro) {
+      const HostBatch& batch = loader.next();
+      for (std::int64_t row = 0; row < 2; ++row) {
+        const Mixture::Turn turn = mixture.turn(step, micro * 2 + static_cast<std::uint64_t>(row));
+        const auto begin = batch.token.begin() + row * kContext;
+        std::vector<std::int32_t> text(begin, begin + kContext);
+        text.push_back(batch.target[static_cast<std::size_t>((row + 1) * kContext - 1)]);
+        const auto found = sequences[turn.part].find(text);
+        ASSERT_NE(found, sequences[turn.part].end());
+        expect_sequence(batch, row, found->second * kContext, corpora[turn.part]);
+        ++came[turn.part][turn.number / epoch[turn.part] * epoch[turn.part] + found->second];
+        ++of_step[turn.part];
+      }
+    }
+    ASSERT_EQ(of_step, (std::vector<std::uint64_t>{6, 2}));
+  }
+  for (std::size_t part = 0; part < 2; ++part) {
+    const std::uint64_t whole = kSteps * (part == 0 ? 6 : 2) / epoch[part];
+    EXPECT_GE(whole, 2u);
+    std::uint64_t in_whole_epochs = 0;
+    for (const auto& [key, times] : came[part]) {
+      EXPECT_EQ(times, 1);
+      in_whole_epochs += key < whole * epoch[part];
+    }
+    EXPECT_EQ(in_whole_epochs, whole * epoch[part]);
+  }
+}
+
+TEST_F(LoaderTest, AMixtureIsTheSameOnAnyNumberOfRanksAndAfterResuming) {
+  put(folder / "b.jsonl", jsonl(90, 2));
+  const std::vector<MixPart> mix = {{info, 1}, {prepare({folder / "b.jsonl"}, folder / "e", 0, 1000).dataset, 2}};
+  const auto global = [&](int ranks, std::uint64_t first_step) {
+    std::vector<std::vector<std::int32_t>> rows;
+    std::vector<std::unique_ptr<Loader>> loaders;
+    for (int rank = 0; rank < ranks; ++rank) {
+      auto o = options(rank, ranks, 1);
+      o.first_step = first_step;
+      loaders.push_back(std::make_unique<Loader>(mix, o));
+    }
+    for (std::uint64_t step = first_step; step < 9; ++step)
+      for (auto& loader : loaders)
+        for (int i = 0; i < 8 / ranks; ++i) {
+          const HostBatch& batch = loader->next();
+          rows.push_back(batch.token);
+          rows.push_back(batch.document_start);
+        }
+    return rows;
+  };
+  const auto expected = global(1, 0);
+  EXPECT_EQ(global(2, 0), expected);
+  EXPECT_EQ(global(8, 0), expected);
+  EXPECT_EQ(global(4, 5), (std::vector(expected.begin() + 5 * 16, expected.end())));
+}
+
+TEST_F(LoaderTest, AMixtureOfOneIsThatDataset) {
+  const std::vector<MixPart> mix = {{info, 0.25}};
+  Loader mixed(mix, options()), plain(info, info.train, options());
+  for (int i = 0; i < 100; ++i) ASSERT_EQ(mixed.next().token, plain.next().token);
+}
+
+TEST_F(LoaderTest, AMixtureNamesTheDatasetThatIsTooShort) {
+  const std::vector<MixPart> mix = {{info, 1}, {prepare({folder / "a.jsonl"}, folder / "e", 0.1, 1000).dataset, 1}};
+  auto o = options();
+  o.context = static_cast<std::int64_t>(tokens.size());
+  EXPECT_NE(message_of([&] { Loader(mix, o); }).find(folder / "d: the split has"), std::string::npos);
+  EXPECT_THROW(Loader(std::span<const MixPart>(), o), std::invalid_argument);
 }
 
 TEST_F(LoaderTest, ErrorsOfTheThreadSurfaceInNext) {
