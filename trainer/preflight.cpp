@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <fstream>
+#include <functional>
 #include <map>
 #include <memory>
 #include <sstream>
@@ -24,7 +25,7 @@ namespace tessera {
 namespace {
 
 constexpr double kGiB = 1 << 30;
-constexpr std::int64_t kProbe = 1000;  // elements
+constexpr std::int64_t kProbe = 1000;  // elements a rank
 
 std::string host_name() {
   char name[256] = "";
@@ -85,17 +86,18 @@ double sum_of_ones(Communicator& comm) {
   return one;
 }
 
-/// A sum over the devices, each rank giving other values.
+/// The collectives of a step over the devices, each rank giving other values. They also make the connections, which take memory, before the run
+/// looks at what is free for its own.
 void check_device(const PreflightRequest& r) {
   const int rank = r.host.rank(), ranks = r.host.size();
   const auto release = [&](void* p) { r.ops.deallocate(p); };
   std::unique_ptr<void, decltype(release)> memory(nullptr, release);
   Tensor x;
-  std::vector<float> values(kProbe), found(kProbe);
-  for (std::int64_t i = 0; i < kProbe; ++i) values[static_cast<std::size_t>(i)] = static_cast<float>(rank + 1) + static_cast<float>(i);
-  agree(r.host, [&] {
-    memory.reset(r.ops.allocate(kProbe * sizeof(float)));
-    x = Tensor(memory.get(), DType::f32, {kProbe});
+  std::vector<float> values(static_cast<std::size_t>(kProbe * ranks)), found(values.size());
+  for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(rank + 1) + static_cast<float>(i % kProbe);
+  const auto give = [&] {
+    if (!memory) memory.reset(r.ops.allocate(values.size() * sizeof(float)));
+    x = Tensor(memory.get(), DType::f32, {static_cast<std::int64_t>(values.size())});
     r.ops.upload(x, values.data());
     r.ops.download(found.data(), x);
     if (found != values) {
@@ -104,23 +106,33 @@ void check_device(const PreflightRequest& r) {
                       "is faulty (nvidia-smi -q shows its errors)",
                       device_text(r.ops)));
     }
-  });
-  try {
-    r.device.all_reduce_sum(x);
-    r.ops.download(found.data(), x);
-  } catch (const std::runtime_error& e) {
-    throw std::runtime_error(fmt::format("preflight: a sum over the {} devices failed: {}", ranks, e.what()));
-  }
-  agree(r.host, [&] {
-    for (std::int64_t i = 0; i < kProbe; ++i) {
-      const double wanted = 0.5 * ranks * (ranks + 1) + static_cast<double>(ranks * i);
-      if (found[static_cast<std::size_t>(i)] != wanted) {
+  };
+  const auto compare = [&] {
+    for (std::size_t i = 0; i < found.size(); ++i) {
+      const double wanted = 0.5 * ranks * (ranks + 1) + static_cast<double>(ranks) * static_cast<double>(i % kProbe);
+      if (found[i] != wanted) {
         throw std::runtime_error(
             fmt::format("preflight: a sum over the {} devices gave {} in place of {} on {}. Connections between devices corrupt "
                         "data; NCCL_DEBUG=INFO shows which are used, NCCL_P2P_DISABLE=1 avoids those between GPUs of a host",
-                        ranks, found[static_cast<std::size_t>(i)], wanted, device_text(r.ops)));
+                        ranks, found[i], wanted, device_text(r.ops)));
       }
     }
+  };
+  const auto check = [&](const std::function<void()>& sum) {
+    agree(r.host, give);
+    try {
+      sum();
+      r.ops.download(found.data(), x);
+    } catch (const std::runtime_error& e) {
+      throw std::runtime_error(fmt::format("preflight: a sum over the {} devices failed: {}", ranks, e.what()));
+    }
+    agree(r.host, compare);
+  };
+  check([&] { r.device.all_reduce_sum(x); });
+  check([&] {
+    const Tensor own = x.slice(rank * kProbe, kProbe);
+    r.device.reduce_scatter_sum(x, own);
+    r.device.all_gather(own, x);
   });
 }
 

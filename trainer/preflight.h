@@ -19,7 +19,7 @@ struct PreflightRequest {
 };
 
 /// Looks, in this order, at: whether MPI reaches as many ranks as were launched and sums right; the same build and libraries on every rank; memory
-/// for what all ranks of a device plan together; whether the device gives back what it was given; one small sum over the devices. Silent when all is
+/// for what all ranks of a device plan together; whether the device gives back what it was given; small sums over the devices. Silent when all is
 /// well. Throws an error that every rank throws alike (CommonError, or of a single rank std::runtime_error) with one line that says what is wrong and
 /// what to do; what NCCL itself reports, std::runtime_error on the rank that it reports it to. Collective.
 void preflight(const PreflightRequest& request);

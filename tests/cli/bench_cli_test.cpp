@@ -107,6 +107,14 @@ TEST(BenchCommand, NumbersOutOfRangeAreTwo) {
   }
 }
 
+TEST(BenchCommand, ProductsThatTheGpuDoesNotComputeAreTwo) {
+  for (const char* size : {"--width 30", "--vocabulary 100"}) {
+    const Outcome outcome = run_tessera(std::string("bench gemm --device cuda ") + size);
+    EXPECT_EQ(outcome.code, 2);
+    EXPECT_TRUE(has(outcome.err, "multiples of 8")) << outcome.err;
+  }
+}
+
 TEST(BenchCommand, ADeviceThatCannotBeUsedIsTwo) {
   if (no_gpu().empty()) GTEST_SKIP() << "there is a GPU";
   for (const std::string what : {"step", "gemm", "attention"}) {

@@ -22,10 +22,10 @@ void expect_line(const std::string& text, std::initializer_list<const char*> par
   for (const char* part : parts) EXPECT_NE(text.find(part), std::string::npos) << "expected: " << part << "\nfound: " << text;
 }
 
-/// A communicator that does as `comm`, and adds `error` to sums.
+/// A communicator that does as `comm`, and adds `error` to sums, `gather_error` to what is gathered.
 class Wrong final : public Communicator {
  public:
-  Wrong(Communicator& comm, float error) : comm_(comm), error_(error) {}
+  Wrong(Communicator& comm, float error, float gather_error = 0) : comm_(comm), error_(error), gather_error_(gather_error) {}
   int rank() const override { return comm_.rank(); }
   int size() const override { return comm_.size(); }
   int local_rank() const override { return comm_.local_rank(); }
@@ -35,7 +35,10 @@ class Wrong final : public Communicator {
     if (x.dtype == DType::f32) x.as<float>()[x.numel() - 1] += error_;
   }
   void reduce_scatter_sum(const Tensor& in, const Tensor& out) override { comm_.reduce_scatter_sum(in, out); }
-  void all_gather(const Tensor& in, const Tensor& out) override { comm_.all_gather(in, out); }
+  void all_gather(const Tensor& in, const Tensor& out) override {
+    comm_.all_gather(in, out);
+    if (out.dtype == DType::f32) out.as<float>()[0] += gather_error_;
+  }
   void broadcast(const Tensor& x, int root) override { comm_.broadcast(x, root); }
   void barrier() override { comm_.barrier(); }
   std::int64_t max(std::int64_t value) override { return comm_.max(value); }
@@ -45,7 +48,7 @@ class Wrong final : public Communicator {
 
  private:
   Communicator& comm_;
-  float error_;
+  float error_, gather_error_;
 };
 
 /// What each of `ranks` threw from work(communicator, ops).
@@ -91,12 +94,15 @@ TEST(Preflight, ALookAtMemoryAloneTouchesNoDevice) {
 
 TEST(Preflight, FindsAWrongSumOnOneRank) {
   for (const int ranks : {1, 2, 4}) {
-    const auto all = errors(ranks, [&](Communicator& comm, Ops& ops) {
-      Wrong wrong(comm, comm.rank() == ranks - 1 ? 1.0f : 0.0f);
-      preflight({comm, wrong, ops, 0});
-    });
-    ASSERT_EQ(all.count(*all.begin()), static_cast<std::size_t>(ranks)) << "the ranks throw alike";
-    expect_line(*all.begin(), {"preflight: ", "a sum over the ", " in place of ", "NCCL_DEBUG=INFO"});
+    for (const bool gathered : {false, true}) {
+      const auto all = errors(ranks, [&](Communicator& comm, Ops& ops) {
+        const float error = comm.rank() == ranks - 1 ? 1.0f : 0.0f;
+        Wrong wrong(comm, gathered ? 0 : error, gathered ? error : 0);
+        preflight({comm, wrong, ops, 0});
+      });
+      ASSERT_EQ(all.count(*all.begin()), static_cast<std::size_t>(ranks)) << "the ranks throw alike";
+      expect_line(*all.begin(), {"preflight: ", "a sum over the ", " in place of ", "NCCL_DEBUG=INFO"});
+    }
   }
 }
 

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "trainer/commands/bench.h"
+#include "trainer/config.h"
 
 namespace tessera {
 
@@ -61,6 +62,10 @@ void add_bench_gemm(CLI::App& bench) {
       "The weight gradient is fp32 and added to what was there, as in training.\n"
       "Example:\n  tessera bench gemm --tokens 4096 --width 768 --vocabulary 50304");
   command->callback([options] {
+    constexpr int kUnit = 8;  // of cuBLASLt's tensor-core products
+    if (options->device == "cuda" && (options->width % kUnit != 0 || options->vocabulary % kUnit != 0))
+      throw ConfigError(
+          fmt::format("--width {}, --vocabulary {}: device cuda computes products of multiples of {}", options->width, options->vocabulary, kUnit));
     const auto ops = options->make_ops();
     const SpeedOfLight light = measure_speed_of_light(*ops, options->seconds);
     const auto rows = measure(*ops, *options);
