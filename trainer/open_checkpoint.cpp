@@ -26,6 +26,7 @@ OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, const Options& 
     info = read_checkpoint_info(resolve_checkpoint(path));
     config = parse_config(info.config, info.directory + "/model.h5", {});
     resolve_vocabulary(config, info.dataset.vocabulary, info.directory);
+    config.parallel.share_gpu = true;  // nothing here is exchanged between GPUs
     if (!o.visit.empty()) config.model.attention.visit = o.visit == "all" ? Visit::all : Visit::active;
     tokenizer = load_own_tokenizer(info.directory);
     if (tokenizer->hash() != info.dataset.tokenizer_hash)

@@ -26,7 +26,7 @@ struct OpenCheckpoint {
     std::string device;  // "cpu", "cuda", or "" as configured where this process has that, else the cpu, with a notice
   };
   /// `path`: see resolve_checkpoint(). Throws std::invalid_argument when it is no checkpoint or its device is not here, std::runtime_error naming the
-  /// file when it is damaged. Collective: each rank of `host` has a model of its own.
+  /// file when it is damaged. Collective: each rank of `host` has a model of its own; ranks share GPUs where there are fewer.
   OpenCheckpoint(const std::string& path, Use use, const Options& options, Communicator& host);
 
   CheckpointInfo info;

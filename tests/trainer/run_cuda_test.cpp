@@ -144,6 +144,9 @@ TEST_F(RunCudaTest, EvaluatesAndGeneratesOnEitherDevice) {
   };
   EXPECT_EQ(loss(""), loss("--device cuda"));
   EXPECT_NEAR(loss(""), loss("--device cpu"), 0.02);
+  const Result two = tessera_on(2, "eval runs/a --data data --json");  // on one GPU, if there are no more
+  ASSERT_EQ(two.code, 0) << two;
+  EXPECT_EQ(Json::parse(two.output)["loss"].get<double>(), loss(""));
   const std::string generate = "generate runs/a --prompt 'the model' --tokens 40 --temperature 0 ";
   const Result text = tessera(generate);
   ASSERT_EQ(text.code, 0) << text;

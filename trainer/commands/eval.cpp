@@ -118,7 +118,9 @@ void add_eval_command(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--visit", o->open.visit, "Attention tiles to compute: same result, all is slower (default: as in training)")
       ->check(CLI::IsMember({"all", "active"}));
-  command->add_option("--device", o->open.device, "Where to compute, with a GPU a rank (default: as in training where that is there, else cpu)")
+  command
+      ->add_option("--device", o->open.device,
+                   "Where to compute; ranks share GPUs where there are fewer (default: as in training where that is there, else cpu)")
       ->check(CLI::IsMember({"cpu", "cuda"}));
   command->add_option("--threads", o->open.threads, "CPU threads a rank; 0: the host's cores divided by its ranks")
       ->type_name("N")
