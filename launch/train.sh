@@ -11,11 +11,12 @@ set -euo pipefail
 
 ranks='' hostfile='' logs='' binary=''
 while [ $# -gt 0 ]; do
+  case $1 in -n | --hostfile | --logs | --binary) [ -n "${2:-}" ] || die "$1 needs a value. See --help" 2 ;; esac
   case $1 in
-    -n) ranks=${2:?"-n needs a number"}; shift 2 ;;
-    --hostfile) hostfile=${2:?"--hostfile needs a file"}; shift 2 ;;
-    --logs) logs=${2:?"--logs needs a folder"}; shift 2 ;;
-    --binary) binary=${2:?"--binary needs a path"}; shift 2 ;;
+    -n) ranks=$2; shift 2 ;;
+    --hostfile) hostfile=$2; shift 2 ;;
+    --logs) logs=$2; shift 2 ;;
+    --binary) binary=$2; shift 2 ;;
     -h|--help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) break ;;
   esac
@@ -37,9 +38,9 @@ device_of() {
 }
 
 # The number of GPUs that a process on this host sees, or 1 where there is none: that one rank will say so.
-gpus() {
+visible_gpus() {
   local list=''
-  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
     list=${CUDA_VISIBLE_DEVICES//,/$'\n'}
   elif command -v nvidia-smi >/dev/null; then
     list=$(nvidia-smi --list-gpus 2>/dev/null | grep '^GPU') || true
@@ -51,7 +52,7 @@ arguments=(--bind-to none)
 if [ -z "$ranks" ]; then
   ranks=1
   if [ "$(device_of "$@" || true)" = cuda ]; then
-    if [ -n "$hostfile" ]; then ranks=''; else ranks=$(gpus); fi
+    if [ -n "$hostfile" ]; then ranks=''; else ranks=$(visible_gpus); fi
   fi
 fi
 [ -z "$ranks" ] || arguments+=(-n "$ranks")
