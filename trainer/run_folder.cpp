@@ -86,7 +86,6 @@ Start find_start(const RunFolder& folder, bool resume, const Config& config, con
     throw std::runtime_error(fmt::format("every checkpoint in {} is damaged ({}). To start from scratch, move that folder away", folder.checkpoints(),
                                          fmt::join(start.notices, "; ")));
   const CheckpointInfo info = read_checkpoint_info(start.checkpoint);
-  start.position = info.position;
   const auto changes = changes_that_matter(parse_config(info.config, start.checkpoint + "/model.h5", {}), config);
   if (!changes.empty())
     throw ConfigError(

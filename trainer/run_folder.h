@@ -23,7 +23,6 @@ struct RunFolder {
 /// Where a start goes on from.
 struct Start {
   std::string checkpoint;  // "": from scratch
-  RunPosition position;
   std::vector<std::string> notices;
 };
 
