@@ -9,6 +9,7 @@
 
 #include "data/bpe.h"
 #include "data/files.h"
+#include "data/json_file.h"
 
 namespace tessera {
 namespace {
@@ -16,15 +17,6 @@ namespace {
 using nlohmann::json;
 
 [[noreturn]] void fail(const std::string& where, const std::string& what) { throw std::invalid_argument(where + ": " + what); }
-
-json parse_json(const std::string& contents, const std::string& file) {
-  try {
-    return json::parse(contents);
-  } catch (const json::parse_error& error) {
-    const std::string message = error.what();  // "[json.exception.parse_error.101] parse error at line 1, column 2: ..."
-    fail(file, fmt::format("not valid JSON at byte {}: {}", error.byte, message.substr(message.find("] ") + 2)));
-  }
-}
 
 /// A value as it is shown in a message.
 std::string shown(const json& value) {

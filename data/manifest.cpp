@@ -9,6 +9,7 @@
 
 #include "data/dataset.h"
 #include "data/files.h"
+#include "data/json_file.h"
 #include "data/sha256.h"
 
 namespace tessera {
@@ -137,7 +138,7 @@ DatasetInfo read_dataset(const std::string& directory) {
   DatasetInfo out;
   try {
     const std::string text = read_file(manifest);
-    const Json json = Json::parse(text);
+    const Json json = parse_json<Json>(text, manifest);
     if (json.at("format") != kFormat) throw std::runtime_error(fmt::format("\"format\" is {}, expected \"{}\"", json.at("format").dump(), kFormat));
     const Json& version = json.at("version");
     if (version != 1 && version != kManifestVersion)
