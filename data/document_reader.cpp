@@ -321,14 +321,13 @@ struct DocumentReader::Impl {
 DocumentReader::DocumentReader(std::vector<std::string> files, const ReaderOptions& options) : impl_(std::make_unique<Impl>()) {
   for (const std::string& file : files) {
     std::error_code ignored;
-    // What is wrong is said before hours of work on the others.
     const InputFormat format = format_of(file, options.format);
     if (is_tokenized(format) && options.vocabulary == 0)
       throw std::invalid_argument(fmt::format("{}: a file of tokens ({}), expected text", file, to_string(format)));
     if (format == InputFormat::parquet) check_parquet_support(file);
     if (format != InputFormat::parquet && !options.where.empty())
       throw std::invalid_argument(fmt::format("{}: --where filters the rows of Parquet files, and this is {}", file, to_string(format)));
-    if (fs::is_regular_file(file, ignored)) open_entries(file, format, options);
+    if (options.check_first && fs::is_regular_file(file, ignored)) open_entries(file, format, options);
     std::error_code error;
     const auto size = file == "-" ? 0 : fs::file_size(file, error);
     if (!error) impl_->total += size;

@@ -30,6 +30,7 @@ struct ReaderOptions {
   /// Of files of tokens: ids beyond the vocabulary are an error, and end_of_text separates documents. 0: no such files are read.
   std::int64_t vocabulary = 0;
   std::uint32_t end_of_text = 0;
+  bool check_first = true;  // every file's header, before the first is read: damage is said before hours of work
   bool skip_bad = false;  // .jsonl lines that are broken or lack the text are counted and left out; false: they are an error
 };
 

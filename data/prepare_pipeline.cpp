@@ -110,6 +110,7 @@ PreparePipeline::PreparePipeline(std::vector<std::string> files, const Tokenizer
               [&] {
                 ReaderOptions strict = options.reader;
                 strict.skip_bad = false;  // for the reason, as an exception
+                strict.check_first = !options.skip_errors;
                 return strict;
               }()),
       tokenizer_(tokenizer),

@@ -247,6 +247,29 @@ TEST(TokenFiles, GiveTheDatasetThatTheirTextGives) {
   }
 }
 
+TEST(TokenFiles, DamagedOnesAreAnErrorBeforeTheWorkOrLeftOut) {
+  const TemporaryFolder folder;
+  const auto tokenizer = load_tokenizer("bytes");
+  const std::string good = llmc_file<std::uint16_t>({kEnd, 1, 2, kEnd, 3}), foreign = llmc_file<std::uint16_t>({kEnd, 4, kEnd, 50256, kEnd, 5});
+  put(folder / "a.bin", good);
+  put(folder / "b.bin", good.substr(0, good.size() - 3));
+  PrepareOptions options;
+  options.inputs = {folder.path() + "/*.bin"};
+  options.output = folder / "data";
+  options.validation_fraction = 0;
+  const std::string message = message_of([&] { prepare_dataset(*tokenizer, options); });
+  EXPECT_EQ(message.find(folder / "b.bin: cut short"), 0u) << message;
+  options.skip_errors = true;
+  options.overwrite = true;
+  PrepareSummary summary = prepare_dataset(*tokenizer, options);
+  EXPECT_EQ(summary.dataset.train.documents, 2u);
+  EXPECT_EQ(summary.dataset.preparation.bad_files, 1u);
+  put(folder / "b.bin", foreign);  // found while reading: what stands before it is in the same buffer
+  summary = prepare_dataset(*tokenizer, options);
+  EXPECT_EQ(summary.dataset.train.documents, 2u);
+  EXPECT_EQ(summary.dataset.preparation.bad_files, 1u);
+}
+
 TEST(InputFormat, ContentThenExtensionDecide) {
   const TemporaryFolder folder;
   const auto of = [&](const std::string& name, const std::string& bytes) {

@@ -129,8 +129,13 @@ void add_prepare_command(CLI::App& app) {
   command->add_flag("--overwrite", options.overwrite, "Replace a dataset in the output folder, once the new one is complete");
   command->add_flag("--json", arguments->json, "Print the summary as JSON");
   command->footer(
-      "A .txt file is one document, or several with lines <|endoftext|> between them; a .jsonl line is one document.\n"
-      "Example:\n"
+      "A .txt file is one document, or several with lines <|endoftext|> between them; a .jsonl line is one document, and so is a row of a .parquet\n"
+      "file (needs Arrow: see README). Files of tokens are taken as they are, and --tokenizer must name what made them: llm.c's and "
+      "modded-nanogpt's\n"
+      ".bin, Megatron's .bin with .idx, nanoGPT's .bin with --format nanogpt (it has no header that would tell).\n"
+      "Examples:\n"
+      "  tessera prepare --input fineweb-edu/*.parquet --where 'score>=3' --tokenizer gpt2:gpt2/ --output data/edu\n"
+      "  tessera prepare --input fineweb_train_*.bin --tokenizer gpt2:gpt2/ --output data/fineweb\n"
       "  tessera prepare --input corpus/*.jsonl.zst --tokenizer gpt2:gpt2/ --output data/corpus --validation-fraction 0.01");
   command->callback([arguments] { prepare(*arguments); });
 }
