@@ -16,7 +16,7 @@ namespace tessera {
 namespace {
 
 constexpr std::size_t kSampledFiles = 8;
-constexpr double kLeastDoubt = 0.02;  // what was read ahead of the sample's end counts as read
+constexpr double kReadAhead = 256 << 10;  // of text that the reader has read behind a batch's end, at most; half of it on average
 
 /// What a stretch of the input held.
 struct Sampled {
@@ -88,8 +88,12 @@ PrepareEstimate estimate_dataset(const Tokenizer& tokenizer, const PrepareOption
       of_batches.push_back(here);
     }
     out.exact &= ended;
-    if (ended) file.input = static_cast<double>(sizes[chosen[i]]);
     out.sampled_bytes += static_cast<std::uint64_t>(file.text);
+    if (ended) {
+      file.input = static_cast<double>(sizes[chosen[i]]);
+    } else {
+      file.input *= file.text / (file.text + kReadAhead / 2);
+    }
     sum += file;
     of_files.push_back(file);
   }
@@ -97,7 +101,9 @@ PrepareEstimate estimate_dataset(const Tokenizer& tokenizer, const PrepareOption
   if (sum.tokens == 0) throw std::invalid_argument(fmt::format("{}: no text in the sample", options.inputs.front()));
 
   const double scale = out.exact ? 1 : static_cast<double>(out.input_bytes) / sum.input;
-  const double share = out.exact ? 0 : std::max(kLeastDoubt, 2 * doubt(of_files.size() > 1 ? of_files : of_batches, sum));
+  const double share =
+      out.exact ? 0
+                : 2 * doubt(of_files.size() > 1 ? of_files : of_batches, sum) + 2 * kReadAhead / std::sqrt(12) * std::sqrt(chosen.size()) / sum.text;
   out.text_bytes = sum.text * scale;
   out.tokens = sum.tokens * scale;
   out.documents = sum.documents * scale;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <stdexcept>
 
 #include "data/files.h"
@@ -196,6 +197,20 @@ Json SplitWriter::state() {
   return out;
 }
 
+/// What the interrupted run was writing when it ended, or had written after its last record: it is written again.
+void SplitWriter::remove_unrecorded() const {
+  namespace fs = std::filesystem;
+  std::set<std::string> recorded = {spool_path("tokens"), spool_path("documents")};
+  for (const ShardInfo& shard : info_.shards) recorded.insert(folder_ + "/" + shard.file);
+  std::vector<fs::path> found;
+  for (const auto& item : fs::directory_iterator(folder_))
+    if (item.path().filename().string().starts_with(split_ + ".")) found.push_back(item.path());
+  if (fs::exists(folder_ + "/" + split_))
+    for (const auto& item : fs::directory_iterator(folder_ + "/" + split_)) found.push_back(item.path());
+  for (const fs::path& path : found)
+    if (!recorded.contains(path.string())) fs::remove(path);
+}
+
 void SplitWriter::restore(const Json& state) {
   for (const Json& json : state.at("shards")) {
     const ShardInfo& shard = info_.shards.emplace_back(shard_from(json));
@@ -208,6 +223,7 @@ void SplitWriter::restore(const Json& state) {
     info_.documents += shard.documents;
     info_.text_bytes += shard.text_bytes;
   }
+  remove_unrecorded();
   for (std::size_t i = 0; i < source_totals_.size(); ++i) {
     const Json& total = state.at("sources").at(i);
     source_totals_[i].documents = total.at(0);

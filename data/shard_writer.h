@@ -50,6 +50,7 @@ class SplitWriter {
   void append(std::span<const std::uint32_t> tokens, InShard& source);
   InShard& in_shard(std::uint32_t source, std::uint64_t document);
   std::string sources_attribute() const;
+  void remove_unrecorded() const;
 
   const std::uint32_t end_of_text_;
   const std::int64_t vocabulary_;
