@@ -178,7 +178,8 @@ class ParquetSource : public EntrySource {
   parquet::Type::type type_of(const std::string& name) const { return descriptor(name).physical_type(); }
   std::string describe(const std::string& name) const {
     const auto& logical = descriptor(name).logical_type();
-    return parquet::TypeToString(type_of(name)) + (logical && !logical->is_none() ? " " + logical->ToString() : "");
+    const std::string physical = parquet::TypeToString(type_of(name));
+    return logical && !logical->is_none() ? fmt::format("{} {}", physical, logical->ToString()) : physical;
   }
   /// Whether the bytes stand for a number (a decimal).
   bool is_number(const std::string& name) const {
