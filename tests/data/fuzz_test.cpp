@@ -29,19 +29,28 @@ namespace {
 std::atomic<std::size_t> largest_request{0};
 }
 
+namespace {
 // What a damaged length field asks for shows here, whether or not the system would have given it.
-[[gnu::noinline]] void* operator new(std::size_t bytes) {
+[[gnu::noinline]] void* allocate(std::size_t bytes) {
   std::size_t largest = largest_request;
   while (bytes > largest && !largest_request.compare_exchange_weak(largest, bytes)) {
   }
-  if (void* memory = std::malloc(bytes ? bytes : 1)) return memory;
+  return std::malloc(bytes ? bytes : 1);
+}
+[[gnu::noinline]] void release(void* memory) { std::free(memory); }
+}  // namespace
+
+void* operator new(std::size_t bytes) {
+  if (void* memory = allocate(bytes)) return memory;
   throw std::bad_alloc();
 }
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return allocate(bytes); }
 void* operator new[](std::size_t bytes) { return operator new(bytes); }
-[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete[](void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
+void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept { return allocate(bytes); }
+void operator delete(void* memory) noexcept { release(memory); }
+void operator delete[](void* memory) noexcept { release(memory); }
+void operator delete(void* memory, std::size_t) noexcept { release(memory); }
+void operator delete[](void* memory, std::size_t) noexcept { release(memory); }
 
 namespace tessera {
 namespace {
