@@ -88,12 +88,23 @@ std::unique_ptr<Linear::Plan> Linear::make_plan(const Product& p) const {
                              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
     set(preference, operand, kAlignment);
 
-  choose(plan, preference, p.argument ? policy_.answers : 1);
+  choose(plan, preference, k);
   return made;
 }
 
-void Linear::choose(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, int count) const {
-  std::vector<cublasLtMatmulHeuristicResult_t> answers(static_cast<std::size_t>(std::max(1, policy_.answer < 0 ? count : policy_.answers)));
+// Of the answers that run in clusters of blocks, which are those written for Hopper or later:
+//   short inner extent, many rows and columns   the one with the tile below. What is written then weighs as much as what is multiplied, and smaller
+//                                               tiles write while others multiply; cuBLASLt ranks larger ones first. Measured on an H200 with 32,768
+//                                               and 65,536 rows (tests/bench/RESULTS.md): 1.08 to 1.18 times the first answer's speed
+//   any other with an activation in it          the first
+// and where there is none, the first answer of all, as for all other products.
+void Linear::choose(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, const Key& key) const {
+  const bool gelu = key.epilogue == Epilogue::gelu || key.epilogue == Epilogue::gelu_bias,
+             activation = gelu || key.epilogue == Epilogue::gelu_backward;
+  const bool wide = !key.adds && key.epilogue != Epilogue::gelu_backward && key.k <= 2048 && key.n >= 16384 && key.m >= 2048 && key.m <= 16384;
+  const std::uint32_t tile = gelu ? CUBLASLT_MATMUL_TILE_128x128 : CUBLASLT_MATMUL_TILE_128x160;
+  const bool first_of_all = policy_.answer < 0 && !wide && !activation;
+  std::vector<cublasLtMatmulHeuristicResult_t> answers(static_cast<std::size_t>(first_of_all ? 1 : std::max(1, policy_.answers)));
   int found = 0;
   const cublasStatus_t s = cublasLtMatmulAlgoGetHeuristic(handle_.get(), &plan.operation, &plan.first, &plan.second, &plan.to, &plan.to, &preference,
                                                           static_cast<int>(answers.size()), answers.data(), &found);
@@ -102,8 +113,10 @@ void Linear::choose(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, in
   answers.resize(s == CUBLAS_STATUS_SUCCESS ? static_cast<std::size_t>(found) : 0);
   if (policy_.answer >= 0) {
     answers.erase(answers.begin(), answers.begin() + std::min<std::ptrdiff_t>(policy_.answer, std::ssize(answers)));
-  } else {
-    const auto clustered = [](const auto& a) { return a.state == CUBLAS_STATUS_SUCCESS && has_clusters(a.algo); };
+  } else if (!first_of_all) {
+    const auto clustered = [&](const auto& a) {
+      return a.state == CUBLAS_STATUS_SUCCESS && has_clusters(a.algo) && (!wide || get<std::uint32_t>(a.algo, CUBLASLT_ALGO_CONFIG_TILE_ID) == tile);
+    };
     if (const auto at = std::find_if(answers.begin(), answers.end(), clustered); at != answers.end()) answers.erase(answers.begin(), at);
   }
   if (answers.empty()) return;

@@ -24,9 +24,8 @@ namespace tessera::cuda {
 /// the default; the rest is for measurements.
 struct LinearPolicy {
   bool fuse_gelu_forward = true, fuse_gelu_backward = true;
-  /// Answers to ask for where a product has an activation in its epilogue, best first as cuBLASLt estimates. The first whose kernel runs in clusters
-  /// of blocks is taken, that is, one written for Hopper or later; where none does, the very first. Elsewhere the first answer is.
-  int answers = 1;
+  /// Answers to look at, best first as cuBLASLt estimates; 1: the first is taken. Linear::choose() says which.
+  int answers = 8;
   /// Not negative: this of the answers to any product (0: the first), and no algorithm where there are not so many.
   int answer = -1;
 };
@@ -79,8 +78,8 @@ class Linear {
   };
 
   std::unique_ptr<Plan> make_plan(const Product& p) const;
-  /// Fills choice and found of a plan that is complete otherwise, from `count` answers.
-  void choose(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, int count) const;
+  /// Fills choice and found of a plan that is complete otherwise.
+  void choose(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, const Key& key) const;
   /// False, with nothing done, where cuBLASLt has no algorithm.
   bool try_run(const Context& c, const Product& p);
   /// Throws std::logic_error there.

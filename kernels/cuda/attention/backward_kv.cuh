@@ -53,10 +53,9 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
   constexpr uint32_t kRows = Shared::kRows;
   // Where registers allow, the next tile's scores are computed while this tile's become weights. Head size 128: dp waits for the weights, which
   // leaves its registers to them: with both, ptxas runs one product at a time.
-  constexpr bool kAhead = Hopper && D == 64 && TESSERA_ATTENTION_AHEAD_KV, kLate = D == 128;
-  constexpr int kPending = TESSERA_ATTENTION_AHEAD_KV == 1 ? 1 : 0;  // kAhead: sets of products under way from one tile to the next
-  constexpr bool kTerms = !kAhead && !kLate;                         // the rows' terms are read at once
-  extern __shared__ __align__(1024) uint8_t raw[];                   // the swizzle counts from multiples of 1024
+  constexpr bool kAhead = Hopper && D == 64, kLate = D == 128;
+  constexpr bool kTerms = !kAhead && !kLate;        // the rows' terms are read at once
+  extern __shared__ __align__(1024) uint8_t raw[];  // the swizzle counts from multiples of 1024
   const uint32_t base = kept(shared_address(raw));
   const typename Shared::Ring ring{base + Shared::kRing};
   const Schedule schedule(a, a.key_tiles, kGroups, false);
@@ -139,8 +138,8 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
       if (pending >= 0) ring.release(pending), pending = -1;
     };
     // The tile of `step` at `at`. Goes on to the next and returns whether this warpgroup visits it. kAhead: on entry the scores are in s, on return
-    // the next tile's are in `other`, needed or not (under a condition, ptxas would let one product run at a time). Products run in the order dk of
-    // the tile before, dp, the next tile's scores, dv, dk.
+    // the next tile's are in `other`, needed or not (under a condition, ptxas would let one product run at a time). Products run in the order
+    // dp, the next tile's scores, dv, dk.
     const auto work = [&](Step& step, Acc& s, Acc& dp, Acc& other) {
       Cursor following = at;
       following.next<kStages>();
@@ -183,9 +182,8 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
       accumulate<Hopper>(dv, p, do_at(at.stage), lane);
       P::commit();
       minus_delta.read(rows_at + offsetof(RowTile, minus_delta), lane);
-      P::template wait<kAhead ? 2 : kLate ? 0 : 1>();  // dp; kAhead: and before it dk of the tile before
+      P::template wait<kAhead ? 2 : kLate ? 0 : 1>();  // dp
       P::settle(dp);
-      if constexpr (kAhead) release_pending();
 
       Frag ds;
 #pragma unroll
@@ -202,9 +200,9 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
       P::commit();
       pending = at.stage;
       if constexpr (kAhead) {
-        P::template wait<kPending>();  // the next tile's scores, and dv
+        P::template wait<0>();  // keeping dk under way into the next tile takes registers that spill, and was no faster
         P::settle(other);
-        if (kPending == 0) release_pending();
+        release_pending();
       } else {
         next = ring.step(following, group);
       }

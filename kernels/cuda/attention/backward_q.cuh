@@ -10,8 +10,8 @@ namespace tessera::cuda_attention {
 
 template <int D, bool Hopper>
 struct BackwardQShared {
-  static constexpr int kGroups = D == 64 && Hopper ? TESSERA_ATTENTION_GROUPS_Q : 2;
-  static constexpr int kStages = D == 64 ? (Hopper ? (kGroups == 2 ? 8 : 6) : 4) : (Hopper ? 4 : 3), kOwn = D == 64 && Hopper ? 2 : 1;
+  static constexpr int kGroups = 2;
+  static constexpr int kStages = D == 64 ? (Hopper ? 8 : 4) : (Hopper ? 4 : 3), kOwn = D == 64 && Hopper ? 2 : 1;
   static constexpr uint32_t kRows = D / 64 * kTileBytes;  // 64 rows of one tensor
   static constexpr uint32_t kOwnBytes = 2 * kGroups * kRows;
   static constexpr uint32_t kQ = 0, kDo = kGroups * kRows, kK = kOwn * kOwnBytes, kV = kK + kStages * kRows, kRing = kV + kStages * kRows;
@@ -26,8 +26,8 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
   using P = Product<Hopper>;
   constexpr int kGroups = Shared::kGroups, kStages = Shared::kStages, kOwn = Shared::kOwn, kParts = D / 64;
   constexpr uint32_t kRows = Shared::kRows;
-  // With two warpgroups a block, registers allow to compute the next tile's scores while this tile's become gradients.
-  constexpr bool kAhead = Hopper && D == 64 && kGroups == 2;
+  // Two warpgroups a block, not three: registers then allow to compute the next tile's scores while this tile's become gradients.
+  constexpr bool kAhead = Hopper && D == 64;
   extern __shared__ __align__(1024) uint8_t raw[];  // the swizzle counts from multiples of 1024
   __shared__ float2 sums[kGroups][4];
   const uint32_t base = kept(shared_address(raw));

@@ -12,8 +12,7 @@ namespace tessera::cuda_attention {
 
 template <int D, bool Hopper>
 struct ForwardShared {
-  static constexpr int kGroups = D == 64 ? (Hopper ? TESSERA_ATTENTION_GROUPS_FORWARD : 3) : 2, kStages = Hopper ? (D == 64 ? 8 : 5) : 4,
-                       kOwn = Hopper ? 2 : 1;
+  static constexpr int kGroups = D == 64 ? 3 : 2, kStages = Hopper ? (D == 64 ? 8 : 5) : 4, kOwn = Hopper ? 2 : 1;
   static constexpr uint32_t kRows = D / 64 * kTileBytes;  // 64 rows of one tensor
   static constexpr uint32_t kOwnBytes = kGroups * kRows;
   static constexpr uint32_t kQ = 0, kK = kOwn * kOwnBytes, kV = kK + kStages * kRows, kRing = kV + kStages * kRows;

@@ -8,7 +8,6 @@
 // entries at a time: ballot and popcount compact the list on the fly, nothing is stored and the host never learns its length.
 
 #include "kernels/cuda/attention/arch.cuh"
-#include "kernels/cuda/attention/tuning.h"
 #include "kernels/tiles.h"
 
 namespace tessera::cuda_attention {
