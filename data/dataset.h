@@ -119,8 +119,14 @@ bool is_shard(const std::string& file);
 ShardHeader read_shard_header(const std::string& file);
 ShardHeader read_shard_header(const Hdf5File& file);
 
-/// For people, or as JSON: what it is, sizes, where it came from.
-std::string describe_dataset(const std::string& directory, bool json);
+/// Documents to show as text.
+struct SampleOptions {
+  std::uint64_t count = 0;  // of each split
+  std::uint64_t seed = 0;
+};
+/// For people, or as JSON: what it is, sizes, how long its documents are, tokens by source, and `samples`. Parts that damage keeps from being read
+/// are left out, and the reason stands in their place.
+std::string describe_dataset(const std::string& directory, bool json, const SampleOptions& samples = {});
 std::string describe_shard(const std::string& file, bool json);
 
 /// Reads everything: checksums of every chunk, SHA-256 of every shard, each token within the vocabulary, documents in order and beginning with

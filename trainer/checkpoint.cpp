@@ -56,13 +56,15 @@ void write_model(const std::string& file, const CheckpointRequest& r, const Gpt&
   h5.set_attribute("nonfinite_in_a_row", r.position.nonfinite_in_a_row);
   h5.set_attribute("parameters", model.layout().count);
   h5.set_attribute("config", r.config);
-  h5.set_attribute("dataset", Json{{"path", r.dataset.path},
-                                   {"tokenizer", r.dataset.tokenizer_name},
-                                   {"tokenizer_hash", r.dataset.tokenizer_hash},
-                                   {"vocabulary", r.dataset.vocabulary},
-                                   {"train_tokens", r.dataset.train_tokens},
-                                   {"fingerprint", r.dataset.fingerprint}}
-                                  .dump());
+  Json dataset = {{"path", r.dataset.path},
+                  {"tokenizer", r.dataset.tokenizer_name},
+                  {"tokenizer_hash", r.dataset.tokenizer_hash},
+                  {"vocabulary", r.dataset.vocabulary},
+                  {"train_tokens", r.dataset.train_tokens},
+                  {"fingerprint", r.dataset.fingerprint}};
+  for (const Provenance::Part& part : r.dataset.mix)
+    dataset["mix"].push_back({{"path", part.path}, {"fingerprint", part.fingerprint}, {"share", part.share}, {"train_tokens", part.train_tokens}});
+  h5.set_attribute("dataset", dataset.dump());
   h5.set_attribute("created", fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr))));
   for (const ParameterInfo& p : model.layout().parameters)
     h5.write<float>("parameters/" + p.name, extents(p.shape), to_host(ops, parameters.slice(p.offset, p.shape.numel())));
@@ -161,10 +163,20 @@ std::vector<ShardedAdamW::Segment> read_segments(const Hdf5File& h5, std::int64_
 
 }  // namespace
 
-Provenance provenance_of(const DatasetInfo& info) {
-  std::string checksums;
-  for (const ShardInfo& shard : info.train.shards) checksums += shard.sha256 + "\n";
-  return {info.directory, info.tokenizer_name, info.tokenizer_hash, sha256_hex(checksums), info.vocabulary, info.train.tokens};
+Provenance provenance_of(const TrainingData& data) {
+  const DatasetInfo& first = data.first();
+  Provenance all{data.names(), first.tokenizer_name, first.tokenizer_hash, "", first.vocabulary, data.train_tokens(), {}};
+  std::string parts;
+  for (std::size_t i = 0; i < data.parts.size(); ++i) {
+    const DatasetInfo& info = data.parts[i].data;
+    std::string checksums;
+    for (const ShardInfo& shard : info.train.shards) checksums += shard.sha256 + "\n";
+    all.mix.push_back({info.directory, sha256_hex(checksums), data.share(i), info.train.tokens});
+    parts += fmt::format("{} {}\n", all.mix.back().fingerprint, all.mix.back().share);
+  }
+  all.fingerprint = data.parts.size() == 1 ? all.mix[0].fingerprint : sha256_hex(parts);
+  if (data.parts.size() == 1) all.mix.clear();
+  return all;
 }
 
 std::string checkpoint_name(std::int64_t step) { return fmt::format("step_{:08d}", step); }
@@ -233,7 +245,10 @@ CheckpointInfo read_checkpoint_info(const std::string& directory) {
   info.created = h5.string_attribute("created");
   try {
     const Json d = Json::parse(h5.string_attribute("dataset"));
-    info.dataset = {d.at("path"), d.at("tokenizer"), d.at("tokenizer_hash"), d.at("fingerprint"), d.at("vocabulary"), d.at("train_tokens")};
+    info.dataset = {d.at("path"), d.at("tokenizer"), d.at("tokenizer_hash"), d.at("fingerprint"), d.at("vocabulary"), d.at("train_tokens"), {}};
+    if (d.contains("mix"))
+      for (const Json& part : d["mix"])
+        info.dataset.mix.push_back({part.at("path"), part.at("fingerprint"), part.at("share"), part.at("train_tokens")});
   } catch (const Json::exception& e) {
     throw std::runtime_error(fmt::format("{}/model.h5: attribute dataset: {}", directory, e.what()));
   }

@@ -26,6 +26,7 @@
 #include "kernels/comm/communicator.h"
 #include "model/gpt.h"
 #include "trainer/config.h"
+#include "trainer/open_data.h"
 #include "trainer/optimizer.h"
 
 namespace tessera {
@@ -44,8 +45,15 @@ struct Provenance {
   std::string path, tokenizer_name, tokenizer_hash, fingerprint;
   std::int64_t vocabulary = 0;
   std::uint64_t train_tokens = 0;
+  /// Of several datasets, each; the above is then of all: paths joined, a fingerprint that follows from theirs, their shares and their order.
+  struct Part {
+    std::string path, fingerprint;
+    double share = 1;
+    std::uint64_t train_tokens = 0;
+  };
+  std::vector<Part> mix{};
 };
-Provenance provenance_of(const DatasetInfo& info);
+Provenance provenance_of(const TrainingData& data);
 
 struct CheckpointInfo {
   std::string directory;

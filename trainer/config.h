@@ -27,9 +27,16 @@ struct RunConfig {
   int threads = 0;         // CPU threads a rank; 0: cores of the host / ranks on it
   double peak_tflops = 0;  // for MFU; 0: what the device states, if it does
 };
+/// One dataset of several.
+struct MixEntry {
+  std::string path;
+  double weight = 0;  // share of the sequences, beside the others' weights
+  bool operator==(const MixEntry&) const = default;
+};
 struct DataConfig {
   std::string path;
-  std::string tokenizer;  // optional: checked against the dataset's
+  std::vector<MixEntry> mix;  // instead of path
+  std::string tokenizer;      // optional: checked against the dataset's
   int prefetch = 4;
 };
 struct TrainConfig {

@@ -71,6 +71,7 @@ class Resolver {
     tiles();
     step();
     schedule();
+    mix();
     tokenizer();
     device();
     if (c_.model.vocabulary > 0) c_.model.vocabulary_padded = padded(c_.model.vocabulary, c_.vocabulary_multiple);
@@ -178,6 +179,12 @@ class Resolver {
       fail({"optimizer.decay", "optimizer.warmup", "train.steps"},
            fmt::format("optimizer.warmup {} and a decay of {:g} x {} steps overlap; expected a decay of at most {:.3g}", o.warmup, o.decay, steps,
                        1.0 - static_cast<double>(o.warmup) / static_cast<double>(steps)));
+  }
+
+  void mix() {
+    if (!c_.data.mix.empty() && !c_.data.path.empty())
+      fail({"data.mix", "data.path"},
+           fmt::format("data.path {} is set too: expected one of them (--set data.mix=[] or --set data.path= clears one)", c_.data.path));
   }
 
   void tokenizer() {

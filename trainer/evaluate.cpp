@@ -12,6 +12,30 @@ namespace tessera {
 
 double Evaluation::perplexity() const { return std::exp(loss); }
 
+Evaluation mixed(std::span<const Evaluation> parts, std::span<const double> shares) {
+  if (parts.size() == 1) return parts[0];
+  Evaluation all;
+  double share = 0, nats = 0, bytes = 0;  // a token of the mixture, times the share that was evaluated
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const Evaluation& e = parts[i];
+    if (e.tokens == 0) continue;
+    share += shares[i];
+    nats += shares[i] * e.loss;
+    bytes += shares[i] * static_cast<double>(e.bytes) / static_cast<double>(e.tokens);
+    all.tokens += e.tokens;
+    all.bytes += e.bytes;
+    all.sequences += e.sequences;
+    all.sequence_tokens = std::max(all.sequence_tokens, e.sequence_tokens);
+    all.seconds += e.seconds;
+    all.counters.resize(e.counters.size());
+    for (std::size_t c = 0; c < e.counters.size(); ++c) all.counters[c] += e.counters[c];
+  }
+  const double none = std::numeric_limits<double>::quiet_NaN();
+  all.loss = share > 0 ? nats / share : none;
+  all.bits_per_byte = bytes > 0 ? nats / std::numbers::ln2 / bytes : none;
+  return all;
+}
+
 Evaluator::Evaluator(const DatasetInfo& info, const SplitInfo& split, const Tokenizer& tokenizer, std::int64_t context, std::int64_t micro_batch)
     : reader_(info, split), micro_batch_(micro_batch) {
   const auto tokens = static_cast<std::int64_t>(split.tokens);

@@ -3,6 +3,7 @@
 // are taken per sequence in double and added in the order of the sequences, so that any number of ranks gives the same number.
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,10 @@ struct Evaluation {
   std::vector<std::uint64_t> counters;  // [layers, heads, kAttentionCounters], of all ranks
   double perplexity() const;
 };
+
+/// The loss on the mixture of several datasets, in which dataset i has `shares[i]` of the tokens: of those that were evaluated (others have no
+/// tokens). Tokens, bytes, sequences, counters and seconds are sums; one alone stays as it is.
+Evaluation mixed(std::span<const Evaluation> parts, std::span<const double> shares);
 
 /// Evaluates one split. Holds the reader and the byte length of every token, so it can be used again during a run.
 class Evaluator {

@@ -5,12 +5,29 @@
 #include <string>
 
 #include "data/dataset.h"
+#include "data/loader.h"
 #include "data/tokenizer.h"
+#include "trainer/config.h"
 
 namespace tessera {
 
-/// The dataset in `path` (data.path or --data). Throws ConfigError that names the command to prepare one when there is none.
-DatasetInfo open_data(const std::string& path);
+/// What a run trains on: the dataset of data.path, or those of data.mix.
+struct TrainingData {
+  std::vector<MixPart> parts;  // at least one, all of one tokenizer
+
+  const DatasetInfo& first() const { return parts.front().data; }
+  std::string names() const;  // their folders
+  std::uint64_t train_tokens() const;
+  double share(std::size_t part) const;  // of the sequences, 0 .. 1
+};
+
+/// Throws ConfigError naming the key when there is no such data, when tokenizers differ or a dataset stands in data.mix twice.
+TrainingData open_training_data(const DataConfig& config);
+/// Whether all that `config` names is prepared data; false also when it names none.
+bool has_training_data(const DataConfig& config);
+
+/// The dataset in `path`, which `key` says (or --data). Throws ConfigError that names the command to prepare one when there is none.
+DatasetInfo open_data(const std::string& path, const std::string& key = "data.path");
 
 /// The dataset's own tokenizer. `expected` (data.tokenizer; "": any) is a name ("bytes", "gpt2", "bpe") or a SPEC of load_tokenizer();
 /// ConfigError when the data was made with another one.

@@ -2,6 +2,7 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <filesystem>
@@ -61,6 +62,9 @@ class Trainer {
   std::string nonfinite_message() const;
   double planned_bytes() const;  // of memory, on this rank's device
   void restart_clock();
+  bool can_evaluate() const {
+    return std::ranges::any_of(evaluators_, [](const Evaluator& e) { return e.batches() > 0; });
+  }
   bool due(std::int64_t every, std::int64_t t) const { return every > 0 && t % every == 0; }
 
   Config config_;
@@ -77,14 +81,14 @@ class Trainer {
   std::int64_t proven_ = -1;     // of the newest one after which a step was finite
   std::int64_t sequences_per_step_ = 0;
 
-  DatasetInfo data_;
+  TrainingData data_;
   std::string tokenizer_file_;  // rank 0: its contents
   std::unique_ptr<Tokenizer> tokenizer_;
   std::unique_ptr<Device> device_;
   std::unique_ptr<TrainState> state_;
   std::unique_ptr<TrainStep> step_;
   std::unique_ptr<Loader> loader_;
-  std::unique_ptr<Evaluator> evaluator_;
+  std::vector<Evaluator> evaluators_;     // of each dataset
   std::optional<FolderLock> lock_;        // rank 0
   std::optional<MetricsFile> metrics_;    // rank 0
   std::vector<HostBatch> micro_batches_;  // this rank's of a step
@@ -102,10 +106,11 @@ Trainer::Trainer(const Config& config, bool resume, Communicator& comm)
 void Trainer::prepare() {
   const int rank = comm_.rank(), ranks = comm_.size();
   agree(comm_, [&] {
-    data_ = open_data(config_.data.path);
-    tokenizer_ = open_tokenizer(data_, config_.data.tokenizer);
-    if (rank == 0) tokenizer_file_ = read_file(data_.directory + "/tokenizer.json");  // now: the folder may be gone when a checkpoint wants it
-    resolve_vocabulary(config_, data_.vocabulary, data_.directory);
+    data_ = open_training_data(config_.data);
+    tokenizer_ = open_tokenizer(data_.first(), config_.data.tokenizer);
+    if (rank == 0)
+      tokenizer_file_ = read_file(data_.first().directory + "/tokenizer.json");  // now: the folder may be gone when a checkpoint wants it
+    resolve_vocabulary(config_, data_.first().vocabulary, data_.first().directory);
     check_ranks(config_, ranks);
   });
   sequences_per_step_ = config_.train.tokens_per_step / config_.model.context;
@@ -147,8 +152,9 @@ void Trainer::prepare() {
     o.seed = config_.run.seed;
     o.first_step = static_cast<std::uint64_t>(position_.step);
     o.prefetch = config_.data.prefetch;
-    loader_ = std::make_unique<Loader>(data_, data_.train, o);
-    evaluator_ = std::make_unique<Evaluator>(data_, data_.validation, *tokenizer_, config_.model.context, config_.train.micro_batch);
+    loader_ = std::make_unique<Loader>(data_.parts, o);
+    for (const MixPart& part : data_.parts)
+      evaluators_.emplace_back(part.data, part.data.validation, *tokenizer_, config_.model.context, config_.train.micro_batch);
   });
   micro_batches_.resize(static_cast<std::size_t>(sequences_per_step_ / ranks / config_.train.micro_batch));
   peak_flops_ = ranks * (config_.run.peak_tflops > 0 ? config_.run.peak_tflops * 1e12 : ops.peak_flops());
@@ -165,11 +171,16 @@ void Trainer::prepare() {
   console_.say("model     {} parameters: {} layers, {} heads of {}, width {}, context {}, vocabulary {}", format_count(state_->model.layout().count),
                m.layers, m.heads, m.head_size(), m.width, m.context, m.vocabulary);
   console_.say("device    {}, {} rank{}, {} a rank", ops.device_name(), ranks, ranks == 1 ? "" : "s", format_bytes(planned_bytes()));
-  const Sampler sampler(data_.train.tokens, m.context, sequences_per_step_, config_.run.seed);
-  console_.say("data      {}: {} training tokens ({}), {:.2f} passes in {} steps of {} tokens", data_.directory, format_count(data_.train.tokens),
-               data_.tokenizer_name, static_cast<double>(config_.train.steps * sequences_per_step_) / sampler.sequences(), config_.train.steps,
-               config_.train.tokens_per_step);
-  if (evaluator_->batches() == 0) console_.say("note: the data has no validation split: nothing is evaluated");
+  for (std::size_t i = 0; i < data_.parts.size(); ++i) {
+    const DatasetInfo& part = data_.parts[i].data;
+    const Sampler sampler(part.train.tokens, m.context, sequences_per_step_, config_.run.seed);
+    const std::string share = data_.parts.size() == 1 ? "" : fmt::format(", {:.4g} % of the sequences", 100 * data_.share(i));
+    console_.say("data      {}: {} training tokens ({}){}, {:.2f} passes in {} steps of {} tokens", part.directory, format_count(part.train.tokens),
+                 part.tokenizer_name, share,
+                 data_.share(i) * static_cast<double>(config_.train.steps * sequences_per_step_) / static_cast<double>(sampler.sequences()),
+                 config_.train.steps, config_.train.tokens_per_step);
+    if (evaluators_[i].batches() == 0) console_.say("note: {} has no validation split: nothing is evaluated on it", part.directory);
+  }
   console_.say("run       {}, {}", folder_.directory,
                start_.checkpoint.empty() ? std::string("from scratch") : fmt::format("going on after step {}", position_.step));
 }
@@ -195,7 +206,7 @@ void Trainer::run() {
     const AttentionCounts counts(config_.model, counters_, sequences_per_step_, config_.model.context);
 
     Json extra = Json::object();
-    const bool evaluates = (last || due(config_.eval.every, t)) && evaluator_->batches() > 0, samples = due(config_.sample.every, t);
+    const bool evaluates = (last || due(config_.eval.every, t)) && can_evaluate(), samples = due(config_.sample.every, t);
     if (evaluates) evaluate(extra);
     log(t, report, counts, std::move(extra));
     if (position_.nonfinite_in_a_row >= config_.train.max_nonfinite) {
@@ -331,10 +342,25 @@ Json Trainer::head_values() {
 
 void Trainer::evaluate(Json& row) {
   state_->optimizer.await_all();
-  const Evaluation e = evaluator_->run(state_->model, device_->ops(), comm_, state_->batch, config_.eval.batches);
+  std::vector<Evaluation> parts;
+  std::vector<double> shares;
+  for (std::size_t i = 0; i < evaluators_.size(); ++i) {
+    shares.push_back(data_.share(i));
+    parts.emplace_back();
+    if (evaluators_[i].batches() > 0) parts[i] = evaluators_[i].run(state_->model, device_->ops(), comm_, state_->batch, config_.eval.batches);
+  }
+  const Evaluation e = mixed(parts, shares);
   row["validation_loss"] = e.loss;
   row["bits_per_byte"] = e.bits_per_byte;
   row["validation_tokens"] = e.tokens;
+  for (std::size_t i = 0; parts.size() > 1 && i < parts.size(); ++i) {
+    if (parts[i].tokens == 0) continue;
+    const std::string& directory = data_.parts[i].data.directory;
+    row["validation"].push_back(
+        {{"data", directory}, {"share", shares[i]}, {"loss", parts[i].loss}, {"bits_per_byte", parts[i].bits_per_byte}, {"tokens", parts[i].tokens}});
+    console_.say("step {}/{}  {}: validation loss {:.4f}, {:.4f} bits a byte", position_.step, config_.train.steps, directory, parts[i].loss,
+                 parts[i].bits_per_byte);
+  }
   console_.say("step {}/{}  validation loss {:.4f}, perplexity {:.2f}, {:.4f} bits a byte ({} tokens, {:.1f} s)", position_.step, config_.train.steps,
                e.loss, e.perplexity(), e.bits_per_byte, e.tokens, e.seconds);
 }

@@ -26,17 +26,32 @@ bool may_change(const std::string& path) {
   for (const char* section : {"eval.", "checkpoint.", "sample.", "log.", "parallel."})
     if (path.starts_with(section)) return true;
   // model.size only names layers, heads and width. train.micro_batch must be free to follow the number of ranks, and train.precision the device.
-  for (const char* key : {"run.dir", "run.threads", "run.peak_tflops", "device", "model.size", "attention.visit", "data.path", "data.tokenizer",
-                          "data.prefetch", "train.steps", "train.micro_batch", "train.precision", "train.recompute", "train.max_nonfinite"})
+  for (const char* key :
+       {"run.dir", "run.threads", "run.peak_tflops", "device", "model.size", "attention.visit", "data.path", "data.mix", "data.tokenizer",
+        "data.prefetch", "train.steps", "train.micro_batch", "train.precision", "train.recompute", "train.max_nonfinite"})
     if (path == key) return true;
   return false;
 }
 
+/// "data/a 0.7, data/b 0.3".
+std::string parts_of(const Provenance& data) {
+  if (data.mix.empty()) return fmt::format("{} ({} tokens)", data.path, data.train_tokens);
+  std::string text;
+  for (const Provenance::Part& part : data.mix)
+    text += fmt::format("{}{} ({} tokens, share {:.4g})", text.empty() ? "" : ", ", part.path, part.train_tokens, part.share);
+  return text;
+}
+
 void check_data(const Provenance& then, const Provenance& now, const std::string& checkpoint) {
+  const char* const key = now.mix.empty() ? "data.path" : "data.mix";
   if (then.tokenizer_hash != now.tokenizer_hash)
-    throw ConfigError(fmt::format("data.path {}: made with another tokenizer ({}, {}) than {} was trained with ({}, {})", now.path,
-                                  now.tokenizer_name, now.tokenizer_hash.substr(0, 12), checkpoint, then.tokenizer_name,
-                                  then.tokenizer_hash.substr(0, 12)));
+    throw ConfigError(fmt::format("{} {}: made with another tokenizer ({}, {}) than {} was trained with ({}, {})", key, now.path, now.tokenizer_name,
+                                  now.tokenizer_hash.substr(0, 12), checkpoint, then.tokenizer_name, then.tokenizer_hash.substr(0, 12)));
+  if (then.fingerprint != now.fingerprint && !(then.mix.empty() && now.mix.empty()))
+    throw ConfigError(
+        fmt::format("{}: other datasets, shares or order than {} was trained on. There: {}. Here: {}. Put them back, or start a new run in "
+                    "another run.dir",
+                    key, checkpoint, parts_of(then), parts_of(now)));
   if (then.fingerprint != now.fingerprint)
     throw ConfigError(
         fmt::format("data.path {}: other training text ({} tokens) than {} was trained on ({} tokens, from {}). Use that data, or start a new run "

@@ -3,6 +3,7 @@
 #include "trainer/schema.h"
 
 #include <limits>
+#include <optional>
 
 #include "trainer/schema_values.h"
 
@@ -121,6 +122,55 @@ Key betas() {
           }};
 }
 
+/// An entry of data.mix; nothing when there are mistakes, which are added to `problems`.
+std::optional<MixEntry> read_mix_entry(const Value& value, Problems& problems) {
+  if (!value.node.IsMap()) {
+    problems.add(value.place, value.path, fmt::format("expected {{path: DIR, weight: NUMBER}}, found {}", describe(value.node)));
+    return {};
+  }
+  const std::size_t before = problems.count();
+  std::optional<std::string> path;
+  std::optional<double> weight;
+  for (const auto& [name, child] : read_map(value, problems)) {
+    if (name == "path")
+      path = read_text(child, false, problems);
+    else if (name == "weight")
+      weight = read_number(child, {0, 1e12, true, false}, problems);
+    else
+      problems.add(child.key_place, child.path, fmt::format("unknown key; nearest valid key \"{}\"", nearest(name, {"path", "weight"})));
+  }
+  if (problems.count() > before) return {};
+  if (path && weight) return MixEntry{*path, *weight};
+  problems.add(value.place, value.path, fmt::format("{} is missing: {{path: DIR, weight: NUMBER}}", path ? "weight" : "path"));
+  return {};
+}
+
+Key data_mix() {
+  return {"data.mix",
+          "list",
+          "[{path: DIR, weight: > 0}, ...]",
+          "Instead of data.path: several datasets of one tokenizer, each with its share of every step's sequences, its weight divided by their sum, "
+          "and epochs of its own.",
+          false,
+          [](Config& c, const Value& value, Problems& problems) {
+            if (!value.node.IsSequence()) {
+              problems.add(value.place, value.path, fmt::format("expected a list of {{path: DIR, weight: NUMBER}}, found {}", describe(value.node)));
+              return;
+            }
+            c.data.mix.clear();
+            for (std::size_t i = 0; i < value.node.size(); ++i) {
+              const YAML::Node node = value.node[i];
+              if (auto entry = read_mix_entry(value.child(node, fmt::format("{}[{}]", value.path, i)), problems))
+                c.data.mix.push_back(std::move(*entry));
+            }
+          },
+          [](const Config& c) {
+            Json list = Json::array();
+            for (const MixEntry& entry : c.data.mix) list.push_back({{"path", entry.path}, {"weight", entry.weight}});
+            return list;
+          }};
+}
+
 Key pattern() {
   return {
       "attention.pattern",
@@ -217,7 +267,8 @@ std::vector<Key> make_schema() {
       choice<Visit>("attention.visit", FIELD(model.attention.visit), {{"all", Visit::all}, {"active", Visit::active}},
                     "Whether tiles without an active edge are computed all the same. Same bits either way; all is slower."),
 
-      text("data.path", FIELD(data.path), true, "Folder that `tessera prepare` wrote. Training needs it."),
+      text("data.path", FIELD(data.path), true, "Folder that `tessera prepare` wrote. Training needs it, or data.mix."),
+      data_mix(),
       text("data.tokenizer", FIELD(data.tokenizer), true,
            "The tokenizer that the data must have been made with: bytes, gpt2, bpe, or one itself, gpt2:DIR or bpe:FILE. Empty: whichever it was."),
       integer("data.prefetch", FIELD(data.prefetch), 1, 1024, "Micro-batches read ahead."),
@@ -251,7 +302,8 @@ std::vector<Key> make_schema() {
       number("optimizer.decay", FIELD(optimizer.decay), share, "Schedule wsd: share of the run in which the learning rate falls."),
 
       integer("eval.every", FIELD(eval.every), 0, kSteps, "Steps between evaluations. 0: only at the end."),
-      integer("eval.batches", FIELD(eval.batches), 0, kSteps, "Micro-batches an evaluation over all ranks together. 0: the whole validation split."),
+      integer("eval.batches", FIELD(eval.batches), 0, kSteps,
+              "Micro-batches an evaluation over all ranks together, of each dataset. 0: the whole validation split."),
 
       integer("checkpoint.every", FIELD(checkpoint.every), 0, kSteps, "Steps between checkpoints. 0: only at the end."),
       integer("checkpoint.keep", FIELD(checkpoint.keep), 0, 1'000'000, "Newest checkpoints kept. 0: all."),

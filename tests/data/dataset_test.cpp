@@ -2,10 +2,13 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <regex>
+#include <set>
 
+#include "data/dataset_contents.h"
 #include "data/files.h"
 #include "data/hdf5_file.h"
 #include "tests/data/corpus.h"
@@ -90,6 +93,64 @@ TEST_F(Dataset, DescribesItself) {
   EXPECT_TRUE(is_shard(shard(0)));
   EXPECT_FALSE(is_shard(folder / "a.jsonl"));
   EXPECT_THROW(describe_shard(folder / "a.jsonl", true), std::invalid_argument);
+}
+
+TEST_F(Dataset, LengthsOfItsDocuments) {
+  std::vector<std::uint64_t> lengths;
+  for (const std::int32_t token : tokens) token == 256 ? lengths.push_back(1) : void(++lengths.back());
+  const LengthHistogram found = document_lengths(info, info.train);  // the shards have 1000 tokens: one document fills several
+  EXPECT_EQ(found.documents, lengths.size());
+  EXPECT_EQ(found.tokens, tokens.size());
+  std::vector<LengthHistogram::Bucket> buckets(found.buckets.size());
+  for (const std::uint64_t length : lengths) {
+    auto& bucket = buckets.at(static_cast<std::size_t>(std::log2(static_cast<double>(length))));
+    ++bucket.documents;
+    bucket.tokens += length;
+  }
+  for (std::size_t i = 0; i < buckets.size(); ++i) {
+    EXPECT_EQ(found.buckets[i].documents, buckets[i].documents) << i;
+    EXPECT_EQ(found.buckets[i].tokens, buckets[i].tokens) << i;
+  }
+  std::sort(lengths.begin(), lengths.end());
+  EXPECT_EQ(found.shortest, lengths.front());
+  EXPECT_EQ(found.longest, 3501u);
+  EXPECT_EQ(found.median, lengths[lengths.size() / 2]);
+  EXPECT_EQ(document_lengths(info, SplitInfo()).documents, 0u);
+}
+
+TEST_F(Dataset, SamplesAreItsDocuments) {
+  const auto tokenizer = load_tokenizer("bytes");
+  const auto documents = documents_of(info, info.train);
+  std::set<std::uint64_t> numbers;
+  for (const DocumentSample& sample : sample_documents(info, info.train, *tokenizer, 1000, 1, 10'000)) {
+    EXPECT_TRUE(numbers.insert(sample.number).second);
+    EXPECT_EQ(sample.text, documents.at(sample.number));
+    EXPECT_EQ(sample.tokens, sample.text.size() + 1);
+    EXPECT_TRUE(sample.whole);
+  }
+  EXPECT_EQ(numbers.size(), documents.size());
+  const auto a = sample_documents(info, info.train, *tokenizer, 3, 1, 10), b = sample_documents(info, info.train, *tokenizer, 3, 2, 10);
+  EXPECT_EQ(a.size(), 3u);
+  EXPECT_TRUE(a[0].number != b[0].number || a[1].number != b[1].number || a[2].number != b[2].number);
+  for (const DocumentSample& sample : a) EXPECT_EQ(sample.text, documents.at(sample.number).substr(0, 9));
+  EXPECT_TRUE(sample_documents(info, info.validation, *tokenizer, 3, 1, 10).empty());
+}
+
+TEST_F(Dataset, DescribesItsContents) {
+  const auto json = nlohmann::json::parse(describe_dataset(folder / "d", true, {2, 7}));
+  EXPECT_EQ(json.at("lengths").at("train").at("documents"), info.train.documents);
+  ASSERT_EQ(json.at("samples").at("train").size(), 2u);
+  EXPECT_EQ(json.at("samples").at("train").at(0).at("whole"), json.at("samples").at("train").at(0).at("tokens") <= 200);
+  const std::string text = describe_dataset(folder / "d", false, {2, 7});
+  EXPECT_NE(text.find("longest 3501"), std::string::npos) << text;
+  EXPECT_NE(text.find("  sample       train: document "), std::string::npos) << text;
+  EXPECT_EQ(describe_dataset(folder / "d", false).find("sample "), std::string::npos);
+  // Damage in one part leaves the others.
+  const std::string path = shard(0), bytes = read_file(path);
+  put(path, std::string(bytes.size(), 'x'));
+  const std::string damaged = describe_dataset(folder / "d", false);
+  EXPECT_NE(damaged.find("train: cannot be read: " + path), std::string::npos) << damaged;
+  EXPECT_NE(damaged.find("sources      3 files"), std::string::npos) << damaged;
 }
 
 TEST_F(Dataset, MissingAndForeignFolders) {

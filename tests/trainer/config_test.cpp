@@ -281,6 +281,8 @@ class RandomConfig {
         continue;  // tied to others: below, or one value for now
       if (path == "attention.pattern")
         value = pattern(2);
+      else if (path == "data.mix")
+        value = mix();
       else if (key["type"] == "integer")
         value = integer(range);
       else if (key["type"] == "number")
@@ -297,6 +299,7 @@ class RandomConfig {
       if (path == "train.steps") value = std::to_string(steps_ = 1 + pick(100000));
       sets.push_back(path + "=" + value);
     }
+    if (mixed_) sets.push_back("data.path=");
     sets.push_back(fmt::format("model.width={}", heads_ * 8 * (1 + pick(16))));
     sets.push_back(fmt::format("train.tokens_per_step={}", context_ * micro_ * (1 + pick(16))));
     sets.push_back(fmt::format("optimizer.warmup={}", pick(static_cast<int>(steps_))));
@@ -306,6 +309,8 @@ class RandomConfig {
  private:
   std::mt19937 random_;
   std::int64_t heads_ = 1, context_ = 1, micro_ = 1, steps_ = 1;
+
+  bool mixed_ = false;
 
   int pick(int n) { return std::uniform_int_distribution<int>(0, n - 1)(random_); }
   std::string integer(const std::string& range) {
@@ -336,6 +341,13 @@ class RandomConfig {
     std::string s(1, 'x');
     for (int n = pick(12); n > 0; --n) s += alphabet[static_cast<std::size_t>(pick(static_cast<int>(alphabet.size())))];
     return s;
+  }
+  std::string mix() {
+    std::string list;
+    for (int n = pick(4); n > 0; --n)
+      list += fmt::format("{}{{path: {}, weight: {}}}", list.empty() ? "" : ", ", nlohmann::json(text()).dump(), number("> 0 and <= 1000"));
+    mixed_ = !list.empty();
+    return "[" + list + "]";
   }
   std::string pattern(int depth) {
     switch (pick(depth > 0 ? 9 : 6)) {
@@ -377,6 +389,7 @@ TEST(Config, RandomConfigurationsComeBackEqual) {
     const Config again = parse_config(to_yaml(c), "again", {});
     ASSERT_EQ(to_yaml(again), to_yaml(c));
     ASSERT_EQ(to_json(again), to_json(c));
+    ASSERT_EQ(again.data.mix, c.data.mix);
     ASSERT_EQ(again.sample.prompt, c.sample.prompt);
     ASSERT_EQ(again.model.attention.pattern.overrides.size(), c.model.attention.pattern.overrides.size());
     ASSERT_EQ(again.model.attention.threshold.rate, c.model.attention.threshold.rate);

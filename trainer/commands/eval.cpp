@@ -26,7 +26,7 @@ struct Options {
 };
 
 /// unigram_loss: nats a token of a guess from the training tokens' frequencies alone, the first thing a model must beat.
-Json to_json(const Evaluation& e, const OpenCheckpoint& c, const Options& o, double unigram_loss) {
+Json to_json(const Evaluation& e, const OpenCheckpoint& c, const DatasetInfo& data, const std::string& split) {
   const AttentionConfig& a = c.config.model.attention;
   const AttentionCounts counts(c.config.model, e.counters, e.sequences, e.sequence_tokens);
   const AttentionShares all = counts.all();
@@ -37,12 +37,12 @@ Json to_json(const Evaluation& e, const OpenCheckpoint& c, const Options& o, dou
   }
   return {{"checkpoint", c.info.directory},
           {"step", c.info.position.step},
-          {"data", o.data},
-          {"split", o.split},
+          {"data", data.directory},
+          {"split", split},
           {"loss", e.loss},
           {"perplexity", e.perplexity()},
           {"bits_per_byte", e.bits_per_byte},
-          {"unigram_loss", unigram_loss},
+          {"unigram_loss", split == "train" ? data.unigram_entropy : data.validation_unigram_loss},
           {"tokens", e.tokens},
           {"bytes", e.bytes},
           {"sequences", e.sequences},
@@ -74,34 +74,66 @@ void print(const Json& r) {
   fmt::print("tiles           {} queries x {} keys\n", r["tile"][0].get<int>(), r["tile"][1].get<int>());
 }
 
+/// Of several datasets: each, and the loss on their mixture.
+Json mixture(std::vector<Json> each, const Evaluation& all, const TrainingData& data, const std::string& split) {
+  for (std::size_t i = 0; i < each.size(); ++i) each[i]["share"] = data.share(i);
+  return {{"checkpoint", each[0]["checkpoint"]},
+          {"step", each[0]["step"]},
+          {"data", data.names()},
+          {"split", split},
+          {"loss", all.loss},
+          {"perplexity", all.perplexity()},
+          {"bits_per_byte", all.bits_per_byte},
+          {"tokens", all.tokens},
+          {"bytes", all.bytes},
+          {"seconds", all.seconds},
+          {"datasets", each}};
+}
+
 void eval(const Options& o, Communicator& comm) {
-  std::unique_ptr<Evaluator> evaluator;
+  std::vector<Evaluator> evaluators;
   OpenCheckpoint::Options options = o.open;
   options.threads = threads_for_rank(comm, o.open.threads);
-  DatasetInfo data;
-  agree(comm, [&] { data = open_data(o.data); });
+  TrainingData data;
+  if (!o.data.empty()) agree(comm, [&] { data.parts.push_back({open_data(o.data, "--data"), 1}); });
   const OpenCheckpoint open(o.checkpoint, OpenCheckpoint::Use::evaluate, options, comm);
   agree(comm, [&] {
-    if (open.info.dataset.tokenizer_hash != data.tokenizer_hash)
+    if (o.data.empty()) data = open_training_data(open.config.data);
+    const DatasetInfo& first = data.first();
+    if (open.info.dataset.tokenizer_hash != first.tokenizer_hash)
       throw ConfigError(
-          fmt::format("--data {}: made with tokenizer {} (hash {}), and {} was trained with {} (hash {}). Prepare the text with the "
+          fmt::format("{}: made with tokenizer {} (hash {}), and {} was trained with {} (hash {}). Prepare the text with the "
                       "checkpoint's own: --tokenizer bpe:{}/tokenizer.json",
-                      o.data, data.tokenizer_name, data.tokenizer_hash.substr(0, 12), open.info.directory, open.info.dataset.tokenizer_name,
+                      data.names(), first.tokenizer_name, first.tokenizer_hash.substr(0, 12), open.info.directory, open.info.dataset.tokenizer_name,
                       open.info.dataset.tokenizer_hash.substr(0, 12), open.info.directory));
     const Config& c = open.config;
-    evaluator =
-        std::make_unique<Evaluator>(data, o.split == "train" ? data.train : data.validation, *open.tokenizer, c.model.context, c.train.micro_batch);
-    if (evaluator->batches() == 0) throw ConfigError(fmt::format("--data {}: split {} holds no text to evaluate", o.data, o.split));
+    for (const MixPart& part : data.parts) {
+      const SplitInfo& split = o.split == "train" ? part.data.train : part.data.validation;
+      evaluators.emplace_back(part.data, split, *open.tokenizer, c.model.context, c.train.micro_batch);
+      if (evaluators.back().batches() == 0) throw ConfigError(fmt::format("{}: split {} holds no text to evaluate", part.data.directory, o.split));
+    }
   });
   if (comm.rank() == 0 && !open.notice.empty()) fmt::print(stderr, "tessera: note: {}\n", open.notice);
-  const Evaluation e = evaluator->run(*open.model, *open.ops, comm, *open.batch, o.batches);
-  if (comm.rank() != 0) return;
-  const Json result = to_json(e, open, o, o.split == "train" ? data.unigram_entropy : data.validation_unigram_loss);
-  if (o.json) {
-    std::cout << result.dump(2) << "\n";
-  } else {
-    print(result);
+  std::vector<Evaluation> found;
+  std::vector<Json> results;
+  std::vector<double> shares;
+  for (std::size_t i = 0; i < evaluators.size(); ++i) {
+    found.push_back(evaluators[i].run(*open.model, *open.ops, comm, *open.batch, o.batches));
+    results.push_back(to_json(found.back(), open, data.parts[i].data, o.split));
+    shares.push_back(data.share(i));
   }
+  if (comm.rank() != 0) return;
+  const Evaluation all = mixed(found, shares);
+  if (o.json) {
+    std::cout << (results.size() == 1 ? results[0] : mixture(results, all, data, o.split)).dump(2) << "\n";
+    return;
+  }
+  for (std::size_t i = 0; i < results.size(); ++i) {
+    print(results[i]);
+    if (results.size() > 1) fmt::print("share           {:.4g} % of the mixture\n\n", 100 * shares[i]);
+  }
+  if (results.size() > 1)
+    fmt::print("the mixture     loss {:.6f}, perplexity {:.4f}, bits per byte {:.6f}\n", all.loss, all.perplexity(), all.bits_per_byte);
 }
 
 }  // namespace
@@ -110,7 +142,7 @@ void add_eval_command(CLI::App& app) {
   auto o = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand("eval", "Loss, perplexity, bits per byte and sparsity of a checkpoint on prepared data");
   command->add_option("CHECKPOINT", o->checkpoint, "A step folder, or a run folder (its newest checkpoint)")->type_name("")->required();
-  command->add_option("--data", o->data, "Folder that tessera prepare wrote")->type_name("DIR")->required();
+  command->add_option("--data", o->data, "Folder that tessera prepare wrote (default: what the checkpoint was trained on)")->type_name("DIR");
   command->add_option("--split", o->split, "Which part of it")->check(CLI::IsMember({"train", "validation"}))->capture_default_str();
   command->add_option("--batches", o->batches, "Evaluate this many micro-batches from the start of the split; 0: all of it")
       ->type_name("N")

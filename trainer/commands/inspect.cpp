@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <functional>
 #include <iostream>
+#include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -46,6 +47,13 @@ Json highlights(const Config& config) {
 Json describe_checkpoint(const std::string& directory) {
   const CheckpointInfo info = read_checkpoint_info(directory);
   const Config config = parse_config(info.config, directory + "/model.h5", {});
+  Json dataset = {{"path", info.dataset.path},
+                  {"tokenizer", info.dataset.tokenizer_name},
+                  {"tokenizer_hash", info.dataset.tokenizer_hash},
+                  {"vocabulary", info.dataset.vocabulary},
+                  {"train_tokens", info.dataset.train_tokens}};
+  for (const Provenance::Part& part : info.dataset.mix)
+    dataset["mix"].push_back({{"path", part.path}, {"share", part.share}, {"train_tokens", part.train_tokens}});
   return {{"kind", "checkpoint"},
           {"path", directory},
           {"step", info.position.step},
@@ -56,12 +64,7 @@ Json describe_checkpoint(const std::string& directory) {
           {"bytes", folder_bytes(directory)},
           {"optimizer_files", info.ranks},
           {"created", info.created},
-          {"dataset",
-           {{"path", info.dataset.path},
-            {"tokenizer", info.dataset.tokenizer_name},
-            {"tokenizer_hash", info.dataset.tokenizer_hash},
-            {"vocabulary", info.dataset.vocabulary},
-            {"train_tokens", info.dataset.train_tokens}}},
+          {"dataset", dataset},
           {"config", highlights(config)}};
 }
 
@@ -79,6 +82,10 @@ Json describe_run(const std::string& directory) {
     const Config config = load_config(folder.config(), {});
     run["steps"] = config.train.steps;
     run["data"] = config.data.path;
+    for (const MixEntry& entry : config.data.mix) {
+      if (!run["data"].is_array()) run["data"] = Json::array();
+      run["data"].push_back({{"path", entry.path}, {"weight", entry.weight}});
+    }
     run["config"] = highlights(config);
   }
   return run;
@@ -107,7 +114,7 @@ struct Subject {
 /// What is damaged may hold bytes that are no UTF-8: they are replaced.
 std::string to_text(const Json& value) { return value.dump(2, ' ', false, Json::error_handler_t::replace); }
 
-Subject recognise(const std::string& path) {
+Subject recognise(const std::string& path, const SampleOptions& samples) {
   const auto described = [](auto make) {
     return [make](bool json) {
       const Json value = make();
@@ -117,12 +124,13 @@ Subject recognise(const std::string& path) {
     };
   };
   if (!fs::exists(path)) throw ConfigError(path + ": no such file or folder");
-  if (fs::is_regular_file(path)) {
+  if (fs::is_regular_file(path) && samples.count == 0) {
     if (is_shard(path)) return {[path](bool json) { return describe_shard(path, json); }, [path] { return verify_shard(path); }};
     throw ConfigError(path + ": not a shard of tokens. Expected a shard (.h5), or the folder of a dataset, a checkpoint or a run");
   }
   if (fs::exists(path + "/dataset.json"))
-    return {[path](bool json) { return describe_dataset(path, json); }, [path] { return verify_dataset(path); }};
+    return {[path, samples](bool json) { return describe_dataset(path, json, samples); }, [path] { return verify_dataset(path); }};
+  if (samples.count > 0) throw ConfigError(path + ": --samples shows documents of a dataset; expected the folder of one (with dataset.json)");
   if (fs::exists(path + "/COMPLETE.json") || fs::exists(path + "/model.h5")) {
     const std::string checkpoint = resolve_checkpoint(path);
     return {described([checkpoint] { return describe_checkpoint(checkpoint); }), [checkpoint] { return verify_checkpoint(checkpoint); }};
@@ -148,19 +156,29 @@ Subject recognise(const std::string& path) {
 void add_inspect_command(CLI::App& app) {
   struct Options {
     std::string path;
+    SampleOptions samples;
     bool verify = false, json = false;
   };
   auto o = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand("inspect", "What a shard, a data folder, a checkpoint or a run is");
   command->add_option("PATH", o->path, "A shard (.h5), or the folder of a dataset, a checkpoint or a run")->type_name("")->required();
   command->add_flag("--verify", o->verify, "Read everything and compare every checksum; each bad file is named, and the exit code is 1");
+  command->add_option("--samples", o->samples.count, "Of a dataset: print this many documents of each split, as text")
+      ->type_name("N")
+      ->check(CLI::Range(0, 1000))
+      ->capture_default_str();
+  command->add_option("--seed", o->samples.seed, "Which ones: same seed, same documents")
+      ->type_name("S")
+      ->check(CLI::Range(std::int64_t{0}, std::numeric_limits<std::int64_t>::max()))
+      ->capture_default_str();
   command->add_flag("--json", o->json, "Print JSON");
   command->footer(
       "Examples:\n"
+      "  tessera inspect data/mine --samples 3 --seed 1\n"
       "  tessera inspect runs/mine\n"
       "  tessera inspect data/mine --verify");
   command->callback([o] {
-    const Subject subject = recognise(o->path);
+    const Subject subject = recognise(o->path, o->samples);
     std::vector<std::string> problems;
     if (o->verify) problems = subject.verify();
     // What is damaged may be beyond describing: then the list of bad files is the answer.

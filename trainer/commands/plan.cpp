@@ -2,7 +2,6 @@
 
 #include <fmt/core.h>
 
-#include <filesystem>
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -22,17 +21,17 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-std::optional<DatasetInfo> dataset_if_there(const Config& config) {
-  if (config.data.path.empty() || !std::filesystem::exists(std::filesystem::path(config.data.path) / "dataset.json")) return {};
-  return read_dataset(config.data.path);
+std::optional<TrainingData> data_if_there(const Config& config) {
+  if (!has_training_data(config.data)) return {};
+  return open_training_data(config.data);
 }
 
 /// The vocabulary from the data, or from what the configuration says of it.
-void find_vocabulary(Config& config, const std::optional<DatasetInfo>& dataset) {
+void find_vocabulary(Config& config, const std::optional<TrainingData>& data) {
   const std::string& tokenizer = config.data.tokenizer;
-  if (dataset) {
-    open_tokenizer(*dataset, tokenizer);  // a run would refuse another one, and so does its plan
-    resolve_vocabulary(config, dataset->vocabulary, config.data.path);
+  if (data) {
+    open_tokenizer(data->first(), tokenizer);  // a run would refuse another one, and so does its plan
+    resolve_vocabulary(config, data->first().vocabulary, data->first().directory);
   } else if (config.model.vocabulary != 0) {
     resolve_vocabulary(config, config.model.vocabulary, "");
   } else if (tokenizer == "bytes") {
@@ -42,16 +41,18 @@ void find_vocabulary(Config& config, const std::optional<DatasetInfo>& dataset) 
   } else if (tokenizer.starts_with("bpe:")) {
     resolve_vocabulary(config, load_tokenizer(tokenizer)->vocabulary(), tokenizer);
   } else {
-    const std::string data = config.data.path.empty() ? "data.path is not set" : fmt::format("there is no {}/dataset.json", config.data.path);
+    std::string missing = config.data.path.empty() ? "data.path is not set" : fmt::format("there is no {}/dataset.json", config.data.path);
+    if (!config.data.mix.empty()) missing = "not every folder of data.mix has a dataset.json";
     throw ConfigError(fmt::format(
-        "the vocabulary is not known: {}. Set model.vocabulary, data.tokenizer (bytes, gpt2 or bpe:FILE), or data.path to a prepared dataset", data));
+        "the vocabulary is not known: {}. Set model.vocabulary, data.tokenizer (bytes, gpt2 or bpe:FILE), or data.path to a prepared dataset",
+        missing));
   }
 }
 
 Json make_plan(Config& config, int ranks) {
   check_ranks(config, ranks);
-  const auto dataset = dataset_if_there(config);
-  find_vocabulary(config, dataset);
+  const auto data = data_if_there(config);
+  find_vocabulary(config, data);
   // Reserves, and allocates nothing: any operations will do. Every rank's slices are equal.
   const auto ops = make_cpu_ops(1);
   const TrainState state(config, *ops, 0, ranks);
@@ -82,9 +83,17 @@ Json make_plan(Config& config, int ranks) {
        {{"dense_equivalent", (flops.dense + flops.attention_causal) * static_cast<double>(tokens)},
         {"pattern_visible", (flops.dense + flops.attention_visible) * static_cast<double>(tokens)}}},
   };
-  if (dataset) {
-    plan["data_tokens"] = dataset->train.tokens;
-    plan["epochs"] = dataset->train.tokens == 0 ? 0.0 : static_cast<double>(tokens) / static_cast<double>(dataset->train.tokens);
+  if (data) {
+    const auto epochs = [&](double share, std::uint64_t of) { return of == 0 ? 0.0 : share * static_cast<double>(tokens) / static_cast<double>(of); };
+    plan["data_tokens"] = data->train_tokens();
+    plan["epochs"] = epochs(1, data->train_tokens());
+    for (std::size_t i = 0; data->parts.size() > 1 && i < data->parts.size(); ++i) {
+      const DatasetInfo& part = data->parts[i].data;
+      plan["mix"].push_back({{"data", part.directory},
+                             {"share", data->share(i)},
+                             {"data_tokens", part.train.tokens},
+                             {"epochs", epochs(data->share(i), part.train.tokens)}});
+    }
   }
   return plan;
 }
@@ -122,6 +131,12 @@ std::string plan_text(const Json& plan) {
   row("steps", count("steps"));
   row("tokens", count("tokens"),
       plan.contains("epochs") ? fmt::format("{:.2f} epochs of {} tokens", plan["epochs"].get<double>(), count("data_tokens")) : "");
+  if (plan.contains("mix"))
+    for (const Json& part : plan["mix"])
+      row(fmt::format("  {:.4g} % of them", 100 * part["share"].get<double>()),
+          grouped(static_cast<std::int64_t>(part["share"].get<double>() * plan["tokens"].get<double>())),
+          fmt::format("{}: {:.2f} epochs of {} tokens", part["data"].get<std::string>(), part["epochs"].get<double>(),
+                      grouped(part["data_tokens"].get<std::int64_t>())));
   row("FLOPs of the run", fmt::format("{:.4g}", plan["flops"]["dense_equivalent"].get<double>()), "dense-equivalent");
   return text;
 }
