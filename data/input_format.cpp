@@ -133,9 +133,9 @@ InputFormat format_of(const std::string& path, InputFormat wanted) {
   const std::string head = head_of(path);
   if (head.starts_with("PAR1")) return InputFormat::parquet;
   if (head.starts_with("MMIDIDX")) return InputFormat::megatron;
-  if (is_llmc_magic(first_number(head))) return InputFormat::llmc;
-
   const std::string extension = extension_of(path);
+  const bool has_index = path.ends_with(".bin") && head_of(fs::path(path).replace_extension(".idx").string()).starts_with("MMIDIDX");
+  if (!has_index && is_llmc_magic(first_number(head))) return InputFormat::llmc;  // tokens may look like it
   if (is_jsonl(extension)) return InputFormat::jsonl;
   if (extension.empty() || is_text(extension)) return InputFormat::text;
   if (extension == ".parquet") return InputFormat::parquet;

@@ -285,6 +285,8 @@ TEST(InputFormat, ContentThenExtensionDecide) {
   EXPECT_EQ(of("a.idx", ""), InputFormat::megatron);
   EXPECT_EQ(of("a.bin", "abcdef"), InputFormat::megatron);  // a.idx is beside it
   EXPECT_EQ(of("a.bin", llmc), InputFormat::llmc);
+  put(folder / "a.idx", megatron_index(8, 2, {}, {0}));
+  EXPECT_EQ(format_of(folder / "a.bin", InputFormat::automatic), InputFormat::megatron);  // its tokens may look like llm.c's header
   EXPECT_EQ(format_of("-", InputFormat::automatic), InputFormat::text);
   EXPECT_EQ(format_of(folder / "b.parquet", InputFormat::jsonl), InputFormat::jsonl);  // as told
   for (const char* name : {"auto", "txt", "jsonl", "parquet", "llmc", "nanogpt", "megatron"}) EXPECT_EQ(to_string(input_format(name)), name);

@@ -203,11 +203,12 @@ void add_tokenizer_command(CLI::App& app) {
       ->required()
       ->check(CLI::Range(std::int64_t{257}, std::int64_t{1} << 24));
   train_command->add_option("--output", train_options->output, "The tokenizer.json to write")->type_name("FILE")->required();
-  train_command->add_option("--format", train_options->format, "What the files are; auto: by their names")
-      ->check(CLI::IsMember({"auto", "txt", "jsonl"}))
+  train_command->add_option("--format", train_options->format, "What the files are; auto: by their content and names")
+      ->check(CLI::IsMember({"auto", "txt", "jsonl", "parquet"}))
       ->capture_default_str();
-  train_command->add_option("--text-key", train_options->reader.text_key, "Key of the text in each .jsonl object")
-      ->type_name("KEY")
+  train_command
+      ->add_option("--text-key,--column", train_options->reader.text_key, "Name of the text: key in each .jsonl object, column of a Parquet file")
+      ->type_name("NAME")
       ->capture_default_str();
   train_command->add_flag("--skip-bad", train_options->reader.skip_bad, "Leave broken .jsonl lines out and count them");
   train_command->add_flag("--json", train_options->json, "Print JSON");
