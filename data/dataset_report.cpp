@@ -73,6 +73,7 @@ std::string lengths_text(const std::string& split, const Json& lengths) {
   }
   for (const Json& bucket : lengths["buckets"]) {
     const auto documents = bucket["documents"].get<std::uint64_t>();
+    if (bucket["to"] < lengths["shortest"]) continue;
     const double share = all > 0 ? 100 * bucket["tokens"].get<double>() / static_cast<double>(all) : 0;
     out += fmt::format("    {:>9} to {:>9}  {:>11} documents, {:>5.1f} % of the tokens  {}\n", bucket["from"].get<std::uint64_t>(),
                        bucket["to"].get<std::uint64_t>(), documents, share,

@@ -21,12 +21,14 @@ constexpr haddr_t kMaxAddress = static_cast<haddr_t>(INT64_MAX);
 
 struct DriverInfo {
   WriteFailure* failure;
+  ReadProbe* probe;
 };
 
 struct File {
   H5FD_t base;  // first: the library sees a File as this
   int descriptor;
   WriteFailure* failure;
+  ReadProbe* probe;
   haddr_t end_of_allocation, end_of_file;
   dev_t device;
   ino_t inode;
@@ -66,6 +68,7 @@ H5FD_t* open_file(const char* name, unsigned flags, hid_t access, haddr_t) {
   }
   file->descriptor = descriptor;
   file->failure = info->failure;
+  file->probe = info->probe;
   file->end_of_file = static_cast<haddr_t>(status.st_size);
   file->device = status.st_dev;
   file->inode = status.st_ino;
@@ -98,8 +101,13 @@ herr_t set_eoa(H5FD_t* file, H5FD_mem_t, haddr_t address) {
 }
 haddr_t get_eof(const H5FD_t* file, H5FD_mem_t) { return self(file)->end_of_file; }
 
-herr_t read_bytes(H5FD_t* base, H5FD_mem_t, hid_t, haddr_t address, std::size_t size, void* out) {
+herr_t read_bytes(H5FD_t* base, H5FD_mem_t type, hid_t, haddr_t address, std::size_t size, void* out) {
   File* file = self(base);
+  if (file->probe->active && type == H5FD_MEM_DRAW) {
+    file->probe->address = address;
+    file->probe->bytes = size;
+    return 0;
+  }
   auto* to = static_cast<char*>(out);
   std::size_t done = 0;
   while (done < size) {
@@ -180,8 +188,8 @@ hid_t driver() {
 
 }  // namespace
 
-herr_t use_tessera_driver(hid_t access, WriteFailure* failure) {
-  const DriverInfo info{failure};
+herr_t use_tessera_driver(hid_t access, WriteFailure* failure, ReadProbe* probe) {
+  const DriverInfo info{failure, probe};
   return driver() < 0 ? -1 : H5Pset_driver(access, driver(), &info);
 }
 

@@ -15,7 +15,15 @@ struct WriteFailure {
   std::uint64_t bytes = 0, offset = 0;
 };
 
-/// Makes `access`, a file access property list, use the driver. `failure` must outlive the file. Returns < 0 on an HDF5 error.
-herr_t use_tessera_driver(hid_t access, WriteFailure* failure);
+/// While `active`, reads of raw data only say where they would read, and deliver nothing. Through 1.10 the library's own functions for finding a
+/// chunk in the file go over all of them each time; reading one goes to it at once.
+struct ReadProbe {
+  bool active = false;
+  haddr_t address = HADDR_UNDEF;
+  std::uint64_t bytes = 0;
+};
+
+/// Makes `access`, a file access property list, use the driver. `failure` and `probe` must outlive the file. Returns < 0 on an HDF5 error.
+herr_t use_tessera_driver(hid_t access, WriteFailure* failure, ReadProbe* probe);
 
 }  // namespace tessera

@@ -128,6 +128,7 @@ struct Hdf5File::Impl {
   std::string path;
   bool writable = false;
   WriteFailure failure;
+  ReadProbe probe;
   Handle file;
   std::string dataset_name;  // the dataset used last stays open, and with it its cache of chunks
   Handle dataset;
@@ -271,7 +272,7 @@ Hdf5File Hdf5File::create(const std::string& path) {
   impl->writable = true;
   const Session session;
   const Handle access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose);
-  const bool ready = access.ok() && use_tessera_driver(access, &impl->failure) >= 0 &&
+  const bool ready = access.ok() && use_tessera_driver(access, &impl->failure, &impl->probe) >= 0 &&
                      H5Pset_libver_bounds(access, H5F_LIBVER_V110, H5F_LIBVER_V110) >= 0 && H5Pset_fclose_degree(access, H5F_CLOSE_STRONG) >= 0;
   const Handle creation(H5Pcreate(H5P_FILE_CREATE), H5Pclose);
   H5Pset_obj_track_times(creation, false);  // equal contents, equal bytes
@@ -292,7 +293,7 @@ Hdf5File Hdf5File::open(const std::string& path) {
   impl->path = path;
   const Session session;
   const Handle access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose);
-  if (access.ok() && use_tessera_driver(access, &impl->failure) >= 0 && H5Pset_fclose_degree(access, H5F_CLOSE_STRONG) >= 0)
+  if (access.ok() && use_tessera_driver(access, &impl->failure, &impl->probe) >= 0 && H5Pset_fclose_degree(access, H5F_CLOSE_STRONG) >= 0)
     impl->file = Handle(H5Fopen(path.c_str(), H5F_ACC_RDONLY, access), H5Fclose);
   if (!impl->file.ok()) {
     const std::string reason = error_text();
@@ -379,13 +380,20 @@ std::optional<Hdf5Placement> Hdf5File::placement(const std::string& name) const 
     if (!out.fletcher32) return {};
   }
   out.piece = chunk;
+  const std::uint64_t bytes = chunk * size + (out.fletcher32 ? 4 : 0);
+  std::vector<std::byte> unused(bytes);
+  ReadProbe& probe = impl_->probe;
   for (hsize_t first = 0; first < out.elements; first += chunk) {
-    unsigned filters_left_out = 0;
-    haddr_t address = HADDR_UNDEF;
-    hsize_t bytes = 0;
-    impl_->check(H5Dget_chunk_info_by_coord(id, &first, &filters_left_out, &address, &bytes) >= 0, name, "chunks cannot be found");
-    if (address == HADDR_UNDEF || filters_left_out != 0 || bytes != chunk * size + (out.fletcher32 ? 4 : 0)) return {};
-    out.offsets.push_back(address);
+    hsize_t stored = 0;
+    impl_->check(H5Dget_chunk_storage_size(id, &first, &stored) >= 0, name, "chunks cannot be found");
+    if (stored != bytes) return {};  // 0: never written
+    std::uint32_t filters_left_out = 0;
+    probe = {true, HADDR_UNDEF, 0};
+    const bool good = H5Dread_chunk(id, H5P_DEFAULT, &first, &filters_left_out, unused.data()) >= 0;
+    probe.active = false;
+    impl_->check(good, name, "chunks cannot be found");
+    if (probe.address == HADDR_UNDEF || probe.bytes != bytes || filters_left_out != 0) return {};
+    out.offsets.push_back(probe.address);
   }
   return out;
 }
