@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <functional>
 #include <new>
 #include <utility>
 #include <vector>
@@ -30,8 +31,6 @@ struct File {
   WriteFailure* failure;
   ReadProbe* probe;
   haddr_t end_of_allocation, end_of_file;
-  dev_t device;
-  ino_t inode;
   std::vector<std::pair<haddr_t, std::vector<char>>> kept;  // writes since the failure, oldest first
 };
 
@@ -70,8 +69,6 @@ H5FD_t* open_file(const char* name, unsigned flags, hid_t access, haddr_t) {
   file->failure = info->failure;
   file->probe = info->probe;
   file->end_of_file = static_cast<haddr_t>(status.st_size);
-  file->device = status.st_dev;
-  file->inode = status.st_ino;
   return &file->base;
 }
 
@@ -82,10 +79,8 @@ herr_t close_file(H5FD_t* base) {
   return 0;
 }
 
-int compare(const H5FD_t* a, const H5FD_t* b) {
-  const auto key = [](const File* f) { return std::pair(f->device, f->inode); };
-  return key(self(a)) < key(self(b)) ? -1 : key(self(b)) < key(self(a)) ? 1 : 0;
-}
+/// No two are the same: the library would let both use the one that was opened first, whose WriteFailure and ReadProbe go with its owner.
+int compare(const H5FD_t* a, const H5FD_t* b) { return std::less<>()(a, b) ? -1 : std::less<>()(b, a) ? 1 : 0; }
 
 herr_t query(const H5FD_t*, unsigned long* flags) {
   if (flags)

@@ -353,7 +353,8 @@ Hdf5Info Hdf5File::info(const std::string& name) const {
 }
 
 std::optional<Hdf5Placement> Hdf5File::placement(const std::string& name) const {
-  constexpr std::uint64_t kPiece = 16 << 10;  // elements, of a dataset that lies in one
+  constexpr std::uint64_t kPiece = 16 << 10;      // elements, of a dataset that lies in one
+  constexpr std::uint64_t kMostPiece = 64 << 20;  // bytes; larger ones are not for reading at random
   const Session session;
   const hid_t id = impl_->open(name);
   const Handle type(H5Dget_type(id), H5Tclose), properties(H5Dget_create_plist(id), H5Pclose);
@@ -381,6 +382,7 @@ std::optional<Hdf5Placement> Hdf5File::placement(const std::string& name) const 
   }
   out.piece = chunk;
   const std::uint64_t bytes = chunk * size + (out.fletcher32 ? 4 : 0);
+  if (bytes > kMostPiece) return {};
   std::vector<std::byte> unused(bytes);
   ReadProbe& probe = impl_->probe;
   for (hsize_t first = 0; first < out.elements; first += chunk) {

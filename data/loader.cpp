@@ -16,8 +16,6 @@
 namespace tessera {
 namespace {
 
-constexpr std::size_t kOpenFiles = 256;  // of one loader
-
 HostBatch make_batch(std::int64_t batch, std::int64_t context) {
   const auto size = static_cast<std::size_t>(batch * context);
   HostBatch out{batch, context, {}, {}, {}, {}, 0};
@@ -87,7 +85,7 @@ struct Loader::Impl {
       : options(o), mixture(weights, static_cast<std::uint64_t>(o.sequences_per_step), o.seed) {}
 
   void add(const DatasetInfo& info, const SplitInfo& split) {
-    const std::size_t open_files = std::max<std::size_t>(8, kOpenFiles / mixture.parts());
+    const std::size_t open_files = std::max<std::size_t>(1, static_cast<std::size_t>(options.open_files) / mixture.parts());
     const std::uint64_t seed = parts.empty() ? options.seed : options.seed + scramble(parts.size());  // orders of their own
     TokenReader reader(info, split, open_files);
     const Sampler sampler(reader.size(), static_cast<std::uint64_t>(options.context), static_cast<std::uint64_t>(options.sequences_per_step), seed);
@@ -141,8 +139,10 @@ struct Loader::Impl {
 namespace {
 
 void check(const LoaderOptions& o) {
-  if (o.context < 1 || o.micro_batch < 1 || o.sequences_per_step < 1 || o.ranks < 1 || o.rank < 0 || o.rank >= o.ranks || o.prefetch < 1)
-    throw std::invalid_argument("Loader: context, micro_batch, sequences_per_step, ranks and prefetch must be at least 1, and 0 <= rank < ranks");
+  if (o.context < 1 || o.micro_batch < 1 || o.sequences_per_step < 1 || o.ranks < 1 || o.rank < 0 || o.rank >= o.ranks || o.prefetch < 1 ||
+      o.open_files < 1)
+    throw std::invalid_argument(
+        "Loader: context, micro_batch, sequences_per_step, ranks, prefetch and open_files must be at least 1, and 0 <= rank < ranks");
   if (o.sequences_per_step % (o.micro_batch * o.ranks) != 0)
     throw std::invalid_argument(
         fmt::format("{} sequences a step cannot be divided into micro-batches of {} on {} ranks; make tokens_per_step a "

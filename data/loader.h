@@ -28,7 +28,8 @@ struct LoaderOptions {
   int rank = 0, ranks = 1;              // rank r takes sequences [r*S/ranks, (r+1)*S/ranks) of a step
   std::uint64_t seed = 0;
   std::uint64_t first_step = 0;
-  int prefetch = 4;  // HostBatches held ready
+  int prefetch = 4;      // HostBatches held ready
+  int open_files = 256;  // shards held open, of all datasets together; at least one of each
 };
 
 /// One of the datasets that a run trains on, and its weight beside the others.

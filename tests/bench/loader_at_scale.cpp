@@ -4,7 +4,9 @@
 //                                                  tessera prepare --input DIR --tokenizer bytes --validation-fraction 0 --output DATA
 //   tessera_bench_loader check DATA RANKS...       one epoch of DATA, begun on the first number of simulated ranks and gone on with, after as many
 //                                                  steps each, on the next ones; all tokens, targets and document starts are compared
-//   tessera_bench_loader speed DATA RANKS          the same batches without looking into them
+//   tessera_bench_loader speed DATA RANKS...       the same batches without looking into them
+//   tessera_bench_loader seek DATA TIMES           DATA's shards TIMES over as one corpus: starts at its first, middle and last steps, each compared
+//                                                  with the sampler
 //
 // Prints tokens/s, the time to the first batch after each start, and the peak of resident memory.
 
@@ -50,6 +52,7 @@ std::vector<std::unique_ptr<Loader>> start(const DatasetInfo& info, int ranks, s
     o.seed = 7;
     o.first_step = first_step;
     o.prefetch = 2;
+    o.open_files = std::max(8, 256 / ranks);  // all are in this process
     loaders.push_back(std::make_unique<Loader>(info, info.train, o));
   }
   return loaders;
@@ -95,6 +98,41 @@ void run(const std::string& folder, const std::vector<int>& ranks, bool check) {
   fmt::print("every sequence of the epoch came once, each token, target and document start as written\n");
 }
 
+void seek(const std::string& folder, std::uint64_t times) {
+  DatasetInfo info = read_dataset(folder);
+  const std::uint64_t period = info.train.tokens;
+  const std::vector<ShardInfo> once = info.train.shards;
+  for (std::uint64_t i = 1; i < times; ++i) info.train.shards.insert(info.train.shards.end(), once.begin(), once.end());
+  info.train.tokens *= times;
+  const Sampler sampler(info.train.tokens, kContext, kPerStep, 7);
+  const std::uint64_t steps = sampler.sequences() / kPerStep;
+  fmt::print("{} tokens in {} shards: {} sequences of {} an epoch, {} steps\n", info.train.tokens, info.train.shards.size(), sampler.sequences(),
+             kContext, steps);
+  for (const std::uint64_t first : {std::uint64_t{0}, steps / 2, steps - 2, 1000 * steps}) {
+    const Clock::time_point begin = Clock::now();
+    const auto loaders = start(info, 1, first);
+    double first_batch = 0;
+    std::uint64_t furthest = 0;
+    for (std::uint64_t number = 0; number < 2 * kPerStep;) {
+      const HostBatch& batch = loaders[0]->next();
+      if (first_batch == 0) first_batch = seconds_since(begin);
+      for (std::int64_t row = 0; row < batch.batch; ++row, ++number) {
+        const auto of_row = [&](const std::vector<std::int32_t>& all) {
+          return std::span(all).subspan(static_cast<std::size_t>(row * kContext), kContext);
+        };
+        const std::uint64_t wanted = sampler.first_token(first * kPerStep + number);
+        furthest = std::max(furthest, wanted);
+        if (wanted % period + kContext >= period) continue;  // over the seam
+        const std::uint64_t place = place_of(of_row(batch.token), kEndOfText);
+        if (place != wanted % period) throw std::runtime_error(fmt::format("step {}: token {} came, expected {}", first, place, wanted % period));
+        check_sequence(place, kEndOfText, of_row(batch.token), of_row(batch.target), of_row(batch.document_start));
+      }
+    }
+    fmt::print("from step {:>9}: first batch after {:.1f} ms, two steps after {:.0f} ms; the furthest token was {}; peak memory {:.0f} MiB\n", first,
+               1e3 * first_batch, 1e3 * seconds_since(begin), furthest, peak_mib());
+  }
+}
+
 }  // namespace
 }  // namespace tessera
 
@@ -106,8 +144,10 @@ int main(int argc, char** argv) try {
     std::vector<int> ranks;
     for (std::size_t i = 2; i < arguments.size(); ++i) ranks.push_back(std::stoi(arguments[i]));
     tessera::run(arguments[1], ranks, arguments[0] == "check");
+  } else if (arguments.size() == 3 && arguments[0] == "seek") {
+    tessera::seek(arguments[1], std::stoull(arguments[2]));
   } else {
-    fmt::print(stderr, "write DIR TOKENS FILES | check DATA RANKS... | speed DATA RANKS...\n");
+    fmt::print(stderr, "write DIR TOKENS FILES | check DATA RANKS... | speed DATA RANKS... | seek DATA TIMES\n");
     return 2;
   }
   return 0;

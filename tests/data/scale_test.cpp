@@ -44,6 +44,7 @@ TEST_F(LoaderAtScale, EveryPositionOfAnEpochOnceOverResumesAndRanks) {
       o.seed = 11;
       o.first_step = first_step;
       o.prefetch = 2;
+      o.open_files = 8;  // 64 ranks in one process: a process may often have 1024
       loaders.push_back(std::make_unique<Loader>(info, info.train, o));
     }
     for (std::uint64_t step = first_step; step < (start + 1 < starts.size() ? starts[start + 1].second : steps); ++step)

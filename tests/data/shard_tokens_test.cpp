@@ -5,6 +5,7 @@
 #include <hdf5.h>
 #include <sys/stat.h>
 
+#include <memory>
 #include <random>
 
 #include "data/files.h"
@@ -155,6 +156,20 @@ TEST_F(ShardTokensTest, CutShortWhileOpen) {
   EXPECT_NE(message_of([&] { shard.read(9000, out); }).find(path + ": cannot be opened"), std::string::npos);
   chunked<std::uint16_t>();
   expect_all(shard);
+}
+
+// The library would share what it knows of a file between all who open it, also with those who have closed it since.
+TEST_F(ShardTokensTest, ManyMayHaveTheSameFileOpen) {
+  chunked<std::uint16_t>();
+  auto first = std::make_unique<Hdf5File>(Hdf5File::open(path));
+  const Hdf5File second = Hdf5File::open(path);
+  const auto expected = first->placement("tokens");
+  ASSERT_TRUE(expected);
+  ASSERT_TRUE(second.placement("tokens"));
+  EXPECT_EQ(second.placement("tokens")->offsets, expected->offsets);
+  first.reset();
+  EXPECT_EQ(second.placement("tokens")->offsets, expected->offsets);
+  EXPECT_EQ(second.read<std::int32_t>("tokens"), tokens);
 }
 
 TEST_F(ShardTokensTest, TokensOutsideTheVocabulary) {

@@ -93,6 +93,11 @@ TEST_F(MixRunTest, TrainsTheSameOnAnyNumberOfRanksAndAfterResuming) {
   EXPECT_EQ(checkpoint["path"], "data, more");
   EXPECT_EQ(checkpoint["mix"][1]["share"], 0.25);
 
+  const Result samples = tessera("inspect more --samples 2 --seed 3 --json");
+  ASSERT_EQ(samples.code, 0) << samples;
+  EXPECT_EQ(Json::parse(samples.output)["samples"]["validation"].size(), 2u);
+  EXPECT_EQ(tessera("inspect runs/a --samples 2").code, 2);
+
   // Data may move, and nothing else about it may change.
   ASSERT_EQ(shell("mv more moved").code, 0);
   const std::string more = "--set run.dir=runs/a --set train.steps=26 --resume";
