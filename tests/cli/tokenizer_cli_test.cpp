@@ -92,7 +92,7 @@ TEST(TokenizerCommand, Errors) {
   expect_error(run_tessera("tokenizer train --vocabulary 300 --output " + folder / "made/t.json" + " --input " + folder / "none.txt"), 2, "none");
   EXPECT_FALSE(std::filesystem::exists(folder / "made"));
   test::put(folder / "odd.dat", "text of an odd name");
-  expect_error(run_tessera(train + folder / "odd.dat"), 2, "--format txt");
+  expect_error(run_tessera(train + folder / "odd.dat"), 2, "--format (txt");
   EXPECT_EQ(run_tessera(train + folder / "odd.dat" + " --format txt").code, 0);
   expect_error(run_tessera(train + alice, "ulimit -f 1;"), 1, "ulimit -f");
   expect_error(run_tessera("tokenizer encode --tokenizer words " + alice), 2, "gpt2:DIR");
