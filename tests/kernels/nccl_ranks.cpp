@@ -1,8 +1,10 @@
 // The program that nccl_test.cpp starts on several ranks. Its arguments say what to do:
 //   collectives      every collective against closed forms of (rank, index), in place and not, behind and beside operations; errors of the caller
-//   exit, hang, queue   the last rank ends, or sleeps, while the others wait for it in a collective (queue: and have filled the GPU's queue behind
-//   it) throw            the last rank throws while the others wait for it, and main answers with abort(3) patient          operations before a
-//   collective take longer than the deadline, and that is no failure choose           each rank says which GPU it takes
+//   exit, hang       the last rank ends, or sleeps, while the others wait for it in a collective
+//   queue            as hang, and the others have filled the GPU's queue behind it
+//   throw            the last rank throws while the others wait for it, and main answers with abort(3)
+//   patient          operations before a collective take longer than the deadline, and that is no failure
+//   choose           each rank says which GPU it takes
 // followed by: the deadline in seconds, and "share" if ranks may share a GPU.
 
 #include <cuda_runtime_api.h>
