@@ -209,6 +209,7 @@ void Gpt::forward_backward(const Batch& batch, float gradient_scale) {
 }
 
 void Gpt::set_hooks(Hooks hooks) { impl_->hooks = std::move(hooks); }
+void Gpt::set_visit(Visit visit) { impl_->visit = visit; }
 
 std::vector<float> Gpt::next_logits(std::span<const std::int32_t> tokens) {
   const ModelConfig& config = impl_->config;

@@ -79,6 +79,7 @@ class Gpt {
   /// As forward, and adds gradient_scale * d(sum of losses)/d(parameters) to gradients(). Needs training.
   void forward_backward(const Batch& batch, float gradient_scale);
   void set_hooks(Hooks hooks);  // empty functions: none
+  void set_visit(Visit visit);  // of the passes from here on, instead of attention.visit: the same bits
   Tensor losses() const;
   Tensor predictions() const;  // i32 [B*T], after forward(batch, true)
 

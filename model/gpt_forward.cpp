@@ -46,7 +46,7 @@ AttentionForward Gpt::Impl::attention(int layer, const Batch& batch) const {
   AttentionForward a;
   a.shape = {B, H, T, D};
   a.math = math;
-  a.visit = config.attention.visit;
+  a.visit = visit;
   a.tiles = device_tiles[layer].get();
   a.q = packed_heads(qkv, 0, T, C, D);
   a.k = packed_heads(qkv, 1, T, C, D);

@@ -85,6 +85,7 @@ struct Gpt::Impl {
   std::vector<std::shared_ptr<const DeviceTiles>> device_tiles;  // a layer; empty until bind()
   ModelTensors w, d;                                             // parameters and gradients by name
   Hooks hooks;
+  Visit visit = config.attention.visit;
   std::int64_t B = 0, T = 0, N = 0;  // of the current batch
 };
 

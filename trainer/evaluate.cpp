@@ -1,10 +1,15 @@
 #include "trainer/evaluate.h"
 
+#include <fmt/core.h>
+
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <numbers>
+#include <stdexcept>
 
 #include "trainer/collective.h"
 
@@ -27,6 +32,7 @@ Evaluation mixed(std::span<const Evaluation> parts, std::span<const double> shar
     all.sequences += e.sequences;
     all.sequence_tokens = std::max(all.sequence_tokens, e.sequence_tokens);
     all.seconds += e.seconds;
+    all.compared += e.compared;
     all.counters.resize(e.counters.size());
     for (std::size_t c = 0; c < e.counters.size(); ++c) all.counters[c] += e.counters[c];
   }
@@ -48,19 +54,58 @@ Evaluator::Evaluator(const DatasetInfo& info, const SplitInfo& split, const Toke
   }
 }
 
-Evaluation Evaluator::run(Gpt& model, Ops& ops, Communicator& host, const BatchBuffer& buffer, std::int64_t batches) {
+/// After model.forward(batch), which visited every tile and found `losses`, with counters that were zero before: the same, skipping. The counters
+/// stay those of one pass.
+void Evaluator::compare_skipping(Gpt& model, Ops& ops, const Batch& batch, std::int64_t first, std::span<const float> losses) const {
+  const auto counters_now = [&] {
+    std::vector<std::uint64_t> counters(static_cast<std::size_t>(model.counters().numel()));
+    ops.download(counters.data(), model.counters());
+    return counters;
+  };
+  const auto counters = counters_now();
+  model.zero_counters();
+  model.set_visit(Visit::active);
+  model.forward(batch);
+  model.set_visit(Visit::all);
+  std::vector<float> skipped(losses.size());
+  ops.download(skipped.data(), model.losses().slice(0, static_cast<std::int64_t>(losses.size())));
+  for (std::size_t i = 0; i < losses.size(); ++i) {
+    if (std::bit_cast<std::uint32_t>(losses[i]) == std::bit_cast<std::uint32_t>(skipped[i])) continue;
+    const auto at = static_cast<std::int64_t>(i);
+    throw std::runtime_error(
+        fmt::format("skipping changed a loss: sequence {}, token {}: {:.9g} with every tile visited, {:.9g} with the active ones",
+                    first + at / context_, at % context_, losses[i], skipped[i]));
+  }
+  if (counters_now() != counters)
+    throw std::runtime_error(
+        fmt::format("skipping changed the counts of edges and tiles, in the micro-batch of sequence {} (the losses are the same)", first));
+}
+
+Evaluation Evaluator::run(Gpt& model, Ops& ops, Communicator& host, const BatchBuffer& buffer, std::int64_t batches, Skipping skipping) {
   const auto start = std::chrono::steady_clock::now();
   const std::int64_t count = batches > 0 ? std::min(batches, this->batches()) : this->batches();
   const std::int64_t sequences = std::min(sequences_, count * micro_batch_);
   std::vector<double> sums(static_cast<std::size_t>(3 * sequences));  // a sequence: nats, tokens, bytes
+  const bool compares = skipping == Skipping::compare;
+  if (compares) model.set_visit(Visit::all);
+  std::vector<std::uint64_t> counters(static_cast<std::size_t>(model.counters().numel())), found(counters.size());
+  std::uint64_t compared = 0;
   model.zero_counters();
   std::vector<float> losses;
   for (std::int64_t b = count * host.rank() / host.size(); b < count * (host.rank() + 1) / host.size(); ++b) {
     const std::int64_t first = b * micro_batch_;
     const HostBatch batch = read_sequences(reader_, first, std::min(micro_batch_, sequences - first), context_);
-    model.forward(buffer.upload(ops, batch));
+    const Batch on_device = buffer.upload(ops, batch);
+    model.forward(on_device);
     losses.resize(batch.target.size());
     ops.download(losses.data(), model.losses().slice(0, batch.batch * batch.tokens));
+    if (compares) {
+      compare_skipping(model, ops, on_device, first, losses);
+      compared += losses.size();
+      ops.download(found.data(), model.counters());
+      std::ranges::transform(counters, found, counters.begin(), std::plus());
+      model.zero_counters();
+    }
     for (std::size_t i = 0; i < losses.size(); ++i) {
       if (batch.target[i] < 0) continue;
       double* sum = &sums[3 * (first + static_cast<std::int64_t>(i) / batch.tokens)];
@@ -83,9 +128,11 @@ Evaluation Evaluator::run(Gpt& model, Ops& ops, Communicator& host, const BatchB
   const double none = std::numeric_limits<double>::quiet_NaN();
   e.loss = e.tokens > 0 ? nats / static_cast<double>(e.tokens) : none;
   e.bits_per_byte = e.bytes > 0 ? nats / std::numbers::ln2 / static_cast<double>(e.bytes) : none;
-  e.counters.resize(static_cast<std::size_t>(model.counters().numel()));
-  ops.download(e.counters.data(), model.counters());
-  all_reduce_sum(host, e.counters);
+  if (!compares) ops.download(counters.data(), model.counters());
+  all_reduce_sum(host, counters);
+  all_reduce_sum(host, {&compared, 1});
+  e.counters = std::move(counters);
+  e.compared = compared;
   model.zero_counters();
   e.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return e;

@@ -23,12 +23,16 @@ struct Evaluation {
   std::int64_t sequences = 0, sequence_tokens = 0;
   double seconds = 0;
   std::vector<std::uint64_t> counters;  // [layers, heads, kAttentionCounters], of all ranks
+  std::uint64_t compared = 0;           // losses that skipping was seen not to change (Skipping::compare)
   double perplexity() const;
 };
 
 /// The loss on the mixture of several datasets, in which dataset i has `shares[i]` of the tokens: of those that were evaluated (others have no
 /// tokens). Tokens, bytes, sequences, counters and seconds are sums; one alone stays as it is.
 Evaluation mixed(std::span<const Evaluation> parts, std::span<const double> shares);
+
+/// Whether losses are computed once, as the model's attention.visit says, or twice, visiting every tile and only the active ones.
+enum class Skipping { as_configured, compare };
 
 /// Evaluates one split. Holds the reader and the byte length of every token, so it can be used again during a run.
 class Evaluator {
@@ -39,10 +43,13 @@ class Evaluator {
   /// Micro-batches that the split holds: 0 when it has no two tokens.
   std::int64_t batches() const { return (sequences_ + micro_batch_ - 1) / micro_batch_; }
   /// The first `batches` micro-batches (0: all). The model's counters are zero afterwards. Each rank computes on its own device; `host` adds up what
-  /// they found. Collective.
-  Evaluation run(Gpt& model, Ops& ops, Communicator& host, const BatchBuffer& buffer, std::int64_t batches);
+  /// they found. Skipping::compare throws std::runtime_error at the first loss or counter whose bits differ, naming its place. Collective.
+  Evaluation run(Gpt& model, Ops& ops, Communicator& host, const BatchBuffer& buffer, std::int64_t batches,
+                 Skipping skipping = Skipping::as_configured);
 
  private:
+  void compare_skipping(Gpt& model, Ops& ops, const Batch& batch, std::int64_t first, std::span<const float> losses) const;
+
   TokenReader reader_;
   std::vector<std::uint32_t> token_bytes_;
   std::int64_t context_, micro_batch_, sequences_;

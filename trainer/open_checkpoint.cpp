@@ -2,6 +2,7 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "trainer/collective.h"
@@ -27,6 +28,7 @@ OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, const Options& 
     config = parse_config(info.config, info.directory + "/model.h5", {});
     resolve_vocabulary(config, info.dataset.vocabulary, info.directory);
     config.parallel.share_gpu = true;  // nothing here is exchanged between GPUs
+    set_batch(use, o);
     if (!o.visit.empty()) config.model.attention.visit = o.visit == "all" ? Visit::all : Visit::active;
     tokenizer = load_own_tokenizer(info.directory);
     if (tokenizer->hash() != info.dataset.tokenizer_hash)
@@ -37,10 +39,11 @@ OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, const Options& 
   ops = make_ops(config.device, o.threads, config.parallel, host);
   agree(host, [&] {
     Gpt::Options options;
-    options.micro_batch = use == Use::evaluate ? config.train.micro_batch : 1;
+    options.micro_batch = micro_batch;
+    options.tokens = context;
     options.training = false;
     model = std::make_unique<Gpt>(config.model, *ops, plan, options);
-    if (use == Use::evaluate) batch = std::make_unique<BatchBuffer>(plan, config.train.micro_batch, config.model.context);
+    if (use == Use::evaluate) batch = std::make_unique<BatchBuffer>(plan, micro_batch, context);
   });
   if (host.size() > 1) check_memory(host, *ops, plan.total_bytes());  // alone, allocate() itself looks
   agree(host, [&] {
@@ -48,6 +51,20 @@ OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, const Options& 
     model->bind();
     load_model(info.directory, *model, *ops);
   });
+}
+
+void OpenCheckpoint::set_batch(Use use, const Options& o) {
+  ModelConfig& m = config.model;
+  const std::int64_t trained = m.context;
+  context = trained;
+  micro_batch = 1;
+  if (use == Use::generate) return;
+  if (o.context > 0) context = o.context;
+  if (context > trained && m.positions == Positions::learned)
+    throw ConfigError(fmt::format("--context {}: {} has learned positions for {} tokens: at most that", context, info.directory, trained));
+  m.context = std::max(context, trained);
+  micro_batch =
+      o.micro_batch > 0 ? o.micro_batch : std::clamp<std::int64_t>(config.train.micro_batch * trained / context, 1, config.train.micro_batch);
 }
 
 void OpenCheckpoint::choose_device(const std::string& wanted, Communicator& host) {

@@ -24,6 +24,10 @@ struct OpenCheckpoint {
     int threads = 0;     // of the CPU
     std::string visit;   // "all", "active", or "" as configured
     std::string device;  // "cpu", "cuda", or "" as configured where this process has that, else the cpu, with a notice
+    /// Use::evaluate: tokens a sequence; 0: model.context. More than that only where positions are not learned.
+    std::int64_t context = 0;
+    /// Use::evaluate: sequences at once; 0: train.micro_batch, or fewer where `context` is longer than in training: about as many tokens.
+    std::int64_t micro_batch = 0;
   };
   /// `path`: see resolve_checkpoint(). Throws std::invalid_argument when it is no checkpoint or its device is not here, std::runtime_error naming the
   /// file when it is damaged. Collective: each rank of `host` has a model of its own; ranks share GPUs where there are fewer.
@@ -36,9 +40,11 @@ struct OpenCheckpoint {
   std::unique_ptr<Ops> ops;
   MemoryPlan plan;
   std::unique_ptr<Gpt> model;
-  std::unique_ptr<BatchBuffer> batch;  // Use::evaluate
+  std::unique_ptr<BatchBuffer> batch;  // Use::evaluate: [micro_batch, context]
+  std::int64_t micro_batch = 0, context = 0;
 
  private:
+  void set_batch(Use use, const Options& o);
   void choose_device(const std::string& wanted, Communicator& host);
 };
 

@@ -390,7 +390,10 @@ void Trainer::log(std::int64_t t, const StepReport& r, const AttentionCounts& co
   row["data_wait_share"] = std::min(1.0, r.data_wait / r.seconds);
   row["skipped"] = r.skipped;
   row["skipped_total"] = position_.skipped;
-  if (const std::size_t used = t == first_step_ + 1 ? device_memory_used(device_->ops()) : 0; used > 0) row["memory_bytes"] = used;
+  if (t == first_step_ + 1) {
+    row["planned_bytes"] = planned_bytes();
+    if (const std::size_t used = device_memory_used(device_->ops()); used > 0) row["memory_bytes"] = used;
+  }
   if (due(config_.log.heads_every, t)) {
     row["active_share"] = counts.active_share();
     row.update(head_values());

@@ -14,7 +14,7 @@ namespace {
 using Json = nlohmann::json;
 
 const std::string kTiny = TESSERA_CONFIGS "/tiny.yaml";
-constexpr const char* kCommands[] = {"prepare", "tokenizer", "train", "eval", "generate", "inspect", "plan", "config", "attention", "bench"};
+constexpr const char* kCommands[] = {"prepare", "tokenizer", "train", "eval", "generate", "compare", "inspect", "plan", "config", "attention", "bench"};
 
 bool has(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 

@@ -1,5 +1,7 @@
 // tessera train, eval, generate and inspect, as a user runs them.
 
+#include <fmt/core.h>
+
 #include <csignal>
 
 #include "tests/trainer/run_support.h"
@@ -119,7 +121,11 @@ TEST_F(RunTest, EvalGivesTheSameNumberOnAnyNumberOfRanks) {
   };
   const Json one = numbers(tessera("eval runs/a --data data --json --threads 1"));
   for (const int ranks : {2, 3}) EXPECT_EQ(numbers(tessera_on(ranks, "eval runs/a --data data --json --threads 1")).dump(), one.dump()) << ranks;
-  EXPECT_EQ(numbers(tessera("eval runs/a/checkpoints --data data --json --visit all")).dump(), one.dump());
+  Json both = numbers(tessera("eval runs/a/checkpoints --data data --json --visit all"));
+  EXPECT_EQ(both["losses_compared"], one["tokens"]);
+  both["losses_compared"] = 0;
+  EXPECT_EQ(both.dump(), one.dump());
+  EXPECT_TRUE(tessera_on(2, "eval runs/a --data data --visit all").says(fmt::format("changed nothing: {} losses", one["tokens"].dump())));
   EXPECT_EQ(one["layers"].size(), 2u);
   EXPECT_NEAR(one["perplexity"].get<double>(), std::exp(one["loss"].get<double>()), 1e-9);
   // Bytes are tokens here, and only the end-of-text token has none.
@@ -135,6 +141,37 @@ TEST_F(RunTest, EvalGivesTheSameNumberOnAnyNumberOfRanks) {
   EXPECT_GT(guess, 1.0);  // English letters: about 3 nats
   EXPECT_LT(guess, 5.0);
   EXPECT_TRUE(tessera("eval runs/a --data data").says("bits per byte"));
+}
+
+/// A learning rate so small that no parameter moves leaves first values, which do not depend on the context: each model is the other's reference.
+TEST_F(RunTest, EvalAtAnotherContextIsThatOfAModelMadeForIt) {
+  const auto train = [&](const std::string& name, int context, const char* positions) {
+    const Result r = tessera(fmt::format(
+        "train tiny.yaml --set train.steps=1 --set optimizer.lr=1e-30 --set optimizer.warmup=0 --set attention.threshold.mode=fixed --set "
+        "model.context={} --set train.micro_batch=2 --set train.tokens_per_step=128 --set model.positions={} --set run.dir=runs/{}",
+        context, positions, name));
+    ASSERT_EQ(r.code, 0) << r;
+  };
+  const auto eval = [&](const std::string& arguments) {
+    const Result r = tessera("eval runs/" + arguments + " --data data --json --output out.json");
+    EXPECT_EQ(r.code, 0) << r;
+    Json j = Json::parse(read_file(folder / "out.json"));
+    EXPECT_EQ(j.dump(2) + "\n", r.output.substr(r.output.find("{\n")));
+    return std::vector<double>{j["loss"], j["edge_sparsity"], j["tile_skip_rate"], j["sequence_tokens"], j["tokens"]};
+  };
+  for (const char* positions : {"rotary", "learned"}) {
+    train(std::string("short_") + positions, 16, positions);
+    train(std::string("long_") + positions, 32, positions);
+    EXPECT_EQ(eval(fmt::format("long_{} --context 16", positions)), eval(fmt::format("short_{}", positions))) << positions;
+  }
+  EXPECT_EQ(eval("short_rotary --context 32 --micro-batch 3"), eval("long_rotary"));
+  EXPECT_EQ(eval("short_rotary --context 32 --visit all"), eval("long_rotary"));
+  const Result refused = tessera("eval runs/short_learned --data data --context 17");
+  EXPECT_EQ(refused.code, 2) << refused;
+  EXPECT_TRUE(refused.says("learned positions for 16 tokens")) << refused;
+  const Result nowhere = tessera("eval runs/short_learned --data data --output nowhere/x.json");
+  EXPECT_EQ(nowhere.code, 2) << nowhere;
+  EXPECT_TRUE(nowhere.says("there is no folder nowhere")) << nowhere;
 }
 
 TEST_F(RunTest, GeneratesTheSameTextForTheSameSeed) {

@@ -2,10 +2,12 @@
 
 #include <fmt/core.h>
 
+#include <filesystem>
 #include <iostream>
 #include <memory>
 #include <string>
 
+#include "data/files.h"
 #include "trainer/collective.h"
 #include "trainer/commands/commands.h"
 #include "trainer/evaluate.h"
@@ -19,7 +21,7 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 struct Options {
-  std::string checkpoint, data, split = "validation";
+  std::string checkpoint, data, split = "validation", output;
   std::int64_t batches = 0;
   OpenCheckpoint::Options open;
   bool json = false;
@@ -53,6 +55,7 @@ Json to_json(const Evaluation& e, const OpenCheckpoint& c, const DatasetInfo& da
           {"empty_row_share", all.empty_rows},
           {"device", c.ops->device_name()},
           {"visit", a.visit == Visit::all ? "all" : "active"},
+          {"losses_compared", e.compared},
           {"layers", layers},
           {"seconds", e.seconds}};
 }
@@ -72,6 +75,9 @@ void print(const Json& r) {
   shares("all layers", r);
   for (const Json& layer : r["layers"]) shares(fmt::format("  layer {}", layer["layer"].get<int>()), layer);
   fmt::print("tiles           {} queries x {} keys\n", r["tile"][0].get<int>(), r["tile"][1].get<int>());
+  if (const auto compared = r["losses_compared"].get<std::uint64_t>(); compared > 0)
+    fmt::print("skipping        changed nothing: {} losses, computed with every tile and with the active ones only, are equal to the bit\n",
+               compared);
 }
 
 /// Of several datasets: each, and the loss on their mixture.
@@ -95,7 +101,11 @@ void eval(const Options& o, Communicator& comm) {
   OpenCheckpoint::Options options = o.open;
   options.threads = threads_for_rank(comm, o.open.threads);
   TrainingData data;
-  if (!o.data.empty()) agree(comm, [&] { data.parts.push_back({open_data(o.data, "--data"), 1}); });
+  agree(comm, [&] {
+    if (!o.data.empty()) data.parts.push_back({open_data(o.data, "--data"), 1});
+    if (const auto folder = std::filesystem::path(o.output).parent_path(); !folder.empty() && !std::filesystem::is_directory(folder))
+      throw ConfigError(fmt::format("--output {}: there is no folder {}", o.output, folder.string()));
+  });
   const OpenCheckpoint open(o.checkpoint, OpenCheckpoint::Use::evaluate, options, comm);
   agree(comm, [&] {
     if (o.data.empty()) data = open_training_data(open.config.data);
@@ -106,26 +116,28 @@ void eval(const Options& o, Communicator& comm) {
                       "checkpoint's own: --tokenizer bpe:{}/tokenizer.json",
                       data.names(), first.tokenizer_name, first.tokenizer_hash.substr(0, 12), open.info.directory, open.info.dataset.tokenizer_name,
                       open.info.dataset.tokenizer_hash.substr(0, 12), open.info.directory));
-    const Config& c = open.config;
     for (const MixPart& part : data.parts) {
       const SplitInfo& split = o.split == "train" ? part.data.train : part.data.validation;
-      evaluators.emplace_back(part.data, split, *open.tokenizer, c.model.context, c.train.micro_batch);
+      evaluators.emplace_back(part.data, split, *open.tokenizer, open.context, open.micro_batch);
       if (evaluators.back().batches() == 0) throw ConfigError(fmt::format("{}: split {} holds no text to evaluate", part.data.directory, o.split));
     }
   });
   if (comm.rank() == 0 && !open.notice.empty()) fmt::print(stderr, "tessera: note: {}\n", open.notice);
+  const Skipping skipping = o.open.visit == "all" ? Skipping::compare : Skipping::as_configured;
   std::vector<Evaluation> found;
   std::vector<Json> results;
   std::vector<double> shares;
   for (std::size_t i = 0; i < evaluators.size(); ++i) {
-    found.push_back(evaluators[i].run(*open.model, *open.ops, comm, *open.batch, o.batches));
+    found.push_back(evaluators[i].run(*open.model, *open.ops, comm, *open.batch, o.batches, skipping));
     results.push_back(to_json(found.back(), open, data.parts[i].data, o.split));
     shares.push_back(data.share(i));
   }
   if (comm.rank() != 0) return;
   const Evaluation all = mixed(found, shares);
+  const Json result = results.size() == 1 ? results[0] : mixture(results, all, data, o.split);
+  if (!o.output.empty()) write_file(o.output, result.dump(2) + "\n");
   if (o.json) {
-    std::cout << (results.size() == 1 ? results[0] : mixture(results, all, data, o.split)).dump(2) << "\n";
+    std::cout << result.dump(2) << "\n";
     return;
   }
   for (std::size_t i = 0; i < results.size(); ++i) {
@@ -148,7 +160,16 @@ void add_eval_command(CLI::App& app) {
       ->type_name("N")
       ->check(CLI::Range(0, 1 << 30))
       ->capture_default_str();
-  command->add_option("--visit", o->open.visit, "Attention tiles to compute: same result, all is slower (default: as in training)")
+  command
+      ->add_option("--context", o->open.context, "Tokens a sequence; more than in training only without learned positions (default: as in training)")
+      ->type_name("N")
+      ->check(CLI::Range(1, 1 << 30));
+  command->add_option("--micro-batch", o->open.micro_batch, "Sequences at once (default: train.micro_batch, or as many fewer as --context is longer)")
+      ->type_name("N")
+      ->check(CLI::Range(1, 1 << 20));
+  command
+      ->add_option("--visit", o->open.visit,
+                   "Attention tiles to compute (default: as in training). all: both ways, to prove that skipping changes no bit of any loss")
       ->check(CLI::IsMember({"all", "active"}));
   command
       ->add_option("--device", o->open.device,
@@ -159,10 +180,12 @@ void add_eval_command(CLI::App& app) {
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
   command->add_flag("--json", o->json, "Print JSON");
+  command->add_option("--output", o->output, "Write the JSON to a file too")->type_name("FILE");
   command->footer(
       "Under mpirun the text is divided among the ranks; the numbers are the same.\n"
       "Example:\n"
-      "  tessera eval runs/mine --data data/mine --split validation --json");
+      "  tessera eval runs/mine --data data/mine --split validation --json\n"
+      "  tessera eval runs/mine --data data/mine --context 4096 --visit all");
   command->callback([o] {
     const auto comm = make_mpi_communicator();
     run_on_ranks(*comm, [&] { eval(*o, *comm); });

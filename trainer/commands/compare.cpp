@@ -1,0 +1,124 @@
+// tessera compare: runs side by side, and beside them the published release that the largest configurations reproduce.
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <cmath>
+#include <iostream>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "trainer/commands/commands.h"
+#include "trainer/progress.h"
+#include "trainer/run_summary.h"
+
+namespace tessera {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+/// What the release's model card states of its model (RRT-355M): 22,000 steps of 524,288 tokens of FineWeb-Edu.
+Json release() {
+  return {{"run", "the release (RRT-355M)"},
+          {"parameters", 354e6},
+          {"tokens", 22000.0 * 524288},
+          {"validation_loss", 2.8001},
+          {"validation", "best, step 21,000; FineWeb-Edu"},
+          {"edge_sparsity", 0.9966},
+          {"core", "0.1558"}};
+}
+
+Json row_of(const RunSummary& s) {
+  Json row = to_json(s);
+  row["run"] = s.directory;
+  return row;
+}
+
+std::string text(const Json& row, const char* key, const char* format) {
+  const auto found = row.find(key);
+  if (found == row.end() || !found->is_number()) return "-";
+  return fmt::format(fmt::runtime(format), found->get<double>());
+}
+std::string count(const Json& row, const char* key) {
+  const auto found = row.find(key);
+  return found == row.end() || !found->is_number() ? "-" : format_count(found->get<double>());
+}
+
+std::vector<std::string> cells(const Json& row) {
+  const auto words = [&](const char* key) { return row.contains(key) && row[key].is_string() ? row[key].get<std::string>() : std::string("-"); };
+  std::string skip = text(row, "tile_skip_rate", "{:.4f}");
+  if (row.contains("tile") && skip != "-") skip += fmt::format(" ({}x{})", row["tile"][0].get<int>(), row["tile"][1].get<int>());
+  std::string memory = "-";
+  if (row.contains("memory_bytes") && row["memory_bytes"].is_number())
+    memory = format_bytes(row["memory_bytes"].get<double>()) + (row["memory_planned"] == true ? " planned" : "");
+  std::string progress = "";
+  if (row.contains("finished") && !row["finished"].get<bool>())
+    progress = fmt::format(" (step {} of {})", row["step"].get<std::int64_t>(), row["steps"].get<std::int64_t>());
+  return {row["run"].get<std::string>() + progress,
+          row.contains("attention") ? row["attention"].get<std::string>() : "-",
+          count(row, "parameters"),
+          count(row, "tokens"),
+          text(row, "validation_loss", "{:.4f}"),
+          words("validation"),
+          text(row, "bits_per_byte", "{:.4f}"),
+          text(row, "edge_sparsity", "{:.4f}"),
+          skip,
+          words("core"),
+          count(row, "tokens_per_s"),
+          memory};
+}
+
+void print(const std::vector<Json>& rows) {
+  std::vector<std::vector<std::string>> table = {{"run", "attention", "parameters", "tokens", "validation loss", "of", "bits/byte", "edges zero",
+                                                  "tiles skipped", "CORE", "tokens/s", "memory a rank"}};
+  for (const Json& row : rows) table.push_back(cells(row));
+  for (const auto& row : table) {
+    std::string line;
+    for (std::size_t c = 0; c < row.size(); ++c) {
+      std::size_t width = 0;
+      for (const auto& other : table) width = std::max(width, other[c].size());
+      line += fmt::format("{:<{}}  ", row[c], width);
+    }
+    while (line.ends_with(' ')) line.pop_back();
+    fmt::print("{}\n", line);
+  }
+  fmt::print(
+      "\nLosses are nats a token of a run's own tokenizer and text: they compare only where both are the same. Edges zero: of the causal edges; "
+      "tiles "
+      "skipped: of the causal tiles of that size.\n");
+}
+
+}  // namespace
+
+void add_compare_command(CLI::App& app) {
+  struct Options {
+    std::vector<std::string> runs;
+    bool json = false, without_release = false;
+  };
+  auto o = std::make_shared<Options>();
+  CLI::App* command = app.add_subcommand("compare", "Runs side by side: losses, sparsity, CORE, speed, memory");
+  command->add_option("RUN", o->runs, "Run folders")->type_name("")->required();
+  command->add_flag("--no-release", o->without_release, "Leave out the row of the published release");
+  command->add_flag("--json", o->json, "Print JSON");
+  command->footer(
+      "A run's own validation is of eval.batches micro-batches. The whole split's, and CORE, are shown where they were saved in the run's folder for "
+      "its\n"
+      "newest checkpoint:\n"
+      "  tessera eval runs/mine --output runs/mine/eval.json\n"
+      "  tessera eval runs/mine --core eval_bundle --output runs/mine/core.json\n"
+      "Example:\n"
+      "  tessera compare runs/mine runs/mine-softmax");
+  command->callback([o] {
+    std::vector<Json> rows;
+    for (const std::string& run : o->runs) rows.push_back(row_of(summarize_run(run)));
+    if (!o->without_release) rows.push_back(release());
+    if (o->json) {
+      std::cout << Json(rows).dump(2) << "\n";
+    } else {
+      print(rows);
+    }
+  });
+}
+
+}  // namespace tessera

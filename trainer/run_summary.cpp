@@ -1,0 +1,153 @@
+#include "trainer/run_summary.h"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <numeric>
+#include <stdexcept>
+
+#include "data/files.h"
+#include "data/json_file.h"
+#include "model/parameters.h"
+#include "trainer/run_folder.h"
+
+namespace tessera {
+namespace fs = std::filesystem;
+using Json = nlohmann::ordered_json;
+namespace {
+
+std::optional<double> number(const Json& row, const char* key) {
+  const auto found = row.find(key);
+  if (found == row.end() || !found->is_number()) return {};
+  return found->get<double>();
+}
+
+std::vector<Json> rows_of(const std::string& path) {
+  std::vector<Json> rows;
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) {
+    Json row = Json::parse(line, nullptr, false);  // the last line of a run that is being written, or was killed, may be half a row
+    if (row.is_object() && row.contains("step")) rows.push_back(std::move(row));
+  }
+  return rows;
+}
+
+/// Mean of the last tenth, median of the last half, of what the rows have under `key`.
+std::vector<double> last_values(const std::vector<Json>& rows, const char* key, std::size_t part) {
+  std::vector<double> values;
+  for (std::size_t i = rows.size() - (rows.size() + part - 1) / part; i < rows.size(); ++i)
+    if (const auto value = number(rows[i], key)) values.push_back(*value);
+  return values;
+}
+
+/// RUN/eval.json or core.json: null when there is none or it is of another step than the newest checkpoint.
+Json result_of(const std::string& file, std::int64_t step) {
+  if (!fs::exists(file)) return nullptr;
+  Json found = parse_json<Json>(read_file(file), file);
+  if (!found.is_object() || !found.contains("step"))
+    throw std::invalid_argument(fmt::format("{}: not what `tessera eval --output` writes; remove it, or run that again", file));
+  return found["step"] == step ? found : Json(nullptr);
+}
+
+}  // namespace
+
+RunSummary summarize_run(const std::string& path) {
+  RunSummary s;
+  s.directory = fs::path(path).lexically_normal().string();
+  while (s.directory.size() > 1 && s.directory.back() == '/') s.directory.pop_back();
+  s.name = fs::path(s.directory).filename().string();
+  const RunFolder folder{s.directory};
+  if (!fs::exists(folder.config())) throw std::invalid_argument(fmt::format("{}: not a run folder: there is no {}", path, folder.config()));
+  s.config = load_config(folder.config(), {});
+  if (s.config.model.vocabulary > 0) {
+    resolve_vocabulary(s.config, s.config.model.vocabulary, folder.config());
+    s.parameters = make_parameter_layout(s.config.model).count;
+  }
+
+  const std::vector<Json> rows = rows_of(folder.metrics());
+  const auto checkpoints = list_checkpoints(folder.checkpoints());
+  const auto newest = std::find_if(checkpoints.rbegin(), checkpoints.rend(), [](const CheckpointEntry& c) { return c.complete; });
+  const std::int64_t saved = newest == checkpoints.rend() ? -1 : newest->step;
+  s.finished = saved >= s.config.train.steps;
+  s.evaluation = result_of(s.directory + "/eval.json", saved);
+  s.core = result_of(s.directory + "/core.json", saved);
+  if (rows.empty()) return s;
+
+  const Json& last = rows.back();
+  s.step = last["step"].get<std::int64_t>();
+  s.tokens = static_cast<std::int64_t>(number(last, "tokens").value_or(0));
+  s.edge_sparsity = number(last, "edge_sparsity").value_or(0);
+  s.tile_skip_rate = number(last, "tile_skip_rate").value_or(0);
+  s.empty_rows = number(last, "empty_row_share").value_or(0);
+  for (const Json& row : rows) {
+    s.seconds += number(row, "step_ms").value_or(0) / 1e3;
+    if (const auto bytes = number(row, "memory_bytes")) {
+      s.memory_bytes = bytes;
+      s.memory_planned = false;
+    } else if (const auto planned = number(row, "planned_bytes"); planned && (!s.memory_bytes || s.memory_planned)) {
+      s.memory_bytes = planned;
+      s.memory_planned = true;
+    }
+    const auto loss = number(row, "validation_loss");
+    if (!loss) continue;
+    s.validation_loss = loss;
+    s.bits_per_byte = number(row, "bits_per_byte");
+    if (!s.best_validation_loss || *loss < *s.best_validation_loss) {
+      s.best_validation_loss = loss;
+      s.best_step = row["step"].get<std::int64_t>();
+    }
+  }
+  if (const auto losses = last_values(rows, "loss", 10); !losses.empty())
+    s.loss = std::accumulate(losses.begin(), losses.end(), 0.0) / static_cast<double>(losses.size());
+  if (auto speeds = last_values(rows, "tokens_per_s", 2); !speeds.empty()) {
+    std::ranges::nth_element(speeds, speeds.begin() + static_cast<std::ptrdiff_t>(speeds.size() / 2));
+    s.tokens_per_s = speeds[speeds.size() / 2];
+  }
+  return s;
+}
+
+/// As the configuration writes it: "softmax", or score, gate and normalizer.
+std::string attention_name(const Config& config) {
+  const Json a = Json::parse(to_json(config)).at("attention");
+  const auto word = [&](const char* key) { return a.at(key).get<std::string>(); };
+  return config.model.attention.gate == Gate::softmax ? "softmax" : fmt::format("{}/{}/{}", word("score"), word("gate"), word("normalizer"));
+}
+
+Json to_json(const RunSummary& s) {
+  const auto or_null = [](const std::optional<double>& value) { return value ? Json(*value) : Json(nullptr); };
+  const AttentionConfig& a = s.config.model.attention;
+  Json row = {{"name", s.name},
+              {"directory", s.directory},
+              {"attention", attention_name(s.config)},
+              {"finished", s.finished},
+              {"step", s.step},
+              {"steps", s.config.train.steps},
+              {"parameters", s.parameters},
+              {"tokens", s.tokens},
+              {"seconds", s.seconds},
+              {"loss", or_null(s.loss)},
+              {"validation_loss", or_null(s.validation_loss)},
+              {"validation", s.validation_loss ? "in the run" : ""},
+              {"bits_per_byte", or_null(s.bits_per_byte)},
+              {"best_validation_loss", or_null(s.best_validation_loss)},
+              {"best_step", s.best_step},
+              {"edge_sparsity", s.edge_sparsity},
+              {"tile_skip_rate", s.tile_skip_rate},
+              {"tile", {a.tile_query, a.tile_key}},
+              {"empty_row_share", s.empty_rows},
+              {"tokens_per_s", or_null(s.tokens_per_s)},
+              {"memory_bytes", or_null(s.memory_bytes)},
+              {"memory_planned", s.memory_planned}};
+  if (const Json& e = s.evaluation; !e.is_null()) {
+    row["validation_loss"] = e.value("loss", Json(nullptr));
+    row["validation"] = fmt::format("{} tokens", e.value("tokens", std::uint64_t{0}));
+    for (const char* key : {"bits_per_byte", "edge_sparsity", "tile_skip_rate", "empty_row_share"})
+      if (e.contains(key)) row[key] = e[key];  // the mixture of several datasets has only the first
+  }
+  if (s.softmax()) row["edge_sparsity"] = row["tile_skip_rate"] = row["empty_row_share"] = nullptr;
+  return row;
+}
+
+}  // namespace tessera
