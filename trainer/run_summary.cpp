@@ -146,6 +146,8 @@ Json to_json(const RunSummary& s) {
     for (const char* key : {"bits_per_byte", "edge_sparsity", "tile_skip_rate", "empty_row_share"})
       if (e.contains(key)) row[key] = e[key];  // the mixture of several datasets has only the first
   }
+  if (const Json& c = s.core; !c.is_null() && c.contains("title") && c.contains("score"))
+    row["core"] = {{"title", c["title"]}, {"score", c["score"].value("bundle_baselines", Json(nullptr))}};
   if (s.softmax()) row["edge_sparsity"] = row["tile_skip_rate"] = row["empty_row_share"] = nullptr;
   return row;
 }

@@ -24,9 +24,9 @@ Json release() {
           {"parameters", 354e6},
           {"tokens", 22000.0 * 524288},
           {"validation_loss", 2.8001},
-          {"validation", "best, step 21,000; FineWeb-Edu"},
+          {"validation", "FineWeb-Edu, step 21,000"},
           {"edge_sparsity", 0.9966},
-          {"core", "0.1558"}};
+          {"core", {{"title", "CORE"}, {"score", 0.1558}}}};
 }
 
 Json row_of(const RunSummary& s) {
@@ -46,12 +46,17 @@ std::string count(const Json& row, const char* key) {
 }
 
 std::vector<std::string> cells(const Json& row) {
-  const auto words = [&](const char* key) { return row.contains(key) && row[key].is_string() ? row[key].get<std::string>() : std::string("-"); };
   std::string skip = text(row, "tile_skip_rate", "{:.4f}");
   if (row.contains("tile") && skip != "-") skip += fmt::format(" ({}x{})", row["tile"][0].get<int>(), row["tile"][1].get<int>());
   std::string memory = "-";
   if (row.contains("memory_bytes") && row["memory_bytes"].is_number())
     memory = format_bytes(row["memory_bytes"].get<double>()) + (row["memory_planned"] == true ? " planned" : "");
+  std::string core = "-";
+  if (row.contains("core") && row["core"].is_object()) {
+    core = text(row["core"], "score", "{:.4f}");
+    if (const std::string title = row["core"].value("title", "CORE"); title.starts_with("CORE ")) core += title.substr(4);  // " (21 of 22)"
+  }
+  const bool partial = row.value("validation", Json()) == "in the run";
   std::string progress = "";
   if (row.contains("finished") && !row["finished"].get<bool>())
     progress = fmt::format(" (step {} of {})", row["step"].get<std::int64_t>(), row["steps"].get<std::int64_t>());
@@ -59,18 +64,17 @@ std::vector<std::string> cells(const Json& row) {
           row.contains("attention") ? row["attention"].get<std::string>() : "-",
           count(row, "parameters"),
           count(row, "tokens"),
-          text(row, "validation_loss", "{:.4f}"),
-          words("validation"),
+          text(row, "validation_loss", "{:.4f}") + (partial ? "*" : ""),
           text(row, "bits_per_byte", "{:.4f}"),
           text(row, "edge_sparsity", "{:.4f}"),
           skip,
-          words("core"),
+          core,
           count(row, "tokens_per_s"),
           memory};
 }
 
 void print(const std::vector<Json>& rows) {
-  std::vector<std::vector<std::string>> table = {{"run", "attention", "parameters", "tokens", "validation loss", "of", "bits/byte", "edges zero",
+  std::vector<std::vector<std::string>> table = {{"run", "attention", "parameters", "tokens", "validation loss", "bits/byte", "edges zero",
                                                   "tiles skipped", "CORE", "tokens/s", "memory a rank"}};
   for (const Json& row : rows) table.push_back(cells(row));
   for (const auto& row : table) {
