@@ -1,4 +1,4 @@
-// tessera eval: the loss of a checkpoint on a split of prepared data, alone or under mpirun.
+// tessera eval: the loss of a checkpoint on a split of prepared data, alone or under mpirun; CORE is in eval_core.cpp.
 
 #include <fmt/core.h>
 
@@ -8,6 +8,7 @@
 
 #include "trainer/collective.h"
 #include "trainer/commands/commands.h"
+#include "trainer/commands/eval_core.h"
 #include "trainer/evaluate.h"
 #include "trainer/host_threads.h"
 #include "trainer/open_checkpoint.h"
@@ -22,6 +23,7 @@ struct Options {
   std::string checkpoint, data, split = "validation";
   std::int64_t batches = 0;
   OpenCheckpoint::Options open;
+  EvalCoreOptions core;
   bool json = false;
 };
 
@@ -140,7 +142,7 @@ void eval(const Options& o, Communicator& comm) {
 
 void add_eval_command(CLI::App& app) {
   auto o = std::make_shared<Options>();
-  CLI::App* command = app.add_subcommand("eval", "Loss, perplexity, bits per byte and sparsity of a checkpoint on prepared data");
+  CLI::App* command = app.add_subcommand("eval", "Loss, perplexity, bits per byte and sparsity of a checkpoint on prepared data, or its CORE");
   command->add_option("CHECKPOINT", o->checkpoint, "A step folder, or a run folder (its newest checkpoint)")->type_name("")->required();
   command->add_option("--data", o->data, "Folder that tessera prepare wrote (default: what the checkpoint was trained on)")->type_name("DIR");
   command->add_option("--split", o->split, "Which part of it")->check(CLI::IsMember({"train", "validation"}))->capture_default_str();
@@ -158,14 +160,21 @@ void add_eval_command(CLI::App& app) {
       ->type_name("N")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
+  add_eval_core_options(*command, o->core);
   command->add_flag("--json", o->json, "Print JSON");
   command->footer(
       "Under mpirun the text is divided among the ranks; the numbers are the same.\n"
-      "Example:\n"
-      "  tessera eval runs/mine --data data/mine --split validation --json");
+      "Examples:\n"
+      "  tessera eval runs/mine --data data/mine --split validation --json\n"
+      "  tessera eval runs/mine --core eval_bundle --tasks hellaswag,lambada_openai --limit 200");
   command->callback([o] {
     const auto comm = make_mpi_communicator();
-    run_on_ranks(*comm, [&] { eval(*o, *comm); });
+    run_on_ranks(*comm, [&] {
+      if (o->core.bundle.empty())
+        eval(*o, *comm);
+      else
+        eval_core(o->checkpoint, o->core, o->open, o->json, *comm);
+    });
   });
 }
 
