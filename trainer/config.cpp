@@ -54,13 +54,7 @@ class Assembly {
   Config config;
 
   void load_text(const std::string& text, const std::string& origin) {
-    check_text(text, origin);
-    std::vector<YAML::Node> documents;
-    try {
-      documents = YAML::LoadAll(text);
-    } catch (const YAML::Exception& e) {
-      throw ConfigError(fmt::format("{}: this is not YAML: {}", place_of(origin, e.mark), why(e)));
-    }
+    const std::vector<YAML::Node> documents = load_yaml(text, origin);
     if (documents.empty() || (documents.size() == 1 && documents[0].IsNull()))
       throw ConfigError(
           fmt::format("{}: there is no configuration in it; expected keys like train: {{steps: 1000}} ({{}} alone for all defaults)", origin));
@@ -179,6 +173,15 @@ void write_section(const Json& tree, const std::string& path, int indent, std::s
 }
 
 }  // namespace
+
+std::vector<YAML::Node> load_yaml(const std::string& text, const std::string& origin) {
+  check_text(text, origin);
+  try {
+    return YAML::LoadAll(text);
+  } catch (const YAML::Exception& e) {
+    throw ConfigError(fmt::format("{}: this is not YAML: {}", place_of(origin, e.mark), why(e)));
+  }
+}
 
 Config load_config(const std::string& file, const std::vector<std::string>& sets) {
   Assembly assembly;

@@ -11,26 +11,26 @@ namespace tessera {
 namespace {
 
 /// Open MPI gives each rank's output a pseudo-terminal whether or not mpirun's own output is one, so ask about mpirun's.
-bool launcher_on_terminal() {
-  const int out = open(fmt::format("/proc/{}/fd/1", getppid()).c_str(), O_WRONLY | O_NOCTTY | O_CLOEXEC);
+bool launcher_on_terminal(int descriptor) {
+  const int out = open(fmt::format("/proc/{}/fd/{}", getppid(), descriptor).c_str(), O_WRONLY | O_NOCTTY | O_CLOEXEC);
   if (out < 0) return false;
   const bool terminal = isatty(out);
   close(out);
   return terminal;
 }
 
-std::size_t terminal_width() {
+std::size_t terminal_width(int descriptor) {
   winsize size = {};
-  return ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 20 ? size.ws_col : 120;
+  return ioctl(descriptor, TIOCGWINSZ, &size) == 0 && size.ws_col > 20 ? size.ws_col : 120;
 }
 
 }  // namespace
 
-Console::Mode Console::mode_for(int rank) {
+Console::Mode Console::mode_for(int rank, std::FILE* out) {
   if (rank != 0) return Mode::silent;
   const char* term = std::getenv("TERM");
-  if (!isatty(STDOUT_FILENO) || (term && std::string(term) == "dumb")) return Mode::plain;
-  if (std::getenv("OMPI_COMM_WORLD_RANK") && !launcher_on_terminal()) return Mode::plain;
+  if (!isatty(fileno(out)) || (term && std::string(term) == "dumb")) return Mode::plain;
+  if (std::getenv("OMPI_COMM_WORLD_RANK") && !launcher_on_terminal(fileno(out))) return Mode::plain;
   return Mode::live;
 }
 
@@ -39,18 +39,17 @@ Console::~Console() {
 }
 
 void Console::put(const std::string& text) {
-  if (std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0) return;
+  if (std::fwrite(text.data(), 1, text.size(), out_) == text.size() && std::fflush(out_) == 0) return;
   // Nobody reads any more (a closed terminal or pipe). A run goes on without: what it is for goes to its folder.
   mode_ = Mode::silent;
   live_line_ = false;
-  if (!std::freopen("/dev/null", "w", stdout)) std::clearerr(stdout);
+  if (!std::freopen("/dev/null", "w", out_)) std::clearerr(out_);
 }
 
 void Console::print(const std::string& line) {
   if (mode_ == Mode::silent) return;
-  const char* clear = live_line_ ? "\r\033[K" : "";
-  live_line_ = false;
-  put(fmt::format("{}{}\n", clear, line));
+  clear();
+  put(line + "\n");
 }
 
 void Console::progress(const std::string& line, bool log) {
@@ -63,7 +62,12 @@ void Console::progress(const std::string& line, bool log) {
   if (live_line_ && now - last_ < std::chrono::milliseconds(100)) return;
   last_ = now;
   live_line_ = true;
-  put("\r\033[K" + line.substr(0, terminal_width() - 1));
+  put("\r\033[K" + line.substr(0, terminal_width(fileno(out_)) - 1));
+}
+
+void Console::clear() {
+  if (live_line_) put("\r\033[K");
+  live_line_ = false;
 }
 
 std::string format_duration(double seconds) {

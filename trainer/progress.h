@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <cstdio>
 #include <string>
 
 namespace tessera {
@@ -12,10 +13,10 @@ namespace tessera {
 class Console {
  public:
   enum class Mode { silent, plain, live };
-  /// silent on ranks above 0; live when standard output is shown on a terminal, through mpirun or directly.
-  static Mode mode_for(int rank);
+  /// silent on ranks above 0; live when `out` (stdout or stderr) is shown on a terminal, through mpirun or directly.
+  static Mode mode_for(int rank, std::FILE* out = stdout);
 
-  explicit Console(Mode mode) : mode_(mode) {}
+  explicit Console(Mode mode, std::FILE* out = stdout) : mode_(mode), out_(out) {}
   ~Console();
   Console(const Console&) = delete;
   Console& operator=(const Console&) = delete;
@@ -27,11 +28,14 @@ class Console {
   }
   /// The progress line: replaces the last one on a terminal, at most ten times a second; otherwise a line of its own when `log` says so.
   void progress(const std::string& line, bool log);
+  /// Takes the progress line away: something else is about to be written.
+  void clear();
 
  private:
   void print(const std::string& line);
   void put(const std::string& text);
   Mode mode_;
+  std::FILE* out_;
   bool live_line_ = false;
   std::chrono::steady_clock::time_point last_{};
 };

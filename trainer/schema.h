@@ -57,6 +57,8 @@ bool is_section(const std::string& path);
 /// The valid key or section most like `path`, for error messages.
 std::string nearest_key(const std::string& path);
 
+/// The documents of a YAML text. Throws ConfigError that names the place in `origin` when it is not YAML or not text at all.
+std::vector<YAML::Node> load_yaml(const std::string& text, const std::string& origin);
 /// "file:line:column" of a node (columns and lines from 1), or `origin` alone where YAML knows no place.
 std::string place_of(const std::string& origin, const YAML::Mark& mark);
 /// What a value is, for "found ...": `the text "abc"`, `12`, "a list", "nothing".

@@ -24,12 +24,11 @@ std::int64_t bucket_elements(const Config& config) {
 
 }  // namespace
 
-BatchBuffer::BatchBuffer(MemoryPlan& plan, std::int64_t micro_batch, std::int64_t tokens) : plan_(&plan) {
-  const Shape shape{micro_batch, tokens};
-  token_ = plan.reserve(MemoryCategory::activations, "batch.tokens", DType::i32, shape);
-  target_ = plan.reserve(MemoryCategory::activations, "batch.targets", DType::i32, shape);
-  position_ = plan.reserve(MemoryCategory::activations, "batch.positions", DType::i32, shape);
-  document_start_ = plan.reserve(MemoryCategory::activations, "batch.document_start", DType::i32, shape);
+BatchBuffer::BatchBuffer(MemoryPlan& plan, std::int64_t micro_batch, std::int64_t tokens) : shape_{micro_batch, tokens}, plan_(&plan) {
+  token_ = plan.reserve(MemoryCategory::activations, "batch.tokens", DType::i32, shape_);
+  target_ = plan.reserve(MemoryCategory::activations, "batch.targets", DType::i32, shape_);
+  position_ = plan.reserve(MemoryCategory::activations, "batch.positions", DType::i32, shape_);
+  document_start_ = plan.reserve(MemoryCategory::activations, "batch.document_start", DType::i32, shape_);
 }
 
 Batch BatchBuffer::upload(Ops& ops, const HostBatch& host) const {

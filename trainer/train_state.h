@@ -20,8 +20,11 @@ class BatchBuffer {
   BatchBuffer(MemoryPlan& plan, std::int64_t micro_batch, std::int64_t tokens);
   /// Copies a host batch of at most the reserved size; the returned tensors have its shape.
   Batch upload(Ops& ops, const HostBatch& host) const;
+  /// [sequences, tokens] that were reserved.
+  const Shape& shape() const { return shape_; }
 
  private:
+  Shape shape_;
   const MemoryPlan* plan_;
   MemoryPlan::Slot token_, target_, position_, document_start_;
 };

@@ -1,4 +1,4 @@
-// tessera eval: the loss of a checkpoint on a split of prepared data, alone or under mpirun.
+// tessera eval: the loss of a checkpoint on a split of prepared data, alone or under mpirun; CORE is in eval_core.cpp.
 
 #include <fmt/core.h>
 
@@ -10,6 +10,7 @@
 #include "data/files.h"
 #include "trainer/collective.h"
 #include "trainer/commands/commands.h"
+#include "trainer/commands/eval_core.h"
 #include "trainer/evaluate.h"
 #include "trainer/host_threads.h"
 #include "trainer/open_checkpoint.h"
@@ -24,6 +25,7 @@ struct Options {
   std::string checkpoint, data, split = "validation", output;
   std::int64_t batches = 0;
   OpenCheckpoint::Options open;
+  EvalCoreOptions core;
   bool json = false;
 };
 
@@ -101,11 +103,7 @@ void eval(const Options& o, Communicator& comm) {
   OpenCheckpoint::Options options = o.open;
   options.threads = threads_for_rank(comm, o.open.threads);
   TrainingData data;
-  agree(comm, [&] {
-    if (!o.data.empty()) data.parts.push_back({open_data(o.data, "--data"), 1});
-    if (const auto folder = std::filesystem::path(o.output).parent_path(); !folder.empty() && !std::filesystem::is_directory(folder))
-      throw ConfigError(fmt::format("--output {}: there is no folder {}", o.output, folder.string()));
-  });
+  if (!o.data.empty()) agree(comm, [&] { data.parts.push_back({open_data(o.data, "--data"), 1}); });
   const OpenCheckpoint open(o.checkpoint, OpenCheckpoint::Use::evaluate, options, comm);
   agree(comm, [&] {
     if (o.data.empty()) data = open_training_data(open.config.data);
@@ -152,7 +150,7 @@ void eval(const Options& o, Communicator& comm) {
 
 void add_eval_command(CLI::App& app) {
   auto o = std::make_shared<Options>();
-  CLI::App* command = app.add_subcommand("eval", "Loss, perplexity, bits per byte and sparsity of a checkpoint on prepared data");
+  CLI::App* command = app.add_subcommand("eval", "Loss, perplexity, bits per byte and sparsity of a checkpoint on prepared data, or its CORE");
   command->add_option("CHECKPOINT", o->checkpoint, "A step folder, or a run folder (its newest checkpoint)")->type_name("")->required();
   command->add_option("--data", o->data, "Folder that tessera prepare wrote (default: what the checkpoint was trained on)")->type_name("DIR");
   command->add_option("--split", o->split, "Which part of it")->check(CLI::IsMember({"train", "validation"}))->capture_default_str();
@@ -179,16 +177,27 @@ void add_eval_command(CLI::App& app) {
       ->type_name("N")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
+  add_eval_core_options(*command, o->core);
   command->add_flag("--json", o->json, "Print JSON");
   command->add_option("--output", o->output, "Write the JSON to a file too")->type_name("FILE");
   command->footer(
       "Under mpirun the text is divided among the ranks; the numbers are the same.\n"
-      "Example:\n"
+      "Examples:\n"
       "  tessera eval runs/mine --data data/mine --split validation --json\n"
-      "  tessera eval runs/mine --data data/mine --context 4096 --visit all");
+      "  tessera eval runs/mine --data data/mine --context 4096 --visit all\n"
+      "  tessera eval runs/mine --core eval_bundle --tasks hellaswag,lambada_openai --limit 200");
   command->callback([o] {
     const auto comm = make_mpi_communicator();
-    run_on_ranks(*comm, [&] { eval(*o, *comm); });
+    run_on_ranks(*comm, [&] {
+      agree(*comm, [&] {  // before the work
+        if (const auto folder = std::filesystem::path(o->output).parent_path(); !folder.empty() && !std::filesystem::is_directory(folder))
+          throw ConfigError(fmt::format("--output {}: there is no folder {}", o->output, folder.string()));
+      });
+      if (o->core.bundle.empty())
+        eval(*o, *comm);
+      else
+        eval_core(o->checkpoint, o->core, o->open, o->json, o->output, *comm);
+    });
   });
 }
 
