@@ -18,12 +18,15 @@ namespace tessera {
 struct OpenCheckpoint {
   enum class Use {
     evaluate,  // micro-batches of train.micro_batch sequences
-    generate   // one sequence
+    generate   // a sequence at a time, and a cache where the device has one
   };
   struct Options {
     int threads = 0;     // of the CPU
     std::string visit;   // "all", "active", or "" as configured
     std::string device;  // "cpu", "cuda", or "" as configured where this process has that, else the cpu, with a notice
+    // Use::generate:
+    std::int64_t cache_sequences = 0;  // whose keys and values are kept, where Ops::has_attention_decode()
+    std::int64_t sequence_tokens = 0;  // of the longest text; 0 or more than the context: the context
   };
   /// `path`: see resolve_checkpoint(). Throws std::invalid_argument when it is no checkpoint or its device is not here, std::runtime_error naming the
   /// file when it is damaged. Collective: each rank of `host` has a model of its own; ranks share GPUs where there are fewer.
