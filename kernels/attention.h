@@ -128,7 +128,7 @@ struct CacheAppend {
 /// that AttentionForward gives to the query at that position, as the definition above has it, with the same lists: the row of the pattern for query p
 /// is row p % tile_query of query tile p / tile_query, whatever the length of the sequence.
 struct AttentionDecode {
-  KeyValueCache cache;               // in; capacity at most tiles->host().tokens
+  KeyValueCache cache;  // in; capacity at most tiles->host().tokens
   AttentionMath math;
   const DeviceTiles* tiles = nullptr;
   Tensor qkv;             // in [B, 3, H, D]: the packed projection of the new tokens after Ops::qk_transform_forward; q is read

@@ -39,7 +39,7 @@ class Gpt {
     bool training = true;          // false: no gradients, activations of one layer only
     int shard_multiple = 1;        // the flat buffers are padded to a multiple of this (ranks)
     Recompute recompute = Recompute::none;
-    std::int64_t cache = 0;  // sequences of at most `tokens` whose keys and values are kept, for prefill() and decode()
+    std::int64_t cache = 0;              // sequences of at most `tokens` whose keys and values are kept, for prefill() and decode()
     std::optional<DeviceKind> device{};  // whose memory is planned; the Ops' own unless set (a plan without that device)
   };
 

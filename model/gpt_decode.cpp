@@ -117,8 +117,8 @@ std::vector<float> Gpt::decode(std::span<const NextToken> next) {
   for (const NextToken& n : next) {
     const std::int64_t length = cached_tokens(n.sequence);
     if (length == 0 || length >= impl_->options.tokens || named[static_cast<std::size_t>(n.sequence)])
-      throw std::logic_error(fmt::format("Gpt: decode of sequence {}, which holds {} of at most {} tokens{}", n.sequence, length, impl_->options.tokens,
-                                         named[static_cast<std::size_t>(n.sequence)] ? " and is named twice" : ""));
+      throw std::logic_error(fmt::format("Gpt: decode of sequence {}, which holds {} of at most {} tokens{}", n.sequence, length,
+                                         impl_->options.tokens, named[static_cast<std::size_t>(n.sequence)] ? " and is named twice" : ""));
     named[static_cast<std::size_t>(n.sequence)] = true;
     tokens.push_back(n.token);
     sequences.push_back(static_cast<std::int32_t>(n.sequence));

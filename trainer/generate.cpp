@@ -66,7 +66,8 @@ class Generator {
     for (const std::uint32_t t : tokenizer_.encode(prompts_[text.made.prompt])) text.seen.push_back(static_cast<std::int32_t>(t));
     const auto length = static_cast<std::int64_t>(text.seen.size());
     if (length > context() && text.made.sample == 0)
-      notice(fmt::format("prompt {} has {} tokens with the end of text before it; the model sees the last {}", text.made.prompt + 1, length, context()));
+      notice(
+          fmt::format("prompt {} has {} tokens with the end of text before it; the model sees the last {}", text.made.prompt + 1, length, context()));
     const double seconds = timed([&] { compute(text); });
     text.made.prefill.add(std::min(length, context()), seconds);
     totals_.prefill.add(std::min(length, context()), seconds);

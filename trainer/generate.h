@@ -20,9 +20,9 @@ struct GenerateOptions {
   int top_k = 0;             // > 0: only the k likeliest
   double top_p = 1.0;        // < 1: only the fewest likeliest tokens whose probabilities sum to at least this; always one
   std::uint64_t seed = 0;
-  int samples = 1;           // texts of each prompt
-  bool stop_at_end = true;   // at end of text
-  bool recompute = false;    // without the model's cache
+  int samples = 1;          // texts of each prompt
+  bool stop_at_end = true;  // at end of text
+  bool recompute = false;   // without the model's cache
 };
 
 /// The token drawn from logits by `random` in [0, 1). Ties at the edge of top_k and top_p go to the lower ids.
@@ -38,8 +38,8 @@ struct Work {
 
 /// A text in the making.
 struct Generation {
-  std::size_t prompt = 0;  // which of the prompts
-  int sample = 0;          // which text of it
+  std::size_t prompt = 0;             // which of the prompts
+  int sample = 0;                     // which text of it
   std::vector<std::uint32_t> tokens;  // the new ones, without an end of text that ended it
   bool ended = false;                 // by end of text
   Work prefill;                       // the prompt, end of text before it included, as far as the model saw it

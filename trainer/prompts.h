@@ -7,9 +7,9 @@
 
 namespace tessera {
 
-/// The prompts of a file, plain, gzip or Zstandard; "-" is standard input. With a key, or for .jsonl and .ndjson (key "prompt" unless given), an object
-/// a line, the prompt under that key; otherwise a prompt a line. Blank lines are left out. Throws std::invalid_argument naming file and line for what
-/// is no such line or no UTF-8, and for a file without a prompt.
+/// The prompts of a file, plain, gzip or Zstandard; "-" is standard input. With a key, or for .jsonl and .ndjson (key "prompt" unless given), an
+/// object a line, the prompt under that key; otherwise a prompt a line. Blank lines are left out. Throws std::invalid_argument naming file and line
+/// for what is no such line or no UTF-8, and for a file without a prompt.
 std::vector<std::string> read_prompts(const std::string& file, const std::string& key);
 
 /// Throws std::invalid_argument "<where>: ..." with the offset of the first byte of `text` that is not UTF-8.

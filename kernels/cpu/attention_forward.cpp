@@ -27,9 +27,8 @@ Counts query_tile(const AttentionCall& call, std::int64_t b, std::int64_t h, std
     if (entry.tile >= call.key_tiles) break;
     Tile tile;
     if (!call.tile(at, entry.tile, entry.mask, documents, tile)) continue;
-    const TileEdges edges =
-        visit_tile<form, gate>(tile, {call.k.at(b, h, tile.first_key), call.k.token}, {call.v.at(b, h, tile.first_key), call.v.token}, call.scale[h],
-                               call.visit_all, s);
+    const TileEdges edges = visit_tile<form, gate>(tile, {call.k.at(b, h, tile.first_key), call.k.token},
+                                                   {call.v.at(b, h, tile.first_key), call.v.token}, call.scale[h], call.visit_all, s);
     counts.of[kVisibleEdges] += edges.visible;
     counts.of[kVisibleTiles] += edges.visible > 0;
     counts.of[kActiveEdges] += edges.active;

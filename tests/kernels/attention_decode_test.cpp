@@ -53,7 +53,8 @@ struct Packed {
   }
 
   /// Sequence b goes to the cache in one piece up to token `known[b]`, then token by token, all sequences together as long as they last: each is at a
-  /// length of its own. Rows before `known` stay NaN. The cache has more sequences than the batch, in another order, and is NaN where nothing was put.
+  /// length of its own. Rows before `known` stay NaN. The cache has more sequences than the batch, in another order, and is NaN where nothing was
+  /// put.
   std::vector<float> decode(const std::vector<std::int64_t>& known, int threads = 1) {
     const auto [B, H, T, D] = s;
     const float nan = std::numeric_limits<float>::quiet_NaN();
@@ -65,10 +66,8 @@ struct Packed {
     for (std::int64_t b = 0; b < B; ++b) {
       std::int32_t sequence = static_cast<std::int32_t>(B - b), zero = 0;
       if (known[b] > 0)
-        cpu_cache_append({cache,
-                          {qkv.data() + b * T * 3 * H * D, DType::f32, {1, known[b], 3, H * D}},
-                          {&sequence, DType::i32, {1}},
-                          {&zero, DType::i32, {1}}});
+        cpu_cache_append(
+            {cache, {qkv.data() + b * T * 3 * H * D, DType::f32, {1, known[b], 3, H * D}}, {&sequence, DType::i32, {1}}, {&zero, DType::i32, {1}}});
     }
     for (std::int64_t step = 0;; ++step) {
       std::vector<float> packed, o;
@@ -98,8 +97,7 @@ struct Packed {
       a.o = {o.data(), DType::f32, {rows, H, D}};
       cpu_cache_append({cache, a.qkv, a.sequences, a.positions});
       cpu_attention_decode(a);
-      for (std::int64_t r = 0; r < rows; ++r)
-        std::copy_n(o.data() + r * H * D, H * D, all.data() + ((B - sequence[r]) * T + position[r]) * H * D);
+      for (std::int64_t r = 0; r < rows; ++r) std::copy_n(o.data() + r * H * D, H * D, all.data() + ((B - sequence[r]) * T + position[r]) * H * D);
     }
     omp_set_num_threads(before);
     return all;

@@ -23,7 +23,9 @@ double tolerance(const std::vector<float>& logits) {
   return 2e-5 * largest;
 }
 
-std::int32_t likeliest(const std::vector<float>& logits) { return static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin()); }
+std::int32_t likeliest(const std::vector<float>& logits) {
+  return static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+}
 
 void expect_close(const std::vector<float>& made, const std::vector<float>& wanted) {
   ASSERT_EQ(made.size(), wanted.size());
@@ -75,21 +77,21 @@ std::vector<PatternSpec> patterns() {
           combined(Kind::all, {pattern(Kind::window, 90), pattern(Kind::strided, 5, 3)})};
 }
 
-/// Greedy decoding of `count` tokens after a prompt: the same tokens and logits as recomputing the whole sequence for each. A step whose two
-/// likeliest tokens are closer than rounding could tell apart would prove nothing, and fails.
-void expect_same_text(const ModelConfig& config, int count, unsigned seed = 1) {
+/// Greedy decoding of `count` tokens after a prompt: the same tokens and logits as recomputing the whole sequence for each. False when two tokens
+/// came so close that rounding could choose either: from there on the texts may differ, and nothing is shown.
+bool same_text(const ModelConfig& config, int count, unsigned seed) {
   TestModel model(config, {.micro_batch = 1, .training = false, .cache = 1}, seed);
   model.poison();
   Tokens text{0, 5, 9, 2, 11};
   auto logits = model.gpt.prefill(0, text);
   for (int n = 0;; ++n) {
     const auto wanted = model.gpt.next_logits(text);
-    ASSERT_NO_FATAL_FAILURE(expect_close(logits, wanted)) << "token " << n;
-    ASSERT_EQ(likeliest(logits), likeliest(wanted)) << "token " << n;
+    expect_close(logits, wanted);
     auto sorted = wanted;
     std::nth_element(sorted.begin(), sorted.begin() + 1, sorted.end(), std::greater<>());
-    ASSERT_GT(*std::max_element(wanted.begin(), wanted.end()) - sorted[1], 2 * tolerance(wanted)) << "a tie at token " << n << ": take another seed";
-    if (n == count) break;
+    if (sorted[0] - sorted[1] < 2 * tolerance(wanted)) return false;
+    EXPECT_EQ(likeliest(logits), likeliest(wanted)) << "token " << n;
+    if (n == count || ::testing::Test::HasFailure()) break;
     text.push_back(likeliest(logits));
     logits = model.gpt.decode(std::vector<Gpt::NextToken>{{0, text.back()}});
   }
@@ -98,6 +100,13 @@ void expect_same_text(const ModelConfig& config, int count, unsigned seed = 1) {
   const auto exact = GptReference(config, model.gpt.layout()).run(model.parameters(), model.thresholds(), s).last_logits;
   for (std::size_t v = 0; v < logits.size(); ++v) EXPECT_NEAR(logits[v], exact[v], 2 * tolerance(logits));
   for (auto c : model.host<std::uint64_t>(model.gpt.counters())) EXPECT_EQ(c, 0u);  // text does not disturb the measures
+  return true;
+}
+
+void expect_same_text(const ModelConfig& config, int count) {
+  for (unsigned seed = 1; seed <= 5; ++seed)
+    if (same_text(config, count, seed)) return;
+  FAIL() << "near-ties with every seed";
 }
 
 TEST(GptDecode, IsRecomputationForEveryGateAndPattern) {
@@ -133,8 +142,9 @@ TEST(GptDecode, IsRecomputationForEveryScoreNormalizerAndThreshold) {
 
 TEST(GptDecode, HeadsAndLayersOfDifferentPatterns) {
   ModelConfig config = long_config(120);
-  config.attention.pattern.overrides = {{.layer_first = 1, .layer_last = 1, .head_first = 0, .head_last = 0, .pattern = pattern(Kind::window, 5)},
-                                        {.layer_first = 0, .layer_last = 0, .head_first = 1, .head_last = 1, .pattern = pattern(Kind::strided, 4, 1)}};
+  config.attention.pattern.overrides = {
+      {.layer_first = 1, .layer_last = 1, .head_first = 0, .head_last = 0, .pattern = pattern(Kind::window, 5)},
+      {.layer_first = 0, .layer_last = 0, .head_first = 1, .head_last = 1, .pattern = pattern(Kind::strided, 4, 1)}};
   config.attention.document_mask = true;  // a sequence in the cache is one document
   expect_same_text(config, 100);
 }
@@ -153,8 +163,7 @@ TEST(GptDecode, CompanyChangesNothing) {
     std::vector<std::vector<std::vector<float>>> wanted(5);  // of each sequence, of each token from its prompt's last on
     for (std::size_t b = 0; b < 5; ++b) {
       wanted[b].push_back(alone.gpt.prefill(0, std::span(s.tokens).subspan(b * 60, lengths[b])));
-      for (std::size_t t = lengths[b]; t < lengths[b] + 20; ++t)
-        wanted[b].push_back(alone.gpt.decode(std::vector<Gpt::NextToken>{{0, token(b, t)}}));
+      for (std::size_t t = lengths[b]; t < lengths[b] + 20; ++t) wanted[b].push_back(alone.gpt.decode(std::vector<Gpt::NextToken>{{0, token(b, t)}}));
     }
     std::vector<std::size_t> done(5, 0);  // tokens decoded
     const auto place = [](std::size_t b) { return static_cast<std::int64_t>(5 - b); };

@@ -16,7 +16,7 @@ struct Config;
 void add_bench_attention(CLI::App& bench);  // bench_attention.cpp
 void add_bench_gemm(CLI::App& bench);       // bench_gemm.cpp
 void add_bench_step(CLI::App& bench);       // bench_step.cpp
-void add_bench_generate(CLI::App& bench);  // bench_generate.cpp
+void add_bench_generate(CLI::App& bench);   // bench_generate.cpp
 void add_bench_data(CLI::App& bench);       // bench_data.cpp
 
 /// Device and time of a benchmark: options that each of them has.

@@ -31,7 +31,8 @@ struct Options : GenerateOptions {
 void read_all_prompts(Options& o) {
   if (o.prompts.empty() && o.file.empty()) throw std::invalid_argument("nothing to continue: expected --prompt TEXT or --prompts FILE");
   if (!o.key.empty() && o.file.empty()) throw std::invalid_argument("--prompt-key is of --prompts FILE, which was not given");
-  for (std::size_t i = 0; i < o.prompts.size(); ++i) check_utf8(o.prompts.size() > 1 ? fmt::format("--prompt number {}", i + 1) : "--prompt", o.prompts[i]);
+  for (std::size_t i = 0; i < o.prompts.size(); ++i)
+    check_utf8(o.prompts.size() > 1 ? fmt::format("--prompt number {}", i + 1) : "--prompt", o.prompts[i]);
   if (o.file.empty()) return;
   const auto more = read_prompts(o.file, o.key);
   o.prompts.insert(o.prompts.end(), more.begin(), more.end());
@@ -76,7 +77,8 @@ class Printer {
       // A token may end inside a UTF-8 character: such bytes are replaced, `tokens` has all.
       std::cout << result.dump(-1, ' ', false, Json::error_handler_t::replace) << std::endl;
     } else if (several_) {
-      std::cout << (o_.samples > 1 ? fmt::format("== prompt {}, sample {}\n", g.prompt + 1, g.sample + 1) : fmt::format("== prompt {}\n", g.prompt + 1))
+      std::cout << (o_.samples > 1 ? fmt::format("== prompt {}, sample {}\n", g.prompt + 1, g.sample + 1)
+                                   : fmt::format("== prompt {}\n", g.prompt + 1))
                 << prompt << open_.tokenizer->decode(g.tokens) << std::endl;
     } else {
       std::cout << stream_.finish() << std::endl;
@@ -114,9 +116,9 @@ void generate_command(Options o) {
   fmt::print(stderr, "tessera: prompt {} tokens, {:.1f} tokens/s; then {} tokens, {:.1f} tokens/s{}\n", totals.prefill.tokens, totals.prefill.rate(),
              totals.decode.tokens, totals.decode.rate(),
              totals.recomputed > 0 && totals.recomputed == totals.decode.tokens ? " (each from the whole text)"
-             : totals.recomputed > 0                                           ? fmt::format(" ({} of them from the whole text)", totals.recomputed)
-             : cached > 1                                                      ? fmt::format(" (up to {} texts at once)", cached)
-                                                                               : "");
+             : totals.recomputed > 0                                            ? fmt::format(" ({} of them from the whole text)", totals.recomputed)
+             : cached > 1                                                       ? fmt::format(" (up to {} texts at once)", cached)
+                                                                                : "");
 }
 
 }  // namespace
@@ -165,8 +167,10 @@ void add_generate_command(CLI::App& app) {
   command->add_flag("--json", o->json, "Print a JSON object a line for each text when it is done, with its tokens and speeds");
   command->footer(
       "One text is printed as it is made, several are each when they are done, in order; speeds go to stderr.\n"
-      "On the CPU the keys and values of earlier tokens are kept, so that a token costs one position. On device cuda each token is still computed from\n"
-      "the whole text, as with --recompute. Beyond the context the model sees the last tokens of its context: then each token is computed from all of\n"
+      "On the CPU the keys and values of earlier tokens are kept, so that a token costs one position. On device cuda each token is still computed "
+      "from\n"
+      "the whole text, as with --recompute. Beyond the context the model sees the last tokens of its context: then each token is computed from all "
+      "of\n"
       "them, on any device.\n"
       "Examples:\n"
       "  tessera generate runs/mine --prompt \"The function returns\" --tokens 100 --temperature 0.7 --top-k 40 --top-p 0.95 --seed 1\n"
