@@ -40,9 +40,9 @@ OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, const Options& 
     Gpt::Options options;
     options.micro_batch = use == Use::evaluate ? config.train.micro_batch : 1;
     options.training = false;
-    if (use == Use::generate) {
+    if (use == Use::generate && ops->has_attention_decode()) {
+      options.cache = o.cache_sequences;
       if (o.sequence_tokens > 0) options.tokens = std::min(o.sequence_tokens, config.model.context);
-      options.cache = ops->has_attention_decode() ? o.cache_sequences : 0;
     }
     model = std::make_unique<Gpt>(config.model, *ops, plan, options);
     if (use == Use::evaluate) batch = std::make_unique<BatchBuffer>(plan, config.train.micro_batch, config.model.context);

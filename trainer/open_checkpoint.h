@@ -24,8 +24,8 @@ struct OpenCheckpoint {
     int threads = 0;     // of the CPU
     std::string visit;   // "all", "active", or "" as configured
     std::string device;  // "cpu", "cuda", or "" as configured where this process has that, else the cpu, with a notice
-    // Use::generate:
-    std::int64_t cache_sequences = 0;  // whose keys and values are kept, where Ops::has_attention_decode()
+    // Use::generate, where Ops::has_attention_decode():
+    std::int64_t cache_sequences = 0;  // whose keys and values are kept
     std::int64_t sequence_tokens = 0;  // of the longest text; 0 or more than the context: the context
   };
   /// `path`: see resolve_checkpoint(). Throws std::invalid_argument when it is no checkpoint or its device is not here, std::runtime_error naming the
