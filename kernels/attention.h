@@ -109,6 +109,37 @@ struct AttentionBackward {
   Tensor workspace;          // f32, at least attention_backward_workspace(...) elements
 };
 
+/// Where generation keeps the keys and values of the tokens so far: data [sequences, 2, heads, capacity, head_size] of the compute type, keys (after
+/// Ops::qk_transform_forward) and then values; row p of a head is token p. A head's keys lie together: a query reads them as one stream.
+struct KeyValueCache {
+  Tensor data;
+  std::int64_t sequences = 0, heads = 0, capacity = 0, head_size = 0;
+};
+
+/// Keys and values of T new tokens of each of B sequences go into the cache; what is there from position + T on has no meaning any more.
+struct CacheAppend {
+  KeyValueCache cache;  // in/out
+  Tensor qkv;           // in [B, T, 3, H, D]: the packed projection after Ops::qk_transform_forward; k and v are read
+  Tensor sequences;     // in [B] i32: whose cache, each another one
+  Tensor positions;     // in [B] i32: place of the first of the T tokens
+};
+
+/// Attention of one token of each of B sequences, its newest, over the cached keys and values of tokens 0 .. positions[b] (its own included): the row
+/// that AttentionForward gives to the query at that position, as the definition above has it, with the same lists: the row of the pattern for query p
+/// is row p % tile_query of query tile p / tile_query, whatever the length of the sequence.
+struct AttentionDecode {
+  KeyValueCache cache;  // in; capacity at most tiles->host().tokens
+  AttentionMath math;
+  const DeviceTiles* tiles = nullptr;
+  Tensor qkv;             // in [B, 3, H, D]: the packed projection of the new tokens after Ops::qk_transform_forward; q is read
+  Tensor sequences;       // in [B] i32: whose cache
+  Tensor positions;       // in [B] i32: each sequence is at its own length
+  Tensor document_start;  // in, optional [B] i32: first token of the document that holds the new token
+  Tensor scale;           // in [H] f32
+  Tensor threshold;       // in [H] f32
+  Tensor o;               // out [B, H, D]
+};
+
 /// Elements of f32 workspace a backward call wants: four values a row of every query tile (on the GPU 1/z, delta, the offset of x and the
 /// document's start, 64 of each in turn) and two partial sums a query tile.
 constexpr std::int64_t attention_backward_workspace(const AttentionShape& s, std::int32_t tile_query) {

@@ -51,6 +51,10 @@ struct NormBackward {
   Tensor dbias{};         // added to, optional [C] f32
 };
 
+/// On the CPU a linear layer of at most so many rows gives a row the same bits whatever the others are and how many. The text that a prompt gets
+/// does not depend on its batch because generation takes no more at once.
+inline constexpr std::int64_t kFewRows = 16;
+
 struct LinearForward {  // y = act(x w^T + bias)
   Tensor x{};           // in [N, K]
   Tensor w{};           // in [M, K]
@@ -188,6 +192,13 @@ class Ops {
   virtual std::unique_ptr<DeviceTiles> upload_tiles(std::shared_ptr<const TileMap> tiles) = 0;
   virtual void attention_forward(const AttentionForward& a) = 0;
   virtual void attention_backward(const AttentionBackward& a) = 0;
+
+  // -- generation with cached keys and values. Optional: where it is missing, a token is made by computing the whole sequence again
+  /// Whether the two operations below are there: on the CPU, not yet on a GPU. Without them they throw std::logic_error.
+  virtual bool has_attention_decode() const { return false; }
+  virtual void cache_append(const CacheAppend& a);
+  /// On the CPU, bit for bit the row that attention_forward gives.
+  virtual void attention_decode(const AttentionDecode& a);
 
   // -- optimizer
   /// out [1] f64 += sum of x[i] over f32 x.

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
-#include <numeric>
 #include <set>
 #include <stdexcept>
 
@@ -47,8 +46,8 @@ void check_cuda(const ModelConfig& m) {
                     m.vocabulary_padded));
 }
 
-Gpt::Options resolved(const ModelConfig& config, Gpt::Options o, DeviceKind kind) {
-  if (!o.device) o.device = kind;
+Gpt::Options resolved(const ModelConfig& config, Gpt::Options o, const Ops& ops) {
+  if (!o.device) o.device = ops.kind();
   check_model(config);
   if (*o.device == DeviceKind::cuda) check_cuda(config);
   if (o.tokens == 0) o.tokens = config.context;
@@ -58,6 +57,8 @@ Gpt::Options resolved(const ModelConfig& config, Gpt::Options o, DeviceKind kind
   require_positive(o.micro_batch, "the micro-batch");
   require_positive(o.tokens, "the length of a sequence");
   require_positive(o.shard_multiple, "the multiple of the flat buffers");
+  if (o.cache < 0 || (o.cache > 0 && !ops.has_attention_decode()))
+    throw std::logic_error(fmt::format("Gpt: a cache of {} sequences on {}", o.cache, ops.device_name()));
   if (config.positions == Positions::learned && o.tokens > config.context)
     throw std::invalid_argument(
         fmt::format("sequences of {} tokens, but positions are learned for model.context {} tokens", o.tokens, config.context));
@@ -72,7 +73,7 @@ Gpt::Impl::Impl(const ModelConfig& c, Ops& o, MemoryPlan& p, const Options& give
     : config(c),
       ops(o),
       plan(p),
-      options(resolved(c, given, o.kind())),
+      options(resolved(c, given, o)),
       layout(make_parameter_layout(c)),
       tiles(make_layer_tiles(c, options.tokens)),
       memory(c, layout, options, p) {
@@ -86,7 +87,7 @@ Gpt::Impl::Impl(const ModelConfig& c, Ops& o, MemoryPlan& p, const Options& give
 
   const DeviceKind device = *options.device;
   for (const auto& map : std::set(tiles.begin(), tiles.end())) plan.account(MemoryCategory::workspace, "tile lists", tiles_bytes(device, *map));
-  plan.account(MemoryCategory::workspace, "scratch", scratch_bytes(device, options.micro_batch * options.tokens, widest()));
+  plan.account(MemoryCategory::workspace, "scratch", scratch_bytes(device, most_rows(options), widest()));
 }
 
 void Gpt::Impl::bind() {
@@ -99,7 +100,7 @@ void Gpt::Impl::bind() {
     if (!device) device = ops.upload_tiles(map);
     device_tiles.push_back(device);
   }
-  ops.prepare(options.micro_batch * options.tokens, widest());
+  ops.prepare(most_rows(options), widest());
   w = slice_flat(layout, config.layers, weights(), vectors());
   if (options.training) {
     const Tensor gradients = plan[memory.gradients];
@@ -107,6 +108,7 @@ void Gpt::Impl::bind() {
     ops.zero(gradients);
   }
   ops.zero(plan[memory.counters]);
+  cached.assign(static_cast<std::size_t>(options.cache), 0);
   fill_tables();
 }
 
@@ -152,6 +154,7 @@ Gpt::~Gpt() = default;
 void Gpt::bind() { impl_->bind(); }
 
 const ModelConfig& Gpt::config() const { return impl_->config; }
+const Gpt::Options& Gpt::options() const { return impl_->options; }
 const ParameterLayout& Gpt::layout() const { return impl_->layout; }
 Tensor Gpt::weights() const { return impl_->weights(); }
 Tensor Gpt::vectors() const { return impl_->vectors(); }
@@ -210,46 +213,6 @@ void Gpt::forward_backward(const Batch& batch, float gradient_scale) {
 
 void Gpt::set_hooks(Hooks hooks) { impl_->hooks = std::move(hooks); }
 void Gpt::set_visit(Visit visit) { impl_->visit = visit; }
-
-std::vector<float> Gpt::next_logits(std::span<const std::int32_t> tokens) {
-  const ModelConfig& config = impl_->config;
-  if (tokens.empty()) throw std::invalid_argument("there is no next token of an empty sequence; give at least one token");
-  for (auto t : tokens) {
-    if (t < 0 || t >= config.vocabulary)
-      throw std::invalid_argument(fmt::format("token {} for a model with a vocabulary of {}", t, config.vocabulary));
-  }
-  const auto T = std::min({static_cast<std::int64_t>(tokens.size()), config.context, impl_->options.tokens});
-  tokens = tokens.last(static_cast<std::size_t>(T));
-  std::vector<std::int32_t> positions(tokens.size());
-  std::iota(positions.begin(), positions.end(), 0);
-  const std::vector<std::int32_t> one_document(tokens.size(), 0);
-
-  const auto sequence = [&](MemoryPlan::Slot slot, std::span<const std::int32_t> host) {
-    const Tensor t = impl_->plan[slot].view({1, T});
-    impl_->ops.upload(t, host.data());
-    return t;
-  };
-  Batch batch;
-  batch.tokens = sequence(impl_->memory.prompt_tokens, tokens);
-  batch.positions = sequence(impl_->memory.prompt_positions, positions);
-  batch.document_start = sequence(impl_->memory.prompt_document, one_document);
-  impl_->begin(batch);
-  impl_->trunk(batch, false);
-
-  const Tensor last = impl_->normed(2 * config.layers).slice((T - 1) * config.width, config.width).view({1, config.width});
-  const Tensor logits = impl_->plan[impl_->memory.logits].view({1, config.vocabulary_padded});
-  impl_->ops.linear_forward({.x = last, .w = impl_->w.wte, .bias = {}, .y = logits, .pre_activation = {}});
-  std::vector<float> host(static_cast<std::size_t>(config.vocabulary));
-  const Tensor known = logits.slice(0, config.vocabulary);  // the rest is padding
-  if (known.dtype == DType::f32) {
-    impl_->ops.download(host.data(), known);
-  } else {
-    std::vector<std::uint16_t> narrow(host.size());
-    impl_->ops.download(narrow.data(), known);
-    std::transform(narrow.begin(), narrow.end(), host.begin(), from_bf16);
-  }
-  return host;
-}
 
 Gpt::Flops Gpt::flops_per_token() const {
   const ModelConfig& c = impl_->config;

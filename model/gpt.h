@@ -39,6 +39,7 @@ class Gpt {
     bool training = true;          // false: no gradients, activations of one layer only
     int shard_multiple = 1;        // the flat buffers are padded to a multiple of this (ranks)
     Recompute recompute = Recompute::none;
+    std::int64_t cache = 0;              // sequences of at most `tokens` whose keys and values are kept, for prefill() and decode()
     std::optional<DeviceKind> device{};  // whose memory is planned; the Ops' own unless set (a plan without that device)
   };
 
@@ -57,6 +58,7 @@ class Gpt {
   void bind();
 
   const ModelConfig& config() const;
+  const Options& options() const;  // complete: tokens and device are set
   const ParameterLayout& layout() const;
   Tensor weights() const;    // flat [padded] of the compute type: every parameter, as matrix products read it
   Tensor vectors() const;    // f32 [count - decayed_count]: the parameters behind the matrices, as everything else reads them. A part of weights()
@@ -85,6 +87,22 @@ class Gpt {
 
   /// Next-token logits of the last token of a sequence of T = tokens.size() tokens, after recomputing all of it. [vocabulary] on the host.
   std::vector<float> next_logits(std::span<const std::int32_t> tokens);
+
+  // Generation with the keys and values of Options::cache sequences. Sequence s of them holds the tokens of its last prefill() and of every decode()
+  // since, as one document from position 0; other passes leave it alone.
+
+  /// Starts a sequence with 1 to Options::tokens tokens. Next-token logits of the last one, [vocabulary] on the host: those of next_logits(tokens).
+  /// A sequence at a time: no row of a shorter prompt is computed for nothing, and what others hold changes no bit.
+  std::vector<float> prefill(std::int64_t sequence, std::span<const std::int32_t> tokens);
+
+  struct NextToken {
+    std::int64_t sequence;
+    std::int32_t token;
+  };
+  /// Adds a token to each of these sequences (started, each named once, not full). Next-token logits of each, [next.size(), vocabulary] on the host:
+  /// those of next_logits() of the whole sequence, but for the order of sums. On the CPU the bits are the same in any company of up to kFewRows.
+  std::vector<float> decode(std::span<const NextToken> next);
+  std::int64_t cached_tokens(std::int64_t sequence) const;
 
   /// Dense-equivalent and attention FLOPs of one token at full context: forward + backward = 3 x forward.
   struct Flops {

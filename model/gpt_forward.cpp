@@ -52,8 +52,8 @@ AttentionForward Gpt::Impl::attention(int layer, const Batch& batch) const {
   a.k = packed_heads(qkv, 1, T, C, D);
   a.v = packed_heads(qkv, 2, T, C, D);
   a.o = heads_of(plan[s.attention], T, C, D);
-  a.scale = w.blocks[layer].scale ? w.blocks[layer].scale : plan[memory.constant_scale];
-  a.threshold = w.blocks[layer].threshold ? w.blocks[layer].threshold : plan[memory.thresholds].slice(layer * H, H);
+  a.scale = scale(layer);
+  a.threshold = threshold(layer);
   if (config.attention.document_mask) a.document_start = batch.document_start.view({B, T});
   a.z = plan[s.z].view({B, H, T});
   a.active_tiles = plan[s.active_tiles].view({B, H, query_tiles, bitmap_words(key_tiles)});
@@ -71,14 +71,19 @@ Tensor Gpt::Impl::head_norm_forward(int layer) {
 }
 
 /// From the output of ln_1 to narrow().
-void Gpt::Impl::attention_branch(int layer, const Batch& batch, bool count) {
+void Gpt::Impl::attention_branch(int layer, const Batch& batch, bool count, const CachePass* cache) {
   const BlockTensors& p = w.blocks[layer];
   ops.linear_forward({.x = normed(2 * layer), .w = p.qkv, .bias = p.qkv_bias, .y = rows(memory.blocks[layer].qkv, 3 * C), .pre_activation = {}});
   if (transforms_qk()) ops.qk_transform_forward(qk_transform(layer, batch));
 
-  AttentionForward a = attention(layer, batch);
-  if (count) a.counters = plan[memory.counters].slice(layer * H * kAttentionCounters, H * kAttentionCounters).view({H, kAttentionCounters});
-  ops.attention_forward(a);
+  if (cache) append_to_cache(layer, *cache);
+  if (cache && cache->decode) {
+    attend_to_cache(layer, *cache);
+  } else {
+    AttentionForward a = attention(layer, batch);
+    if (count) a.counters = plan[memory.counters].slice(layer * H * kAttentionCounters, H * kAttentionCounters).view({H, kAttentionCounters});
+    ops.attention_forward(a);
+  }
 
   ops.linear_forward({.x = head_norm_forward(layer), .w = p.proj, .bias = p.proj_bias, .y = narrow(), .pre_activation = {}});
 }
@@ -104,7 +109,7 @@ void Gpt::Impl::mlp_branch(int layer) {
   ops.linear_forward({.x = rows(memory.blocks[layer].hidden_gelu, hidden), .w = p.out, .bias = p.out_bias, .y = narrow(), .pre_activation = {}});
 }
 
-void Gpt::Impl::trunk(const Batch& batch, bool count) {
+void Gpt::Impl::trunk(const Batch& batch, bool count, const CachePass* cache) {
   const auto hook = [&](int block) {
     if (hooks.before_forward) hooks.before_forward(block);
   };
@@ -113,7 +118,7 @@ void Gpt::Impl::trunk(const Batch& batch, bool count) {
   for (int l = 0; l < config.layers; ++l) {
     hook(l);
     norm_forward(2 * l, l == 0 ? NormInput::stream : NormInput::stream_and_branch);
-    attention_branch(l, batch, count);
+    attention_branch(l, batch, count, cache);
     norm_forward(2 * l + 1, NormInput::stream_and_branch);
     mlp_branch(l);
   }

@@ -1,5 +1,5 @@
 #pragma once
-// The inside of a Gpt, which gpt.cpp (set-up, public functions), gpt_forward.cpp and gpt_backward.cpp share.
+// The inside of a Gpt, which gpt.cpp (set-up, public functions), gpt_forward.cpp, gpt_backward.cpp and gpt_decode.cpp share.
 //
 // Notation: N = B T rows, C = width, H heads of D, V = rows of the embedding. A block is
 //
@@ -36,6 +36,8 @@ struct Gpt::Impl {
   Tensor stream(int norm) const { return rows(memory.norms[norm].stream, C); }
   Tensor normed(int norm) const { return rows(memory.norms[norm].y, C); }
   Tensor narrow() const { return rows(memory.narrow, C); }
+  Tensor scale(int layer) const { return w.blocks[layer].scale ? w.blocks[layer].scale : plan[memory.constant_scale]; }
+  Tensor threshold(int layer) const { return w.blocks[layer].threshold ? w.blocks[layer].threshold : plan[memory.thresholds].slice(layer * H, H); }
   Tensor head_rstd(const BlockSlots& s) const { return rows(s.head_rstd, H); }
   Tensor per_head(const Tensor& heads) const { return heads.view({N, H, D}); }
   /// Most columns that an operation's scratch memory is for: sums over rows for gains and, with biases, for those.
@@ -57,11 +59,25 @@ struct Gpt::Impl {
   QkTransform qk_transform(int layer, const Batch& batch) const;
   AttentionForward attention(int layer, const Batch& batch) const;
   Tensor head_norm_forward(int layer);
-  void attention_branch(int layer, const Batch& batch, bool count);
+  /// A pass that generates: each row's (prefill: each sequence's) keys and values go into the cache, and decoding attends to what is there.
+  struct CachePass {
+    Tensor sequences, positions;  // [B] i32
+    bool decode = false;
+  };
+  void attention_branch(int layer, const Batch& batch, bool count, const CachePass* cache = nullptr);
   void mlp_hidden(int layer);
   void mlp_branch(int layer);
-  void trunk(const Batch& batch, bool count);
+  void trunk(const Batch& batch, bool count, const CachePass* cache = nullptr);
   Classifier classifier(const Batch& batch) const;
+
+  // -- generation (gpt_decode.cpp)
+  void check_tokens(std::span<const std::int32_t> tokens) const;
+  Tensor upload(MemoryPlan::Slot slot, std::span<const std::int32_t> host, Shape shape) const;
+  void run_sequence(std::span<const std::int32_t> tokens, const CachePass* cache);
+  std::vector<float> logits_of(std::int64_t row, std::int64_t count) const;
+  KeyValueCache cache_of(int layer) const;
+  void append_to_cache(int layer, const CachePass& pass) const;
+  void attend_to_cache(int layer, const CachePass& pass) const;
 
   // -- backward (gpt_backward.cpp)
   void norm_backward(int norm, const Tensor& dy);
@@ -86,6 +102,7 @@ struct Gpt::Impl {
   ModelTensors w, d;                                             // parameters and gradients by name
   Hooks hooks;
   Visit visit = config.attention.visit;
+  std::vector<std::int64_t> cached;  // tokens of each sequence in the cache
   std::int64_t B = 0, T = 0, N = 0;  // of the current batch
 };
 

@@ -60,7 +60,7 @@ GptMemory::GptMemory(const ModelConfig& config, const ParameterLayout& layout, c
   const AttentionConfig& attention = config.attention;
   const DeviceKind device = options.device.value();
   const DType compute = compute_type(device);
-  const std::int64_t B = options.micro_batch, T = options.tokens, N = B * T;
+  const std::int64_t B = options.micro_batch, T = options.tokens, S = options.cache, N = most_rows(options);
   const std::int64_t L = config.layers, H = config.heads, C = config.width, D = config.head_size(), hidden = C * config.mlp_ratio;
   const std::int64_t padded = ceil_div(layout.count, options.shard_multiple) * options.shard_multiple;
 
@@ -132,12 +132,17 @@ GptMemory::GptMemory(const ModelConfig& config, const ParameterLayout& layout, c
 
   const auto row_bytes = static_cast<std::size_t>(config.vocabulary_padded) * size_of(compute);
   const auto chunk = static_cast<std::int64_t>(std::max<std::size_t>(1, logits_bytes(device) / row_bytes));
-  logits = reserve(workspace, "logits", {std::min(chunk, N), config.vocabulary_padded}, compute);
+  logits = reserve(workspace, "logits", {std::max(std::min(chunk, N), S), config.vocabulary_padded}, compute);
   losses = reserve(workspace, "losses", {N});
   predictions = reserve(workspace, "predictions", {N}, DType::i32);
-  prompt_tokens = reserve(workspace, "prompt tokens", {T}, DType::i32);
+  prompt_tokens = reserve(workspace, "prompt tokens", {std::max(T, S)}, DType::i32);
   prompt_positions = reserve(workspace, "prompt positions", {T}, DType::i32);
   prompt_document = reserve(workspace, "prompt document", {T}, DType::i32);
+  if (S > 0) {
+    cache = reserve(activations, "key/value cache", {L, S, 2 * H * T, D}, compute);
+    cache_sequences = reserve(workspace, "cached sequences", {S}, DType::i32);
+    cache_positions = reserve(workspace, "cached positions", {S}, DType::i32);
+  }
 }
 
 }  // namespace tessera

@@ -1,6 +1,7 @@
 #pragma once
 // The memory of a GPT: which tensors a step needs, how large they are, and which of them may be the same memory. Internal to the model.
 
+#include <algorithm>
 #include <vector>
 
 #include "kernels/memory_plan.h"
@@ -52,7 +53,10 @@ struct BlockSlots {
   MemoryPlan::Slot hidden_gelu;   // [N, 4C]
 };
 
-/// Slots of a model of at most B sequences of at most T tokens, N = B T. -1: not needed. `options` are complete: tokens and device are set.
+/// Rows that a pass has at most: micro_batch sequences of `tokens`, or a token of each cached sequence.
+inline std::int64_t most_rows(const Gpt::Options& o) { return std::max(o.micro_batch * o.tokens, o.cache); }
+
+/// Slots of a model of at most B sequences of at most T tokens, N = most_rows(). -1: not needed. `options` are complete: tokens and device are set.
 struct GptMemory {
   GptMemory(const ModelConfig& config, const ParameterLayout& layout, const Gpt::Options& options, MemoryPlan& plan);
 
@@ -78,7 +82,9 @@ struct GptMemory {
   MemoryPlan::Slot attention_workspace = -1;
   MemoryPlan::Slot logits;  // [rows, vocabulary_padded]: chunks of the classifier
   MemoryPlan::Slot losses, predictions;
-  MemoryPlan::Slot prompt_tokens, prompt_positions, prompt_document;  // [T] i32, for next_logits
+  MemoryPlan::Slot prompt_tokens, prompt_positions, prompt_document;  // i32: of a sequence [T], or tokens of each cached one
+  MemoryPlan::Slot cache = -1;                                        // [L, S, 2, H, T, D] of the compute type: keys and values of S sequences
+  MemoryPlan::Slot cache_sequences = -1, cache_positions = -1;        // [S] i32
 };
 
 }  // namespace tessera

@@ -42,6 +42,10 @@ OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, const Options& 
     options.micro_batch = micro_batch;
     options.tokens = context;
     options.training = false;
+    if (use == Use::generate && ops->has_attention_decode()) {
+      options.cache = o.cache_sequences;
+      if (o.sequence_tokens > 0) options.tokens = std::min(o.sequence_tokens, config.model.context);
+    }
     model = std::make_unique<Gpt>(config.model, *ops, plan, options);
     if (use == Use::evaluate) batch = std::make_unique<BatchBuffer>(plan, micro_batch, context);
   });

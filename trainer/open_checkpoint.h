@@ -18,7 +18,7 @@ namespace tessera {
 struct OpenCheckpoint {
   enum class Use {
     evaluate,  // micro-batches of train.micro_batch sequences
-    generate   // one sequence
+    generate   // a sequence at a time, and a cache where the device has one
   };
   struct Options {
     int threads = 0;     // of the CPU
@@ -28,6 +28,9 @@ struct OpenCheckpoint {
     std::int64_t context = 0;
     /// Use::evaluate: sequences at once; 0: train.micro_batch, or fewer where `context` is longer than in training: about as many tokens.
     std::int64_t micro_batch = 0;
+    /// Use::generate, where Ops::has_attention_decode():
+    std::int64_t cache_sequences = 0;  // whose keys and values are kept
+    std::int64_t sequence_tokens = 0;  // of the longest text; 0 or more than the context: the context
   };
   /// `path`: see resolve_checkpoint(). Throws std::invalid_argument when it is no checkpoint or its device is not here, std::runtime_error naming the
   /// file when it is damaged. Collective: each rank of `host` has a model of its own; ranks share GPUs where there are fewer.

@@ -7,19 +7,39 @@
 
 namespace tessera::cpu {
 
-AttentionCall::AttentionCall(const char* operation, const AttentionForward& a)
-    : batch(a.shape.batch), heads(a.shape.heads), tokens(a.shape.tokens), size(a.shape.head_size), math(a.math), visit_all(a.visit == Visit::all) {
-  require(a.tiles != nullptr, operation, "no tile lists were given");
-  map = &a.tiles->host();
-  tile_query = map->tile_query;
-  tile_key = map->tile_key;
+const TileMap& checked_lists(const char* operation, const DeviceTiles* tiles, const AttentionMath& math, std::int64_t heads, std::int64_t tokens,
+                             std::int64_t size) {
+  require(tiles != nullptr, operation, "no tile lists were given");
+  const TileMap& map = tiles->host();
   const auto tile_fits = [](std::int64_t t) { return t >= 8 && t <= 128 && t % 8 == 0; };
-  require(tile_fits(tile_query) && tile_fits(tile_key), operation, "tile sizes must be multiples of 8 from 8 to 128");
-  require(batch >= 0 && heads >= 1 && tokens >= 1 && tokens <= map->tokens, operation, "the sequence must have 1 to tiles->host().tokens tokens");
+  require(tile_fits(map.tile_query) && tile_fits(map.tile_key), operation, "tile sizes must be multiples of 8 from 8 to 128");
+  require(heads >= 1 && tokens >= 1 && tokens <= map.tokens, operation, "the sequence must have 1 to tiles->host().tokens tokens");
   require(tokens <= std::numeric_limits<std::int32_t>::max(), operation, "the sequence has more tokens than an i32 can count");
   require(size >= 8 && size <= 256 && size % 8 == 0, operation, "head_size must be a multiple of 8 from 8 to 256");
-  require(std::ssize(map->group_of_head) >= heads, operation, "the tile lists are of fewer heads");
+  require(std::ssize(map.group_of_head) >= heads, operation, "the tile lists are of fewer heads");
   require(math.length_beta == 0 || math.score == Score::cosine, operation, "length_beta wants score cosine");
+  return map;
+}
+
+std::span<const TileEntry> query_list(const TileMap& map, std::int64_t head, std::int64_t query_tile) {
+  const TileGroup& g = map.groups[map.group_of_head[head]];
+  const auto first = g.query_offsets[query_tile], last = g.query_offsets[query_tile + 1];
+  return std::span(g.query_entries).subspan(first, last - first);
+}
+
+float tau_of(const AttentionMath& math, std::int64_t size, const float* threshold, std::int64_t head, std::int64_t i) {
+  if (math.gate == Gate::softmax) return 0.0f;
+  if (math.length_beta > 0)
+    return static_cast<float>(math.length_beta * std::sqrt(2.0 * std::log(static_cast<double>(i) + 2.0) / static_cast<double>(size)));
+  return threshold[head];
+}
+
+AttentionCall::AttentionCall(const char* operation, const AttentionForward& a)
+    : batch(a.shape.batch), heads(a.shape.heads), tokens(a.shape.tokens), size(a.shape.head_size), math(a.math), visit_all(a.visit == Visit::all) {
+  map = &checked_lists(operation, a.tiles, math, heads, tokens, size);
+  require(batch >= 0, operation, "the batch must not be negative");
+  tile_query = map->tile_query;
+  tile_key = map->tile_key;
   query_tiles = (tokens + tile_query - 1) / tile_query;
   key_tiles = (tokens + tile_key - 1) / tile_key;
   words = bitmap_words(key_tiles);
@@ -27,9 +47,8 @@ AttentionCall::AttentionCall(const char* operation, const AttentionForward& a)
   k = heads_of(operation, "k", a.k);
   v = heads_of(operation, "v", a.v);
   o = heads_of(operation, "o", a.o);
-  const bool uses_tau = math.gate != Gate::softmax && !(math.length_beta > 0);
   scale = elements<float>(operation, "scale", a.scale, heads);
-  threshold = uses_tau ? elements<float>(operation, "threshold", a.threshold, heads) : nullptr;
+  threshold = uses_threshold(math) ? elements<float>(operation, "threshold", a.threshold, heads) : nullptr;
   document_start = optional_elements<std::int32_t>(operation, "document_start", a.document_start, batch * tokens);
   z = elements<float>(operation, "z", a.z, batch * heads * tokens);
   active_tiles = elements<std::uint32_t>(operation, "active_tiles", a.active_tiles, batch * heads * query_tiles * words);
@@ -44,12 +63,6 @@ Heads AttentionCall::heads_of(const char* operation, const char* name, const Hea
     throw std::logic_error(fmt::format("{}: {} has strides (batch {}, head {}, token {}) that overlap its {} elements", operation, name, view.batch,
                                        view.head, view.token, size));
   return {static_cast<float*>(view.data), view.batch, view.head, view.token};
-}
-
-std::span<const TileEntry> AttentionCall::query_list(std::int64_t head, std::int64_t query_tile) const {
-  const TileGroup& g = map->groups[map->group_of_head[head]];
-  const auto first = g.query_offsets[query_tile], last = g.query_offsets[query_tile + 1];
-  return std::span(g.query_entries).subspan(first, last - first);
 }
 
 std::span<const TileEntry> AttentionCall::key_list(std::int64_t head, std::int64_t key_tile) const {
@@ -75,16 +88,9 @@ bool AttentionCall::tile(std::int64_t query_tile, std::int64_t key_tile, std::in
   out.first_key = key_tile * tile_key;
   out.keys = std::min(tile_key, tokens - out.first_key);
   out.mask_words = map->mask_words;
-  out.mask = mask == TileEntry::kFull ? nullptr : map->masks.data() + static_cast<std::int64_t>(mask) * tile_query * map->mask_words;
+  out.mask = mask_of(*map, mask, 0);
   out.document_start = documents.last > out.first_key ? documents.start : nullptr;
   return !documents.start || documents.first < out.first_key + out.keys;
-}
-
-float AttentionCall::tau(std::int64_t head, std::int64_t i) const {
-  if (math.gate == Gate::softmax) return 0.0f;
-  if (math.length_beta > 0)
-    return static_cast<float>(math.length_beta * std::sqrt(2.0 * std::log(static_cast<double>(i) + 2.0) / static_cast<double>(size)));
-  return threshold[head];
 }
 
 }  // namespace tessera::cpu

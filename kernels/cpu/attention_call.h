@@ -18,6 +18,23 @@ struct Heads {
   float* at(std::int64_t b, std::int64_t h, std::int64_t t) const { return data + b * batch + h * head + t * token; }
 };
 
+/// The lists of a call, after checks of what every call of the attention has: tiles, heads, head size, math, 1 to map.tokens tokens.
+const TileMap& checked_lists(const char* operation, const DeviceTiles* tiles, const AttentionMath& math, std::int64_t heads, std::int64_t tokens,
+                             std::int64_t size);
+
+/// The key tiles of a query tile, ascending.
+std::span<const TileEntry> query_list(const TileMap& map, std::int64_t head, std::int64_t query_tile);
+
+/// The mask of a listed tile from row `row` on, or null when every edge of the tile is visible.
+inline const std::uint64_t* mask_of(const TileMap& map, std::int32_t mask, std::int64_t row) {
+  return mask == TileEntry::kFull ? nullptr : map.masks.data() + (static_cast<std::int64_t>(mask) * map.tile_query + row) * map.mask_words;
+}
+
+/// Whether tau_h is used: not by softmax, and not with a threshold of each query.
+inline bool uses_threshold(const AttentionMath& math) { return math.gate != Gate::softmax && !(math.length_beta > 0); }
+/// tau of query i: threshold[head], or that of the query with length_beta, or 0 for softmax.
+float tau_of(const AttentionMath& math, std::int64_t size, const float* threshold, std::int64_t head, std::int64_t i);
+
 struct AttentionCall {
   /// Checks everything; throws std::logic_error that names `operation` and the argument.
   AttentionCall(const char* operation, const AttentionForward& a);
@@ -36,7 +53,7 @@ struct AttentionCall {
   std::uint32_t* active_tiles;
   std::uint64_t* counters;  // or null
 
-  std::span<const TileEntry> query_list(std::int64_t head, std::int64_t query_tile) const;
+  std::span<const TileEntry> query_list(std::int64_t head, std::int64_t query_tile) const { return cpu::query_list(*map, head, query_tile); }
   std::span<const TileEntry> key_list(std::int64_t head, std::int64_t key_tile) const;
 
   /// The documents that a query tile's queries lie in.
@@ -49,8 +66,7 @@ struct AttentionCall {
   /// The tile (query_tile, key_tile), or false when it lies wholly before its queries' documents.
   bool tile(std::int64_t query_tile, std::int64_t key_tile, std::int32_t mask, const Documents& documents, Tile& out) const;
 
-  /// tau of query i: per head, per query with length_beta, 0 for softmax.
-  float tau(std::int64_t head, std::int64_t i) const;
+  float tau(std::int64_t head, std::int64_t i) const { return tau_of(math, size, threshold, head, i); }
 
   /// Word of the bitmap that holds key tile 0 of a query tile.
   std::uint32_t* bitmap(std::int64_t b, std::int64_t h, std::int64_t query_tile) const {

@@ -2,45 +2,18 @@
 
 #include <cstring>
 
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
+#include "kernels/cpu/vector.h"
 
 namespace tessera::cpu {
 namespace {
 
-// Vector registers through GCC's vector extension, so that the same code runs on any processor; only the fused multiply-add needs
-// to be named. A block of kBlockRows x 2 registers of C stays in registers over the whole sum: enough independent sums to hide the
-// latency of the multiply-add (2 a cycle x 4 cycles), few enough to leave registers for the operands.
-template <int lanes>
-struct Register {
-  typedef float type __attribute__((vector_size(lanes * sizeof(float))));
-};
-template <int lanes>
-using Vector = typename Register<lanes>::type;
-
+// A block of kBlockRows x 2 registers of C stays in registers over the whole sum: enough independent sums to hide the latency of the
+// multiply-add (2 a cycle x 4 cycles), few enough to leave registers for the operands.
 #ifdef __AVX512F__
-constexpr int kLanes = 16, kBlockRows = 8;
+constexpr int kBlockRows = 8;
 #else
-constexpr int kLanes = 8, kBlockRows = 4;
+constexpr int kBlockRows = 4;
 #endif
-
-template <int lanes>
-[[gnu::always_inline]] inline void accumulate(Vector<lanes>& sum, float a, const Vector<lanes>& b) {
-#ifdef __AVX512F__
-  if constexpr (lanes == 16) {
-    sum = _mm512_fmadd_ps(_mm512_set1_ps(a), b, sum);
-    return;
-  }
-#endif
-#if defined(__AVX2__) && defined(__FMA__)
-  if constexpr (lanes == 8) {
-    sum = _mm256_fmadd_ps(_mm256_set1_ps(a), b, sum);
-    return;
-  }
-#endif
-  for (int l = 0; l < lanes; ++l) sum[l] = multiply_add(a, b[l], sum[l]);
-}
 
 template <int lanes, int rows, int columns>
 [[gnu::always_inline]] inline void block(std::int64_t k, Broadcast a, const float* b, std::int64_t b_stride, float* c, std::int64_t c_stride,
@@ -50,7 +23,7 @@ template <int lanes, int rows, int columns>
     Vector<lanes> right[columns];
     for (int n = 0; n < columns; ++n) std::memcpy(&right[n], b + n * lanes, sizeof right[n]);
     for (int m = 0; m < rows; ++m)
-      for (int n = 0; n < columns; ++n) accumulate<lanes>(sum[m][n], a.data[m * a.row], right[n]);
+      for (int n = 0; n < columns; ++n) accumulate<lanes>(sum[m][n], broadcast<lanes>(a.data[m * a.row]), right[n]);
     a.data += a.step;
     b += b_stride;
   }

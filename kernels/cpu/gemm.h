@@ -25,6 +25,11 @@ struct OutputTile {
 void gemm(std::int64_t m, std::int64_t n, std::int64_t k, Operand a, Operand b, float* c, std::int64_t stride, bool accumulate,
           const std::function<void(const OutputTile&)>& finish = {});
 
+/// C [m, n] = X [m, k] W [n, k]^T for a few rows, all without gaps between rows. W is read once, as it lies. The bits of an element are a function of
+/// its row of X and its row of W, whatever m and n are. `finish` as above.
+void few_rows_product(std::int64_t m, std::int64_t n, std::int64_t k, const float* x, const float* w, float* c,
+                      const std::function<void(const OutputTile&)>& finish = {});
+
 /// Holds OpenBLAS at one thread a call. Called once before the first gemm().
 void hold_blas_at_one_thread();
 

@@ -34,7 +34,12 @@ void linear_forward(const LinearForward& a) {
       }
     }
   };
-  gemm(n, m, k, {x, k}, {w, k, true}, z, m, false, bias || with_gelu ? finish : std::function<void(const OutputTile&)>{});
+  const auto finish_tile = bias || with_gelu ? finish : std::function<void(const OutputTile&)>{};
+  if (n <= kFewRows) {
+    few_rows_product(n, m, k, x, w, z, finish_tile);
+  } else {
+    gemm(n, m, k, {x, k}, {w, k, true}, z, m, false, finish_tile);
+  }
 }
 
 void linear_backward(const LinearBackward& a) {

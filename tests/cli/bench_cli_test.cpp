@@ -98,6 +98,25 @@ TEST(BenchCommand, GemmReportsEveryLayer) {
     for (const char* key : {"forward_gflops", "input_gradient_gflops", "weight_gradient_gflops"}) EXPECT_GT(layer[key].get<double>(), 0) << layer;
 }
 
+TEST(BenchCommand, GenerateReportsSpeedsBesideTheirLimit) {
+  const std::string options =
+      "bench generate --seconds 0.001 --prompt 40 --tokens 8 --batch 3 --set 'attention.pattern={window: {size: 16}}'" + kSmall;
+  const Json r = json_of(options);
+  ASSERT_TRUE(r.is_object());
+  const auto number = [&](const char* key) { return r.at(key).get<double>(); };
+  EXPECT_NEAR(number("decode_tokens_per_s"), 3e3 / number("decode_ms"), 1e-6 * number("decode_tokens_per_s"));
+  EXPECT_NEAR(number("speedup"), number("decode_tokens_per_s") / number("recompute_tokens_per_s"), 1e-6 * number("speedup"));
+  EXPECT_EQ(number("weight_bytes"), 4 * number("parameters"));
+  EXPECT_EQ(number("cache_bytes_per_sequence"), 2.0 * 2 * 16 * 128 * 4);  // layers, keys and values, the window, width, fp32
+  EXPECT_NEAR(number("speed_of_light_tokens_per_s"),
+              3 * number("read_gbytes") * 1e9 / (number("weight_bytes") + 3 * number("cache_bytes_per_sequence")),
+              1e-6 * number("speed_of_light_tokens_per_s"));
+  const Outcome text = run_tessera(options);
+  EXPECT_TRUE(has(text.out, "speed of light")) << text.out << text.err;
+  EXPECT_EQ(run_tessera("bench generate --prompt 500 --tokens 13").code, 2);  // beyond the context of 512
+  EXPECT_EQ(run_tessera("bench generate --batch 17").code, 2);
+}
+
 TEST(BenchCommand, NumbersOutOfRangeAreTwo) {
   for (const char* arguments : {"gemm --seconds nan", "gemm --seconds 0", "gemm --seconds fast", "step --seconds inf", "data --seconds nan",
                                 "attention --active-share nan", "attention --active-share 1.1"}) {

@@ -281,7 +281,29 @@ TEST_P(Linear, BackwardMatchesTheDefinition) {
 
 INSTANTIATE_TEST_SUITE_P(Sizes, Linear,
                          ::testing::Values(LinearSize{1, 1, 1}, LinearSize{1, 7, 3}, LinearSize{5, 1, 11}, LinearSize{67, 31, 13},
-                                           LinearSize{300, 97, 20}, LinearSize{17, 1100, 5}, LinearSize{260, 270, 300}));
+                                           LinearSize{300, 97, 20}, LinearSize{17, 1100, 5}, LinearSize{16, 130, 300}, LinearSize{260, 270, 300}));
+
+// What a batch of generated texts relies on.
+TEST(Linear, OfFewRowsARowHasTheSameBitsInAnyCompany) {
+  constexpr std::int64_t kOut = 70, kIn = 61;
+  Floats x = random_floats({kFewRows, kIn}, 1), w = random_floats({kOut, kIn}, 2), bias = random_floats({kOut}, 3);
+  const auto rows = [&](std::int64_t first, std::int64_t count) {
+    Floats y({count, kOut}), z({count, kOut});
+    ops().linear_forward({.x = x.tensor().slice(first * kIn, count * kIn).view({count, kIn}),
+                          .w = w.tensor(),
+                          .bias = bias.tensor(),
+                          .y = y.tensor(),
+                          .activation = Activation::gelu,
+                          .pre_activation = z.tensor()});
+    return y.values;
+  };
+  const auto all = rows(0, kFewRows);
+  for (std::int64_t count = 1; count <= kFewRows; ++count)
+    for (std::int64_t first = 0; first + count <= kFewRows; ++first) {
+      const auto some = rows(first, count);
+      ASSERT_TRUE(std::equal(some.begin(), some.end(), all.begin() + first * kOut)) << first << " " << count;
+    }
+}
 
 TEST(Linear, GeluAloneGivesTheBitsOfTheFusedOne) {
   constexpr std::int64_t kRows = 37, kIn = 24, kOut = 41;

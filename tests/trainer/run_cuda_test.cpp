@@ -147,7 +147,7 @@ TEST_F(RunCudaTest, EvaluatesAndGeneratesOnEitherDevice) {
   const Result two = tessera_on(2, "eval runs/a --data data --json 2>/dev/null");  // on one GPU, if there are no more
   ASSERT_EQ(two.code, 0) << two;
   EXPECT_EQ(Json::parse(two.output)["loss"].get<double>(), loss(""));
-  const std::string generate = "generate runs/a --prompt 'the model' --tokens 40 --temperature 0 ";
+  const std::string generate = "generate runs/a --prompt 'the model' --tokens 40 --temperature 0 2>/dev/null ";  // speeds go to stderr
   const Result text = tessera(generate);
   ASSERT_EQ(text.code, 0) << text;
   EXPECT_EQ(tessera(generate + "--device cuda").output, text.output);

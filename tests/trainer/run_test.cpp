@@ -2,7 +2,9 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <csignal>
+#include <sstream>
 
 #include "tests/trainer/run_support.h"
 #include "trainer/device.h"
@@ -178,22 +180,86 @@ TEST_F(RunTest, EvalAtAnotherContextIsThatOfAModelMadeForIt) {
 
 TEST_F(RunTest, GeneratesTheSameTextForTheSameSeed) {
   ASSERT_EQ(tessera("train tiny.yaml --set run.dir=runs/a").code, 0);
-  const std::string command = "generate runs/a --prompt 'the model' --tokens 40 ";
-  const Result greedy = tessera(command + "--temperature 0");
+  const auto text = [&](const std::string& arguments) { return tessera("generate runs/a --tokens 60 " + arguments + " 2>/dev/null"); };
+  const std::string prompt = "--prompt 'the model' ";
+  const Result greedy = text(prompt + "--temperature 0");
   ASSERT_EQ(greedy.code, 0) << greedy;
   EXPECT_EQ(greedy.output.substr(0, 9), "the model");
-  EXPECT_EQ(tessera(command + "--temperature 0 --seed 5").output, greedy.output);
-  EXPECT_EQ(tessera(command + "--temperature 2 --top-k 1").output, greedy.output);
-  const Result drawn = tessera(command + "--temperature 1 --seed 1");
-  EXPECT_EQ(tessera(command + "--temperature 1 --seed 1").output, drawn.output);
-  EXPECT_NE(tessera(command + "--temperature 1 --seed 2").output, drawn.output);
-  const Json j = Json::parse(tessera(command + "--temperature 0 --ignore-end --json").output);
-  EXPECT_EQ(j["tokens"].size(), 40u);
+  EXPECT_EQ(text(prompt + "--temperature 0 --seed 5").output, greedy.output);
+  EXPECT_EQ(text(prompt + "--temperature 2 --top-k 1").output, greedy.output);
+  EXPECT_EQ(text(prompt + "--temperature 2 --top-p 0.000001").output, greedy.output);
+  EXPECT_EQ(text(prompt + "--temperature 0 --recompute").output, greedy.output);  // 60 tokens: well beyond the context of 32
+  const Result drawn = text(prompt + "--temperature 1 --seed 1");
+  EXPECT_EQ(text(prompt + "--temperature 1 --seed 1 --threads 2").output, drawn.output);
+  EXPECT_NE(text(prompt + "--temperature 1 --seed 2").output, drawn.output);
+  EXPECT_EQ(text("--prompt ''").code, 0);
+
+  const Result told = tessera("generate runs/a --tokens 60 --ignore-end " + prompt);
+  EXPECT_TRUE(told.says("then 59 tokens")) << told;
+  EXPECT_EQ(told.count("tessera: note: beyond the context of 32 tokens"), 1) << told;
+  const Json j = Json::parse(text(prompt + "--temperature 0 --ignore-end --json").output);
+  EXPECT_EQ(j["tokens"].size(), 60u);
   EXPECT_EQ(j["step"], 24);
-  EXPECT_EQ(tessera("generate runs/a --prompt '' --tokens 3").code, 0);
-  EXPECT_EQ(tessera("generate runs/a --prompt x --tokens 0").code, 2);
-  for (const char* mistake : {"--temperature nan", "--temperature -1", "--seed -1", "--top-k -1"})
-    EXPECT_EQ(tessera(command + mistake).code, 2) << mistake;
+  EXPECT_EQ(j["prefill"]["tokens"], 10);
+  EXPECT_EQ(j["decode"]["tokens"], 59);
+  EXPECT_GT(j["decode"]["tokens_per_s"].get<double>(), 0);
+}
+
+TEST_F(RunTest, GeneratesManyTexts) {
+  ASSERT_EQ(tessera("train tiny.yaml --set run.dir=runs/a").code, 0);
+  const std::string command = "generate runs/a --tokens 12 --seed 3 ";
+  const auto objects = [&](const std::string& arguments) {
+    const Result r = tessera(command + "--json " + arguments);
+    EXPECT_EQ(r.code, 0) << r;
+    std::vector<Json> all;
+    std::istringstream lines(r.output);
+    for (std::string line; std::getline(lines, line);) all.push_back(Json::parse(line));
+    return all;
+  };
+  write("prompts.jsonl", "{\"q\": \"the\"}\n{\"q\": \"a key and\"}\n{\"q\": \"\"}\n");
+  const auto all = objects("--prompts prompts.jsonl --prompt-key q --samples 2 --batch 4");
+  ASSERT_EQ(all.size(), 6u);
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    EXPECT_EQ(all[i]["prompt_number"], i / 2 + 1);
+    EXPECT_EQ(all[i]["sample"], i % 2 + 1);
+    const auto alone = objects("--samples 2 --batch 1 --prompt '" + all[i]["prompt"].get<std::string>() + "'");
+    ASSERT_EQ(alone.size(), 2u);
+    EXPECT_EQ(alone[i % 2]["tokens"], all[i]["tokens"]) << i;
+    EXPECT_EQ(alone[i % 2]["text"], all[i]["text"]) << i;
+  }
+  EXPECT_NE(all[0]["tokens"], all[1]["tokens"]);
+
+  write("lines.txt", "the\na key and\n");
+  const Result text = shell("cat lines.txt | " TESSERA_BINARY " " + command + "--prompts - --prompt one 2>/dev/null");
+  EXPECT_EQ(text.code, 0) << text;
+  EXPECT_EQ(text.output.find("== prompt 1\none"), 0u) << text;  // those of the command line first
+  EXPECT_TRUE(text.says("== prompt 2\nthe" + all[0]["text"].get<std::string>())) << text;
+  EXPECT_TRUE(text.says("== prompt 3\na key and" + all[2]["text"].get<std::string>())) << text;
+}
+
+TEST_F(RunTest, GenerationThatCannotBeIsTwo) {
+  ASSERT_EQ(tessera("train tiny.yaml --set run.dir=runs/a --set train.steps=5 --set optimizer.warmup=1").code, 0);
+  write("empty.txt", "\n");
+  write("bad.txt", "fine\n\xff\n");
+  write("key.jsonl", "{\"text\": \"x\"}\n");
+  const auto error = [&](const std::string& arguments, const std::string& part) {
+    const Result r = tessera("generate runs/a " + arguments);
+    EXPECT_EQ(r.code, 2) << arguments << " " << r;
+    EXPECT_EQ(r.output.rfind("tessera: error: ", 0), 0u) << r;
+    EXPECT_EQ(std::count(r.output.begin(), r.output.end(), '\n'), 1) << r;
+    EXPECT_TRUE(r.says(part)) << r;
+  };
+  error("--prompt x --tokens 0", "--tokens");
+  for (const char* mistake : {"--temperature nan", "--temperature -1", "--seed -1", "--top-k -1", "--top-p 0", "--top-p 1.5", "--top-p nan",
+                              "--batch 0", "--batch 17", "--samples 0"})
+    error("--prompt x --tokens 3 " + std::string(mistake), std::string(mistake).substr(0, 6));
+  error("--tokens 3", "--prompt TEXT or --prompts FILE");
+  error("--tokens 3 --prompt x --prompt-key y", "--prompt-key");
+  error("--tokens 3 --prompts none.txt", "none.txt");
+  error("--tokens 3 --prompts empty.txt", "found none");
+  error("--tokens 3 --prompts bad.txt", "bad.txt:2: expected UTF-8");
+  error("--tokens 3 --prompts key.jsonl", "no key \"prompt\"");
+  error("--tokens 3 --prompt \"$(printf 'a\\377')\"", "UTF-8");
 }
 
 // A run that is to use a GPU can be planned without one, and says what is missing before it begins.

@@ -25,7 +25,7 @@ double ms_since(Clock::time_point start) { return std::chrono::duration<double, 
 }  // namespace
 
 void add_bench_command(CLI::App& app) {
-  CLI::App* bench = app.add_subcommand("bench", "Speed of the parts: attention, matrix products, a training step, data");
+  CLI::App* bench = app.add_subcommand("bench", "Speed of the parts: attention, matrix products, a training step, generation, data");
   bench->require_subcommand(1);
   bench->footer(
       "Examples:\n"
@@ -35,6 +35,7 @@ void add_bench_command(CLI::App& app) {
   add_bench_attention(*bench);
   add_bench_gemm(*bench);
   add_bench_step(*bench);
+  add_bench_generate(*bench);
   add_bench_data(*bench);
 }
 
@@ -48,6 +49,12 @@ void BenchOptions::add_to(CLI::App& command) {
 std::unique_ptr<Ops> BenchOptions::make_ops() const {
   load_config("", {"device=" + device});  // says what is a device
   return tessera::make_ops(device, threads);
+}
+
+std::int64_t vocabulary_for_bench(const Config& c) {
+  const std::string& tokenizer = c.data.tokenizer;
+  if (c.model.vocabulary > 0) return c.model.vocabulary;
+  return tokenizer == "gpt2" || tokenizer.starts_with("gpt2:") ? 50257 : 4096;
 }
 
 double best_ms(double seconds, const std::function<void()>& work) {

@@ -11,9 +11,12 @@
 
 namespace tessera {
 
+struct Config;
+
 void add_bench_attention(CLI::App& bench);  // bench_attention.cpp
 void add_bench_gemm(CLI::App& bench);       // bench_gemm.cpp
 void add_bench_step(CLI::App& bench);       // bench_step.cpp
+void add_bench_generate(CLI::App& bench);   // bench_generate.cpp
 void add_bench_data(CLI::App& bench);       // bench_data.cpp
 
 /// Device and time of a benchmark: options that each of them has.
@@ -31,6 +34,9 @@ struct BenchOptions {
 /// Milliseconds of `work` on the host: the shortest of at least three runs, until `seconds` have passed, after one to warm up. The shortest is the
 /// one that other work on the machine disturbed least.
 double best_ms(double seconds, const std::function<void()>& work);
+
+/// model.vocabulary, or that of the tokenizer where its name says it; otherwise a small one.
+std::int64_t vocabulary_for_bench(const Config& config);
 
 double median(std::vector<double> values);  // not empty
 

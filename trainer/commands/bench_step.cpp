@@ -50,13 +50,6 @@ HostBatch synthetic_batch(const Config& c, std::uint64_t number) {
   return b;
 }
 
-/// model.vocabulary, or that of the tokenizer where its name says it; otherwise a small one.
-std::int64_t vocabulary_of(const Config& c) {
-  const std::string& tokenizer = c.data.tokenizer;
-  if (c.model.vocabulary > 0) return c.model.vocabulary;
-  return tokenizer == "gpt2" || tokenizer.starts_with("gpt2:") ? 50257 : 4096;
-}
-
 /// A training state and its steps, all on the device.
 struct Problem {
   Problem(const Config& config, Ops& device)
@@ -219,7 +212,7 @@ void run(const Options& o) {
   std::vector<std::string> sets = o.sets;
   if (!o.device.empty()) sets.push_back("device=" + o.device);
   Config c = load_config(o.file, sets);
-  resolve_vocabulary(c, vocabulary_of(c), "tessera bench step");
+  resolve_vocabulary(c, vocabulary_for_bench(c), "tessera bench step");
   check_ranks(c, 1);
   const auto ops = make_ops(c.device, o.threads);
   if (o.profile) return profile(c, *ops);

@@ -1,0 +1,10 @@
+#include "kernels/ops.h"
+
+#include <stdexcept>
+
+namespace tessera {
+
+void Ops::cache_append(const CacheAppend&) { throw std::logic_error("cache_append: not on this device (has_attention_decode())"); }
+void Ops::attention_decode(const AttentionDecode&) { throw std::logic_error("attention_decode: not on this device (has_attention_decode())"); }
+
+}  // namespace tessera
