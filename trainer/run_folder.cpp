@@ -132,11 +132,10 @@ void open_run_folder(const RunFolder& folder, const Config& config, std::int64_t
   for (const fs::path& path : stale) fs::remove_all(path);
 }
 
-FolderLock::FolderLock(const std::string& directory, const std::string& problem)
-    : descriptor_(open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+FolderLock::FolderLock(const std::string& directory) : descriptor_(open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
   if (descriptor_ >= 0 && flock(descriptor_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
     close(descriptor_);
-    throw std::runtime_error(fmt::format("{}: {}", directory, problem));
+    throw std::runtime_error(fmt::format("run.dir {}: another run is writing to it now. Wait for it or stop it, or use another run.dir", directory));
   }
 }
 

@@ -40,12 +40,11 @@ std::vector<std::string> changes_that_matter(const Config& checkpoint, const Con
 /// std::invalid_argument when the folder cannot be written.
 void open_run_folder(const RunFolder& folder, const Config& config, std::int64_t step);
 
-/// Holds a lock on the folder while it lives, so that two runs do not write into it at once. Throws std::runtime_error, "DIRECTORY: PROBLEM", when
-/// another one does. File systems without locks are let pass.
+/// Holds a lock on the folder while it lives, so that two runs do not write into it at once. Throws std::runtime_error when another one does. File
+/// systems without locks are let pass.
 class FolderLock {
  public:
-  explicit FolderLock(const std::string& directory,
-                      const std::string& problem = "another run is writing to it now. Wait for it or stop it, or use another run.dir");
+  explicit FolderLock(const std::string& directory);
   ~FolderLock();
   FolderLock(const FolderLock&) = delete;
   FolderLock& operator=(const FolderLock&) = delete;

@@ -49,6 +49,7 @@ Json plan_json(const Sweep& sweep, const SweepCheck& check) {
                     {"state", name_of(r.state.kind)},
                     {"parameters", r.plan["parameters"]},
                     {"bytes_per_rank", r.bytes_per_rank()},
+                    {"flops_per_token", r.plan["flops_per_token"]},
                     {"steps", r.steps_known ? Json(r.run.config.train.steps) : Json(nullptr)},
                     {"tokens", r.steps_known ? r.plan["tokens"] : Json(nullptr)},
                     {"seconds", r.seconds > 0 ? Json(r.seconds) : Json(nullptr)}});

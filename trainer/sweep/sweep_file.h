@@ -87,7 +87,7 @@ struct SweepFile {
     int ranks = 1;
     int gpus = 0;     // of a run with device cuda; 0: one a rank
     int at_once = 0;  // 0: as many as there is room for
-    std::string place;
+    std::string place{};
   } resources;
 };
 

@@ -59,6 +59,22 @@ double seconds_a_step(const std::string& metrics) {
   return seconds[seconds.size() / 2];
 }
 
+/// The last step in metrics.jsonl, from its end.
+std::int64_t step_of(const std::string& metrics) {
+  constexpr std::streamoff kEnd = 1 << 18;  // several rows, also with values of many heads
+  std::ifstream file(metrics, std::ios::binary | std::ios::ate);
+  if (const std::streamoff size = file.tellg(); file && size > kEnd)
+    file.seekg(size - kEnd);
+  else
+    file.seekg(0);
+  std::int64_t step = 0;
+  for (std::string line; std::getline(file, line);) {
+    const Json row = Json::parse(line, nullptr, false);
+    if (row.is_object()) step = row.value("step", step);
+  }
+  return step;
+}
+
 class SweepRunner {
  public:
   SweepRunner(const Sweep& sweep, const SweepCheck& check, const HostRoom& host, Console& console)
@@ -72,8 +88,7 @@ class SweepRunner {
 
   void run() {
     folder_.claim();
-    const FolderLock lock(folder_.directory(),
-                          "another `tessera sweep run` is at work in it now. Wait for it, stop it, or set dir: to another folder");
+    const std::unique_ptr<FolderLock> lock = lock_folder();
     fs::remove_all(folder_.directory() + "/.timing");
     if (finished_ > 0) console_.say("{} of {} runs are finished already", finished_, total_);
     while (true) {
@@ -105,6 +120,7 @@ class SweepRunner {
   Console& console_;
   StopSignals signals_;
   const std::size_t total_;
+  const std::string self_ = fs::read_symlink("/proc/self/exe").string();  // now: a new build may replace it
   std::deque<const CheckedRun*> waiting_;
   std::list<Job> active_;
   std::size_t finished_ = 0;
@@ -113,6 +129,15 @@ class SweepRunner {
   std::vector<std::string> in_use_;  // said already
   Clock::time_point shown_{};
   bool stopping_ = false;
+
+  std::unique_ptr<FolderLock> lock_folder() const {
+    try {
+      return std::make_unique<FolderLock>(folder_.directory());
+    } catch (const std::runtime_error&) {
+      throw std::runtime_error(fmt::format(
+          "{}: another `tessera sweep run` is at work in it now. Wait for it, stop it, or set dir: to another folder", folder_.directory()));
+    }
+  }
 
   void stop() {
     stopping_ = true;
@@ -160,6 +185,9 @@ class SweepRunner {
       } else {
         make_folder(job.config.run.dir);
         file = RunFolder{job.config.run.dir}.config();
+        // It was looked at before the sweep began, and may have waited since.
+        if (fs::exists(file) && !sweep_changes(load_config(file, {}), job.config).empty())
+          throw std::runtime_error(fmt::format("{} holds a run with another configuration by now", job.config.run.dir));
       }
       write_file(file, to_yaml(job.config));
       if (job.log < 0) job.log = open(folder_.log(job.name()).c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
@@ -197,7 +225,7 @@ class SweepRunner {
       c.arguments = {"mpirun", "--bind-to", "none", "--oversubscribe", "-n", std::to_string(ranks)};
       if (geteuid() == 0) c.environment = {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}};
     }
-    for (const char* word : {fs::read_symlink("/proc/self/exe").c_str(), "train", file.c_str(), "--resume"}) c.arguments.emplace_back(word);
+    for (const std::string& word : {self_, std::string("train"), file, std::string("--resume")}) c.arguments.push_back(word);
     if (!job.gpus.empty()) c.environment.emplace_back("CUDA_VISIBLE_DEVICES", ledger_.names(job.gpus));
     // A share of the host where the configuration leaves the threads open.
     if (job.demand.cores > 0 && job.config.run.threads == 0)
@@ -237,7 +265,13 @@ class SweepRunner {
       return;
     }
     if (!job.timing) {
-      const RunState state = state_of(folder_, job.checked->run);
+      RunState state;
+      try {
+        state = state_of(folder_, job.checked->run);
+      } catch (const std::exception& e) {  // its files are damaged
+        job.tail += fmt::format("\nerror: {}\n", e.what());
+        code = std::max(code, 1);
+      }
       if (code == 0 && state.kind == RunState::Kind::finished) {
         ++finished_;
         const auto& loss = state.summary->validation_loss;
@@ -265,7 +299,7 @@ class SweepRunner {
       const auto steps = static_cast<std::int64_t>(std::max(1.0, std::floor(60 * sweep_.file.budget.minutes / a_step)));
       Config config = with_steps(sweep_, job.checked->run, steps).config;
       config.model = job.checked->run.config.model;  // with the vocabulary
-      fs::remove_all(job.config.run.dir);
+      remove_timing(job);
       job.config = std::move(config);
       job.timing = false;
       console_.say("{}: {:.0f} ms a step make {} steps", job.name(), 1e3 * a_step, steps);
@@ -274,6 +308,13 @@ class SweepRunner {
       job.tail += fmt::format("\nerror: {}\n", e.what());
       return false;
     }
+  }
+
+  void remove_timing(const Job& job) const {
+    std::error_code none;
+    fs::remove_all(folder_.timing(job.name()), none);
+    fs::remove(folder_.timing(job.name()) + ".yaml", none);
+    fs::remove(fs::path(folder_.timing(job.name())).parent_path(), none);  // when it was the last
   }
 
   void fail(const Job& job, const std::string& error, int code) {
@@ -294,8 +335,7 @@ class SweepRunner {
     std::string text = fmt::format("{}/{} finished", finished_, total_);
     if (!failed_.empty()) text += fmt::format(", {} failed", failed_.size());
     for (const Job& job : active_) {
-      const Json row = MetricsFile::last(RunFolder{job.config.run.dir}.metrics());
-      text += fmt::format("  {} {}/{}", job.name(), row.is_object() ? row.value("step", std::int64_t{0}) : 0, job.config.train.steps);
+      text += fmt::format("  {} {}/{}", job.name(), step_of(RunFolder{job.config.run.dir}.metrics()), job.config.train.steps);
     }
     console_.progress(text, false);
   }
