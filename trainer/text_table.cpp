@@ -20,7 +20,7 @@ std::string text_table(const std::vector<std::vector<std::string>>& rows) {
   for (const auto& row : rows) {
     std::string line;
     for (std::size_t c = 0; c < columns; ++c)
-      line += (c > 0 ? "  " : "") + (right[c] ? fmt::format("{:>{}}", row[c], width[c]) : fmt::format("{:<{}}", row[c], width[c]));
+      line += fmt::format(fmt::runtime(right[c] ? "{}{:>{}}" : "{}{:<{}}"), c > 0 ? "  " : "", row[c], width[c]);
     while (line.ends_with(' ')) line.pop_back();
     text += line + "\n";
   }

@@ -40,7 +40,7 @@ resources: {ranks: 2, at_once: 3}
   EXPECT_EQ(s.set[1].written, 1024);
   ASSERT_EQ(s.grid.size(), 1u);
   EXPECT_EQ(s.grid[0].values[1].written, "relu2");
-  EXPECT_EQ(s.grid[0].values[1].value.place, "a/b/s.yaml:6:27");
+  EXPECT_EQ(s.grid[0].values[1].value.place, "a/b/s.yaml:6:26");
   ASSERT_EQ(s.zip.size(), 2u);
   EXPECT_EQ(s.zip[1].values[0].written, 4);
   EXPECT_EQ(s.list[0].name, "softmax");
@@ -81,10 +81,10 @@ TEST_F(SweepFiles, Mistakes) {
   expect_error(error("grid: {run.dir: [a, b]}"), "run.dir: every run has a folder of its own");
   expect_error(error("set: {run.seed: 3}"), "s.yaml:2:7: set: run.seed: expected seeds: [1, 2, 3] in its place");
   expect_error(error("gird: {}"), "s.yaml:2:1: gird: unknown key; nearest valid key \"grid\"");
-  expect_error(error("zip: {model.layers: [1, 2], model.heads: [1, 2, 4]}"), "s.yaml:2:42", "zip: model.heads",
+  expect_error(error("zip: {model.layers: [1, 2], model.heads: [1, 2, 4]}"), "s.yaml:2:43", "zip: model.heads",
                "a list of 3 beside model.layers of 2; expected lists of one length");
   expect_error(error("grid: {model.layers: [1]}\nzip: {model.layers: [2]}"), "zip: model.layers: the key stands in grid too");
-  expect_error(error("list: [{name: a, set: {}}, {name: a}]"), "s.yaml:2:34: list: the name a stands here a second time");
+  expect_error(error("list: [{name: a, set: {}}, {name: a}]"), "s.yaml:2:35: list: the name a stands here a second time");
   expect_error(error("list: [{name: a/b}]"), "s.yaml:2:15: list[0].name: expected the name of a folder", "found \"a/b\"");
   expect_error(error("list: [{name: logs}]"), "logs is the folder of what the runs print");
   expect_error(error("list: [{set: {}}]"), "s.yaml:2:8: list[0].name: expected the name of a folder", "found \"\"");

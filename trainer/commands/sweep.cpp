@@ -72,7 +72,7 @@ std::string plan_text(const Sweep& sweep, const SweepCheck& check) {
     }
     rows.push_back({r.run.name, name_of(r.state.kind), format_count(r.plan["parameters"]), format_bytes(static_cast<double>(r.bytes_per_rank())),
                     r.steps_known ? std::to_string(r.run.config.train.steps) : "timed", r.steps_known ? format_count(r.plan["tokens"]) : "-",
-                    r.seconds > 0 ? "~" + format_duration(r.seconds) : "-", fmt::format("{}", fmt::join(differs, ", "))});
+                    r.seconds > 0 ? fmt::format("~{}", format_duration(r.seconds)) : "-", fmt::format("{}", fmt::join(differs, ", "))});
   }
   std::string text = fmt::format("{}: {} runs in {}, {} rank{} each, from {}\n{}", sweep.file.file, sweep.runs.size(), sweep.file.dir,
                                  sweep.file.resources.ranks, sweep.file.resources.ranks == 1 ? "" : "s", sweep.file.base, text_table(rows));

@@ -67,7 +67,7 @@ class SweepReader {
         problems_.add(value.key_place, name.substr(0, 100), unknown_of(name, names));
     }
     if (!has_base) problems_.add(sweep.file, "base", "the key is missing: base: CONFIG.yaml, relative to this file");
-    if (sweep.dir.empty()) sweep.dir = "runs/" + fs::path(sweep.file).stem().string();
+    if (sweep.dir.empty()) sweep.dir = fmt::format("runs/{}", fs::path(sweep.file).stem().string());
   }
 
   void sets(const std::vector<std::string>& assignments) {

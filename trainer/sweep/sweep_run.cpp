@@ -359,7 +359,7 @@ std::string last_error(const std::string& output, int code) {
   for (std::size_t at = mark == std::string::npos ? mark : mark + kMark.size(); at < output.size();) {
     const std::size_t end = std::min(output.find('\n', at), output.size());
     if (!error.empty() && output[at] != ' ') break;
-    error += (error.empty() ? "" : "\n") + output.substr(at, end - at);
+    error += fmt::format("{}{}", error.empty() ? "" : "\n", output.substr(at, end - at));
     at = end + 1;
   }
   if (code > 128) return fmt::format("ended by signal {} ({}){}", code - 128, strsignal(code - 128), error.empty() ? "" : "; " + error);

@@ -45,12 +45,13 @@ std::string shape(const Json& value, bool in_list, bool& loses) {
   std::string out;
   if (value.is_array()) {
     loses = loses || in_list || value.empty();
-    for (const Json& item : value) out += (out.empty() ? "" : "+") + shape(item, true, loses);
+    for (const Json& item : value) out += fmt::format("{}{}", out.empty() ? "" : "+", shape(item, true, loses));
   } else if (std::ranges::all_of(value, is_scalar)) {  // parameters: each form has its own, always all of them, in one order
-    for (const Json& item : value) out += (out.empty() ? "" : "-") + shape(item, in_list, loses);
+    for (const Json& item : value) out += fmt::format("{}{}", out.empty() ? "" : "-", shape(item, in_list, loses));
   } else {
     loses = loses || value.size() != 1;
-    for (const auto& [name, item] : value.items()) out += (out.empty() ? "" : "_") + plain(name, loses) + "-" + shape(item, in_list, loses);
+    for (const auto& [name, item] : value.items())
+      out += fmt::format("{}{}-{}", out.empty() ? "" : "_", plain(name, loses), shape(item, in_list, loses));
   }
   return out;
 }
