@@ -3,87 +3,31 @@
 #include "trainer/config.h"
 
 #include <fmt/core.h>
-#include <yaml-cpp/depthguard.h>
 
-#include <algorithm>
-#include <cstring>
-#include <filesystem>
-#include <fstream>
 #include <regex>
 
 #include "trainer/schema_values.h"
+#include "trainer/yaml_text.h"
 
 namespace tessera {
 
 namespace {
 
 using Json = nlohmann::ordered_json;
-constexpr std::size_t kMostBytes = 1 << 20;  // a configuration takes a few thousand
-
-std::string read_file(const std::string& file) {
-  std::error_code error;
-  const auto status = std::filesystem::status(file, error);
-  if (!std::filesystem::exists(status)) throw ConfigError(fmt::format("{}: there is no such file; expected a YAML configuration", file));
-  if (std::filesystem::is_directory(status)) throw ConfigError(fmt::format("{}: this is a folder; expected a YAML configuration", file));
-  std::ifstream in(file, std::ios::binary);
-  if (!in) throw ConfigError(fmt::format("{}: cannot be opened: {}", file, std::strerror(errno)));
-  std::string text(kMostBytes + 1, '\0');
-  in.read(text.data(), static_cast<std::streamsize>(text.size()));
-  if (in.bad()) throw ConfigError(fmt::format("{}: cannot be read: {}", file, std::strerror(errno)));
-  text.resize(static_cast<std::size_t>(in.gcount()));
-  return text;
-}
-
-void check_text(const std::string& text, const std::string& origin) {
-  if (text.size() > kMostBytes)
-    throw ConfigError(
-        fmt::format("{}: more than {} bytes; a configuration has a few thousand: is this the file that was meant?", origin, kMostBytes));
-  const std::size_t bad = find_not_text(text);
-  if (bad == std::string::npos) return;
-  const std::size_t start = text.rfind('\n', bad) + 1;  // npos + 1 is 0
-  const auto line = std::count(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(bad), '\n') + 1;
-  throw ConfigError(fmt::format("{}:{}:{}: byte 0x{:02x} is not text; expected a YAML configuration in UTF-8", origin, line, bad - start + 1,
-                                static_cast<unsigned char>(text[bad])));
-}
-
-/// yaml-cpp's words, which for its limit on nesting are "bad file".
-std::string why(const YAML::Exception& e) { return dynamic_cast<const YAML::DeepRecursion*>(&e) ? "lists and maps are nested too deeply" : e.msg; }
+constexpr YamlKind kConfiguration{"configuration", "train: {steps: 1000} ({} alone for all defaults)"};
 
 class Assembly {
  public:
   Config config;
 
   void load_text(const std::string& text, const std::string& origin) {
-    const std::vector<YAML::Node> documents = load_yaml(text, origin);
-    if (documents.empty() || (documents.size() == 1 && documents[0].IsNull()))
-      throw ConfigError(
-          fmt::format("{}: there is no configuration in it; expected keys like train: {{steps: 1000}} ({{}} alone for all defaults)", origin));
-    if (documents.size() > 1)
-      throw ConfigError(
-          fmt::format("{}: expected one YAML document, found {} (separated by ---)", place_of(origin, documents[1].Mark()), documents.size()));
-    walk({documents[0], "", place_of(origin, documents[0].Mark()), origin});
+    const YAML::Node document = parse_yaml(text, origin, kConfiguration);
+    walk({document, "", place_of(origin, document.Mark()), origin});
   }
 
+  void set(const Value& value) { walk(value); }
   void set(const std::string& assignment) {
-    const std::size_t equals = assignment.find('=');
-    if (equals == std::string::npos || equals == 0) return problems_.add("--set " + assignment, "", "expected key=value, as --set train.steps=100");
-    const std::string path = assignment.substr(0, equals), text = assignment.substr(equals + 1);
-    check_text(text, "--set " + path);
-    const Key* key = find_key(path);
-    const bool verbatim = text.empty() || (key && key->text && text[0] != '"' && text[0] != '\'');
-    std::vector<YAML::Node> documents;
-    try {
-      if (verbatim)
-        documents = {YAML::Node(text)};
-      else
-        documents = YAML::LoadAll(text);
-    } catch (const YAML::Exception& e) {
-      return problems_.add("--set", path, fmt::format("the value is not YAML: {}", why(e)));
-    }
-    if (documents.size() != 1) return problems_.add("--set", path, fmt::format("expected one YAML value, found {}", documents.size()));
-    const Value value{documents[0], path, "--set", "--set"};
-    if (!key && !is_section(path)) return unknown(value);
-    walk(value);
+    if (const auto value = read_set(assignment, problems_)) walk(*value);
   }
 
   Config finish() {
@@ -96,11 +40,6 @@ class Assembly {
  private:
   Places places_;
   Problems problems_;
-
-  void unknown(const Value& value) {
-    problems_.add(value.key_place, value.path.substr(0, 200),
-                  fmt::format("unknown key; nearest valid key \"{}\" (tessera config --schema lists all)", nearest_key(value.path)));
-  }
 
   void walk(const Value& value) {
     if (const Key* key = find_key(value.path)) {
@@ -117,7 +56,7 @@ class Assembly {
       else if (name.find('.') != std::string::npos && find_key(child.path))
         problems_.add(child.key_place, child.path, "dots are for --set; expected a map in a map");
       else
-        unknown(child);
+        unknown_key(child, problems_);
     }
   }
 };
@@ -174,18 +113,51 @@ void write_section(const Json& tree, const std::string& path, int indent, std::s
 
 }  // namespace
 
-std::vector<YAML::Node> load_yaml(const std::string& text, const std::string& origin) {
-  check_text(text, origin);
-  try {
-    return YAML::LoadAll(text);
-  } catch (const YAML::Exception& e) {
-    throw ConfigError(fmt::format("{}: this is not YAML: {}", place_of(origin, e.mark), why(e)));
+void unknown_key(const Value& value, Problems& problems) {
+  problems.add(value.key_place, value.path.substr(0, 200),
+               fmt::format("unknown key; nearest valid key \"{}\" (tessera config --schema lists all)", nearest_key(value.path)));
+}
+
+std::optional<Value> read_set(const std::string& assignment, Problems& problems) {
+  const std::size_t equals = assignment.find('=');
+  if (equals == std::string::npos || equals == 0) {
+    problems.add("--set " + assignment, "", "expected key=value, as --set train.steps=100");
+    return {};
   }
+  const std::string path = assignment.substr(0, equals), text = assignment.substr(equals + 1);
+  check_yaml_text(text, "--set " + path, kConfiguration);
+  const Key* key = find_key(path);
+  const bool verbatim = text.empty() || (key && key->text && text[0] != '"' && text[0] != '\'');
+  std::vector<YAML::Node> documents;
+  try {
+    if (verbatim)
+      documents = {YAML::Node(text)};
+    else
+      documents = YAML::LoadAll(text);
+  } catch (const YAML::Exception& e) {
+    problems.add("--set", path, fmt::format("the value is not YAML: {}", yaml_problem(e)));
+    return {};
+  }
+  if (documents.size() != 1) {
+    problems.add("--set", path, fmt::format("expected one YAML value, found {}", documents.size()));
+    return {};
+  }
+  Value value{documents[0], path, "--set", "--set"};
+  if (key || is_section(path)) return value;
+  unknown_key(value, problems);
+  return {};
+}
+
+Config load_variant(const std::string& file, const std::vector<Value>& values) {
+  Assembly assembly;
+  assembly.load_text(read_yaml_file(file, kConfiguration), file);
+  for (const Value& value : values) assembly.set(value);
+  return assembly.finish();
 }
 
 Config load_config(const std::string& file, const std::vector<std::string>& sets) {
   Assembly assembly;
-  if (!file.empty()) assembly.load_text(read_file(file), file);
+  if (!file.empty()) assembly.load_text(read_yaml_file(file, kConfiguration), file);
   for (const auto& s : sets) assembly.set(s);
   return assembly.finish();
 }

@@ -84,6 +84,7 @@ int main(int argc, char** argv) {
   tessera::add_generate_command(app);
   tessera::add_compare_command(app);
   tessera::add_inspect_command(app);
+  tessera::add_sweep_command(app);
   tessera::add_plan_command(app);
   tessera::add_config_command(app);
   tessera::add_attention_command(app);

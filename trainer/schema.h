@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,7 @@ namespace tessera {
 /// Collects what is wrong, so that one start shows every mistake.
 class Problems {
  public:
+  explicit Problems(std::string subject = "the configuration") : subject_(std::move(subject)) {}
   /// `place` is "file:line:column", the flag, or "" where a message has no single place.
   void add(const std::string& place, const std::string& path, const std::string& message);
   std::size_t count() const { return messages_.size(); }
@@ -24,6 +26,7 @@ class Problems {
   void throw_if_any() const;
 
  private:
+  std::string subject_;
   std::vector<std::string> messages_;
 };
 
@@ -57,8 +60,13 @@ bool is_section(const std::string& path);
 /// The valid key or section most like `path`, for error messages.
 std::string nearest_key(const std::string& path);
 
-/// The documents of a YAML text. Throws ConfigError that names the place in `origin` when it is not YAML or not text at all.
-std::vector<YAML::Node> load_yaml(const std::string& text, const std::string& origin);
+/// Adds that there is no such key, with the nearest one.
+void unknown_key(const Value& value, Problems& problems);
+/// "key=value" of --set as the value of a key or section; nothing, and a problem, when it is none.
+std::optional<Value> read_set(const std::string& assignment, Problems& problems);
+/// As load_config() of config.h, with values of keys that stand in other files, in their order: a mistake is reported at the value's own place.
+Config load_variant(const std::string& file, const std::vector<Value>& values);
+
 /// "file:line:column" of a node (columns and lines from 1), or `origin` alone where YAML knows no place.
 std::string place_of(const std::string& origin, const YAML::Mark& mark);
 /// What a value is, for "found ...": `the text "abc"`, `12`, "a list", "nothing".

@@ -50,7 +50,7 @@ void Problems::add(const std::string& place, const std::string& path, const std:
 void Problems::throw_if_any() const {
   if (messages_.empty()) return;
   if (messages_.size() == 1) throw ConfigError(messages_[0]);
-  std::string text = fmt::format("{} mistakes in the configuration:", messages_.size());
+  std::string text = fmt::format("{} mistakes in {}:", messages_.size(), subject_);
   for (std::size_t i = 0; i < std::min(messages_.size(), kMostMessages); ++i) text += "\n  " + messages_[i];
   if (messages_.size() > kMostMessages) text += fmt::format("\n  and {} more", messages_.size() - kMostMessages);
   throw ConfigError(text);

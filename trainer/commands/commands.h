@@ -27,6 +27,7 @@ void add_eval_command(CLI::App& app);       // loss of a checkpoint on a data sp
 void add_generate_command(CLI::App& app);   // text from a checkpoint
 void add_compare_command(CLI::App& app);    // runs side by side
 void add_inspect_command(CLI::App& app);    // what a file or folder is; checksums
+void add_sweep_command(CLI::App& app);      // many runs from one file
 void add_plan_command(CLI::App& app);       // memory and work of a run, before it
 void add_config_command(CLI::App& app);     // the resolved configuration, the schema
 void add_attention_command(CLI::App& app);  // the attention operator alone, HDF5 in and out

@@ -14,6 +14,7 @@
 #include "data/json_file.h"
 #include "trainer/core/prompts.h"
 #include "trainer/schema_values.h"
+#include "trainer/yaml_text.h"
 
 namespace tessera {
 namespace {
@@ -146,10 +147,11 @@ CoreTask read_task(const Value& value, const std::string& directory, Problems& p
 }
 
 std::vector<CoreTask> read_tasks(const std::string& directory, const std::string& file) {
-  const std::vector<YAML::Node> documents = load_yaml(read_file(file), file);
-  if (documents.size() != 1 || !documents[0].IsMap()) throw ConfigError(file + ": expected a map with the list icl_tasks");
+  constexpr YamlKind kind{"list of CORE tasks", "icl_tasks: [...]"};
+  const YAML::Node document = parse_yaml(read_yaml_file(file, kind), file, kind);
+  if (!document.IsMap()) throw ConfigError(file + ": expected a map with the list icl_tasks");
   const std::string path = "icl_tasks";
-  const YAML::Node list = documents[0][path];
+  const YAML::Node list = document[path];
   if (!list || !list.IsSequence() || list.size() == 0)
     throw ConfigError(fmt::format("{}: icl_tasks: expected a list of tasks, found {}", file, describe(list)));
   const Value all{list, path, place_of(file, list.Mark()), file};

@@ -1,0 +1,140 @@
+// What is read of runs' folders: states, means and spread, twins. The folders are written here, number by number.
+
+#include "trainer/sweep/sweep_report.h"
+
+#include <algorithm>
+#include <map>
+
+#include "data/files.h"
+#include "tests/trainer/config_testing.h"
+#include "tests/trainer/sweep_testing.h"
+#include "trainer/run_folder.h"
+
+namespace tessera {
+namespace {
+
+namespace fs = std::filesystem;
+using testing::SweepFiles;
+
+class SweepReports : public SweepFiles {
+ protected:
+  Sweep of(const std::string& yaml) const { return sweep("dir: " + (folder / "runs").string() + "\n" + yaml); }
+
+  /// A run's folder after `steps` steps with these last losses; finished when a checkpoint of the last step is there.
+  static void run(const SweepRun& r, std::int64_t steps, double loss, bool finished) {
+    fs::create_directories(r.config.run.dir);
+    write_file(r.config.run.dir + "/config.yaml", to_yaml(r.config));
+    std::string rows;
+    for (std::int64_t t = 1; t <= steps; ++t)
+      rows += fmt::format(R"({{"step":{},"tokens":{},"loss":5,"tokens_per_s":1000,"step_ms":500,"edge_sparsity":0.9,"tile_skip_rate":0.4{}}})", t,
+                          512 * t, t == steps ? fmt::format(",\"validation_loss\":{}", loss) : "") +
+              "\n";
+    write_file(r.config.run.dir + "/metrics.jsonl", rows);
+    if (!finished) return;
+    const std::string checkpoint = r.config.run.dir + "/checkpoints/" + fmt::format("step_{:08}", steps);
+    fs::create_directories(checkpoint);
+    write_file(checkpoint + "/COMPLETE.json", "{}");
+  }
+};
+
+TEST_F(SweepReports, StatesFollowFromTheFolders) {
+  const Sweep s = of("grid: {attention.gate: [relu, relu2, relu4]}\nseeds: [1, 2]");
+  run(s.runs[0], 20, 2, true);
+  run(s.runs[1], 5, 3, false);
+  run(s.runs[2], 4, 3, false);
+  fs::create_directories(folder / "runs/logs");
+  write_file((folder / "runs/logs/gate=relu4.failed.json").string(), R"({"error":"the disk is full"})");
+  const SweepResults results = read_results(s);
+  EXPECT_TRUE(results.notices.empty());
+  const auto status = status_json(s, results);
+  EXPECT_EQ(status["counts"], (nlohmann::ordered_json{{"finished", 1}, {"running", 0}, {"interrupted", 1}, {"failed", 1}, {"waiting", 3}}));
+  EXPECT_EQ(status["runs"][0]["validation_loss"], 2);
+  EXPECT_EQ(status["runs"][1]["state"], "interrupted");
+  EXPECT_EQ(status["runs"][1]["seconds_left"], 7.5);  // 15 steps of half a second
+  EXPECT_EQ(status["runs"][2]["error"], "the disk is full");
+  EXPECT_EQ(status["runs"][3]["step"], 0);
+  const std::string text = status_text(s, results);
+  for (const char* part : {"6 runs, 1 finished, 1 interrupted, 1 failed, 3 waiting", "the disk is full", "5/20"})
+    EXPECT_NE(text.find(part), std::string::npos) << text;
+  // Under lock it is running.
+  const FolderLock lock(s.runs[1].config.run.dir);
+  EXPECT_TRUE(folder_in_use(s.runs[1].config.run.dir));
+  EXPECT_FALSE(folder_in_use(s.runs[0].config.run.dir));
+  EXPECT_EQ(read_results(s).states[1].kind, RunState::Kind::running);
+}
+
+TEST_F(SweepReports, MeansSpreadAndTwins) {
+  const Sweep s =
+      of("grid: {optimizer.lr: [0.01, 0.02]}\nlist:\n  - {name: soft, set: {attention.gate: softmax, optimizer.lr: 0.01}}\n"
+         "  - {name: soft-dot, set: {attention.gate: softmax, attention.score: dot, optimizer.lr: 0.01}}\nseeds: [1, 2, 3]");
+  const std::map<std::string, std::vector<double>> losses = {
+      {"lr=0.01", {2.0, 2.1, 2.6}}, {"lr=0.02", {3.0}}, {"soft", {1.5, 1.7, 1.6}}, {"soft-dot", {1.0, 1.0, 1.0}}};
+  for (const SweepRun& r : s.runs)
+    if (const auto& of_variant = losses.at(r.variant); r.config.run.seed <= of_variant.size()) run(r, 20, of_variant[r.config.run.seed - 1], true);
+  const auto report = report_json(s, read_results(s));
+  const auto& v = report["variants"];
+  ASSERT_EQ(v.size(), 4u);
+  EXPECT_NEAR(v[0]["validation_loss"].get<double>(), 2.2333333333, 1e-9);
+  EXPECT_NEAR(v[0]["validation_loss_sd"].get<double>(), 0.3214550254, 1e-9);  // numpy.std([2, 2.1, 2.6], ddof=1)
+  EXPECT_EQ(v[0]["twin"], "soft");                                            // nearer than with another score
+  EXPECT_NEAR(v[0]["over_twin"].get<double>(), 2.2333333333 - 1.6, 1e-9);
+  EXPECT_EQ(v[1]["finished"], 1);
+  EXPECT_EQ(v[1]["seeds"], 3);
+  EXPECT_TRUE(v[1]["validation_loss_sd"].is_null());
+  EXPECT_TRUE(v[1]["twin"].is_null());  // no softmax at this rate
+  EXPECT_EQ(v[0]["tokens_per_s"], 1000);
+  EXPECT_EQ(v[0]["seconds"], 10);
+  EXPECT_EQ(v[0]["edge_sparsity"], 0.9);
+  EXPECT_TRUE(v[2]["edge_sparsity"].is_null());
+  const std::string text = report_text(s, read_results(s));
+  EXPECT_LT(text.find("soft-dot *"), text.find("soft *"));  // lowest loss first
+  EXPECT_LT(text.find("soft *"), text.find("lr=0.01"));
+  EXPECT_NE(text.find("2.2333 +- 0.3215"), std::string::npos) << text;
+  EXPECT_NE(text.find("1 of 3"), std::string::npos) << text;
+  const std::string csv = report_csv(s, read_results(s));
+  EXPECT_EQ(std::count(csv.begin(), csv.end(), '\n'), 5);
+  EXPECT_NE(csv.find("\r\nsoft,true,3,3,1.6"), std::string::npos) << csv;
+}
+
+TEST_F(SweepReports, NamesWithCommasAreQuotedInCsv) {
+  const Sweep s = of("grid: {attention.gate: [relu], model.layers: [1]}");
+  EXPECT_NE(report_csv(s, read_results(s)).find("\"gate=relu,layers=1\",false,1,0,"), std::string::npos);
+}
+
+TEST_F(SweepReports, AnotherConfigurationInTheFolderIsLeftOut) {
+  const Sweep s = of("grid: {optimizer.lr: [0.01, 0.02]}");
+  run(s.runs[0], 20, 2, true);
+  run(s.runs[1], 20, 2, true);
+  const Sweep changed = of("grid: {optimizer.lr: [0.01, 0.02]}\noverrides: [{if: {optimizer.lr: 0.02}, set: {optimizer.clip: 5}}]");
+  const SweepResults results = read_results(changed);
+  EXPECT_EQ(results.states[0].kind, RunState::Kind::finished);
+  EXPECT_EQ(results.states[1].kind, RunState::Kind::waiting);
+  expect_error(results.notices.at(0), "lr=0.02 holds a run with another configuration", "optimizer.clip: 1.0 there, 5.0 in the sweep");
+}
+
+TEST_F(SweepReports, FoldersHaveOneSweep) {
+  const Sweep s = of("");
+  const SweepFolder folder_of_s(s.file);
+  folder_of_s.check_owner();
+  folder_of_s.claim();
+  folder_of_s.claim();
+  SweepFile other = s.file;
+  other.file = folder / "sweeps/t.yaml";
+  try {
+    SweepFolder(other).check_owner();
+    FAIL();
+  } catch (const ConfigError& e) {
+    expect_error(e.what(), "belongs to another sweep", "sweeps/s.yaml", "sweep.json");
+  }
+  // Moved together they still belong together.
+  fs::create_directories(folder / "elsewhere");
+  fs::rename(folder / "sweeps", folder / "elsewhere/sweeps");
+  fs::rename(folder / "runs", folder / "elsewhere/runs");
+  SweepFile moved = s.file;
+  moved.file = folder / "elsewhere/sweeps/s.yaml";
+  moved.dir = folder / "elsewhere/runs";
+  SweepFolder(moved).check_owner();
+}
+
+}  // namespace
+}  // namespace tessera

@@ -1,0 +1,113 @@
+#include "trainer/sweep/sweep_folder.h"
+
+#include <fmt/core.h>
+#include <sys/stat.h>
+
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+
+#include "data/files.h"
+#include "trainer/run_folder.h"
+
+namespace tessera {
+namespace fs = std::filesystem;
+using Json = nlohmann::ordered_json;
+
+std::string SweepFolder::own_path() const { return fs::weakly_canonical(file_).lexically_relative(fs::weakly_canonical(directory_)).string(); }
+
+void SweepFolder::check_owner() const {
+  if (!fs::exists(record())) return;
+  const Json owner = Json::parse(read_file(record()), nullptr, false);
+  if (!owner.is_object() || !owner.contains("sweep") || !owner["sweep"].is_string())
+    throw ConfigError(fmt::format("{}: not what `tessera sweep` writes; set dir: to another folder in {}, or move this file away", record(), file_));
+  const std::string other = owner["sweep"].get<std::string>();
+  if (other == own_path()) return;
+  throw ConfigError(
+      fmt::format("{}: the folder belongs to another sweep, {}. Set dir: to another folder in {}; or, if it is the same sweep whose file was moved, "
+                  "remove {}",
+                  directory_, (fs::path(directory_) / other).lexically_normal().string(), file_, record()));
+}
+
+void SweepFolder::claim() const {
+  make_folder(directory_);
+  make_folder(directory_ + "/" + kSweepLogs);
+  check_owner();
+  if (!fs::exists(record())) write_file(record(), Json{{"sweep", own_path()}}.dump() + "\n");
+}
+
+std::vector<std::string> sweep_changes(const Config& there, const Config& here) {
+  const auto counts = [](const std::string& path) {
+    for (const char* section : {"checkpoint.", "sample.", "log.", "parallel."})
+      if (path.starts_with(section)) return false;
+    return path != "run.dir" && path != "run.threads" && path != "run.peak_tflops" && path != "data.prefetch" && path != "train.max_nonfinite";
+  };
+  std::vector<std::string> changes;
+  for (const Key& key : schema()) {
+    const Json before = key.write(there), now = key.write(here);
+    if (counts(key.path) && before != now) changes.push_back(fmt::format("{}: {} there, {} in the sweep", key.path, before.dump(), now.dump()));
+  }
+  return changes;
+}
+
+const char* name_of(RunState::Kind kind) {
+  switch (kind) {
+    case RunState::Kind::waiting: return "waiting";
+    case RunState::Kind::running: return "running";
+    case RunState::Kind::interrupted: return "interrupted";
+    case RunState::Kind::failed: return "failed";
+    case RunState::Kind::finished: return "finished";
+  }
+  return "";
+}
+
+RunState state_of(const SweepFolder& folder, const SweepRun& run) {
+  using Kind = RunState::Kind;
+  RunState state;
+  const std::string directory = folder.run(run.name);
+  state.steps = run.config.train.steps;
+  if (fs::exists(RunFolder{directory}.config())) {
+    state.summary = summarize_run(directory);
+    state.step = state.summary->step;
+    state.steps = state.summary->config.train.steps;
+    if (state.step > 0) state.seconds_left = state.summary->seconds / static_cast<double>(state.step) * static_cast<double>(state.steps - state.step);
+    state.kind = state.step > 0 ? Kind::interrupted : Kind::waiting;
+  }
+  if (state.summary && state.summary->finished) {
+    state.kind = Kind::finished;
+  } else if (folder_in_use(directory) || folder_in_use(folder.timing(run.name))) {
+    state.kind = Kind::running;
+  } else if (fs::exists(folder.failure(run.name))) {
+    state.kind = Kind::failed;
+    const Json failure = Json::parse(read_file(folder.failure(run.name)), nullptr, false);
+    state.error = failure.is_object() ? failure.value("error", "") : "";
+  }
+  if (state.kind == Kind::finished || state.kind == Kind::waiting) state.seconds_left = 0;
+  return state;
+}
+
+bool folder_in_use(const std::string& directory) {
+  struct stat folder;
+  if (stat(directory.c_str(), &folder) != 0) return false;
+  const auto holds = [&](const std::string& process) {
+    std::error_code error;
+    const fs::directory_iterator files("/proc/" + process + "/fd", error);
+    if (error) return error != std::errc::no_such_file_or_directory;  // another user's: the inode must do
+    for (const auto& file : files) {
+      struct stat open;
+      if (stat(file.path().c_str(), &open) == 0 && open.st_dev == folder.st_dev && open.st_ino == folder.st_ino) return true;
+    }
+    return false;
+  };
+  std::ifstream locks("/proc/locks");
+  std::string line;
+  while (std::getline(locks, line)) {  // "1: FLOCK  ADVISORY  WRITE 4242 08:01:1234 0 EOF"
+    std::istringstream words(line);
+    std::string number, type, kind, access, process, inode;
+    words >> number >> type >> kind >> access >> process >> inode;
+    if (type == "FLOCK" && inode.ends_with(fmt::format(":{}", folder.st_ino)) && holds(process)) return true;
+  }
+  return false;
+}
+
+}  // namespace tessera
