@@ -35,6 +35,10 @@ BpeDefinition parse_tokenizer_json(const std::string& contents, const std::strin
 /// The same, written: Hugging Face's tokenizers read it and give the same tokens.
 std::string format_tokenizer_json(const BpeDefinition& definition);
 
+/// The same as GPT-2's two files: vocab.json, special tokens in it, and merges.txt.
+std::string format_vocabulary_json(const BpeDefinition& definition);
+std::string format_merges(const BpeDefinition& definition);
+
 /// The printable characters, in UTF-8, that stand for the bytes 0..255 in those files (GPT-2's table).
 const std::array<std::string, 256>& byte_characters();
 /// The bytes in the order of those characters' code points: the ids 0..255 of GPT-2 and of vocabularies trained here.

@@ -167,6 +167,14 @@ void check_pipeline(const json& root, const json& model, const std::string& file
   }
 }
 
+/// A token as those files write it: a special one as it is, another in stand-in characters.
+std::string token_text(const BpeDefinition& definition, std::uint32_t id) {
+  if (std::binary_search(definition.special.begin(), definition.special.end(), id)) return definition.tokens[id];
+  std::string text;
+  for (const char byte : definition.tokens[id]) text += byte_characters()[static_cast<unsigned char>(byte)];
+  return text;
+}
+
 }  // namespace
 
 BpeDefinition read_bpe_directory(const std::string& directory) {
@@ -221,13 +229,7 @@ BpeDefinition parse_tokenizer_json(const std::string& contents, const std::strin
 }
 
 std::string format_tokenizer_json(const BpeDefinition& definition) {
-  const auto is_special = [&](std::uint32_t id) { return std::binary_search(definition.special.begin(), definition.special.end(), id); };
-  const auto text_of = [&](std::uint32_t id) {
-    if (is_special(id)) return definition.tokens[id];
-    std::string text;
-    for (const char byte : definition.tokens[id]) text += byte_characters()[static_cast<unsigned char>(byte)];
-    return text;
-  };
+  const auto text_of = [&](std::uint32_t id) { return token_text(definition, id); };
   std::string added, vocabulary, merges;
   for (const std::uint32_t id : definition.special) {
     added += fmt::format(
@@ -268,6 +270,20 @@ std::string format_tokenizer_json(const BpeDefinition& definition) {
 }}
 )",
                      added, vocabulary, merges, kByteLevel);
+}
+
+std::string format_vocabulary_json(const BpeDefinition& definition) {
+  std::string text;
+  for (std::uint32_t id = 0; id < definition.tokens.size(); ++id)
+    text += fmt::format("{}{}: {}", id == 0 ? "{" : ",\n", json(token_text(definition, id)).dump(), id);
+  return text + "}\n";
+}
+
+std::string format_merges(const BpeDefinition& definition) {
+  std::string text = "#version: 0.2\n";
+  for (const BpeMerge& merge : definition.merges)
+    text += fmt::format("{} {}\n", token_text(definition, merge.left), token_text(definition, merge.right));
+  return text;
 }
 
 }  // namespace tessera

@@ -2,6 +2,7 @@
 
 #include <fmt/chrono.h>
 #include <fmt/core.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -11,7 +12,6 @@
 #include <stdexcept>
 
 #include "data/files.h"
-#include "data/hdf5_file.h"
 #include "data/sha256.h"
 #include "trainer/collective.h"
 
@@ -45,8 +45,8 @@ std::vector<float> to_host(Ops& ops, const Tensor& x) {
   return host;
 }
 
-/// `parameters`: flat, f32.
-void write_model(const std::string& file, const CheckpointRequest& r, const Gpt& model, const Tensor& parameters, Ops& ops) {
+void write_model(const std::string& file, const CheckpointRequest& r, const ParameterLayout& layout, const ParameterValues& values,
+                 const Hdf5Shape& threshold_shape, const std::vector<float>& thresholds) {
   Hdf5File h5 = Hdf5File::create(file);
   h5.set_attribute("format", kFormat);
   h5.set_attribute("step", r.position.step);
@@ -54,7 +54,7 @@ void write_model(const std::string& file, const CheckpointRequest& r, const Gpt&
   h5.set_attribute("tokens", r.position.tokens);
   h5.set_attribute("skipped", r.position.skipped);
   h5.set_attribute("nonfinite_in_a_row", r.position.nonfinite_in_a_row);
-  h5.set_attribute("parameters", model.layout().count);
+  h5.set_attribute("parameters", layout.count);
   h5.set_attribute("config", r.config);
   Json dataset = {{"path", r.dataset.path},
                   {"tokenizer", r.dataset.tokenizer_name},
@@ -65,10 +65,10 @@ void write_model(const std::string& file, const CheckpointRequest& r, const Gpt&
   for (const Provenance::Part& part : r.dataset.mix)
     dataset["mix"].push_back({{"path", part.path}, {"fingerprint", part.fingerprint}, {"share", part.share}, {"train_tokens", part.train_tokens}});
   h5.set_attribute("dataset", dataset.dump());
+  if (!r.init.path.empty()) h5.set_attribute("init", Json{{"checkpoint", r.init.path}, {"step", r.init.step}, {"sha256", r.init.sha256}}.dump());
   h5.set_attribute("created", fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr))));
-  for (const ParameterInfo& p : model.layout().parameters)
-    h5.write<float>("parameters/" + p.name, extents(p.shape), to_host(ops, parameters.slice(p.offset, p.shape.numel())));
-  h5.write<float>("thresholds", extents(model.thresholds().shape), to_host(ops, model.thresholds()));
+  for (const ParameterInfo& p : layout.parameters) h5.write<float>("parameters/" + p.name, extents(p.shape), values(p));
+  h5.write<float>("thresholds", threshold_shape, thresholds);
   h5.close();
 }
 
@@ -93,6 +93,10 @@ void write_optimizer(const std::string& file, std::int64_t step, const Parameter
 Json receipt(const std::string& directory, const std::string& name) {
   const std::string path = directory + "/" + name;
   return {{"name", name}, {"bytes", fs::file_size(path)}, {"sha256", sha256_file(path)}};
+}
+
+void write_marker(const std::string& directory, std::int64_t step, int ranks, const Json& files) {
+  write_file(directory + "/" + kMarker, Json{{"format", kFormat}, {"step", step}, {"ranks", ranks}, {"files", files}}.dump(2) + "\n");
 }
 
 /// Removes a checkpoint so that a removal cut short leaves no complete one.
@@ -124,7 +128,7 @@ void check_marker(const std::string& directory, const Json& marker, std::vector<
   for (const Json& file : marker.at("files")) listed.insert(file.at("name").get<std::string>());
   const auto ranks = marker.at("ranks").get<std::int64_t>();
   bool complete =
-      ranks >= 1 && static_cast<std::int64_t>(listed.size()) == ranks + 2 && listed.contains("model.h5") && listed.contains("tokenizer.json");
+      ranks >= 0 && static_cast<std::int64_t>(listed.size()) == ranks + 2 && listed.contains("model.h5") && listed.contains("tokenizer.json");
   for (int r = 0; complete && r < ranks; ++r) complete = listed.contains(optimizer_name(r, static_cast<int>(ranks)));
   if (!complete) damaged(fmt::format("it lists {} files, not the model, the tokenizer and the optimizer of {} ranks", listed.size(), ranks));
 }
@@ -243,6 +247,14 @@ CheckpointInfo read_checkpoint_info(const std::string& directory) {
   info.parameters = h5.integer_attribute("parameters");
   info.config = h5.string_attribute("config");
   info.created = h5.string_attribute("created");
+  if (h5.has_attribute("init")) {
+    try {
+      const Json init = Json::parse(h5.string_attribute("init"));
+      info.init = {init.at("checkpoint"), init.at("step"), init.at("sha256")};
+    } catch (const Json::exception& e) {
+      throw std::runtime_error(fmt::format("{}/model.h5: attribute init: {}", directory, e.what()));
+    }
+  }
   try {
     const Json d = Json::parse(h5.string_attribute("dataset"));
     info.dataset = {d.at("path"), d.at("tokenizer"), d.at("tokenizer_hash"), d.at("fingerprint"), d.at("vocabulary"), d.at("train_tokens"), {}};
@@ -255,24 +267,41 @@ CheckpointInfo read_checkpoint_info(const std::string& directory) {
   return info;
 }
 
+StoredParameters::StoredParameters(const std::string& directory) : file_(open_part(directory + "/model.h5", kFormat)) {}
+
+std::vector<float> StoredParameters::read(const std::string& name, const Shape& shape) const {
+  std::vector<float> values(static_cast<std::size_t>(shape.numel()));
+  file_.read<float>("parameters/" + name, extents(shape), values);
+  return values;
+}
+
+std::vector<float> StoredParameters::read_rows(const std::string& name, std::int64_t rows, std::int64_t columns) const {
+  std::vector<float> values(static_cast<std::size_t>(rows * columns));
+  file_.read_part<float>("parameters/" + name, {0, 0}, extents({rows, columns}), std::span(values));
+  return values;
+}
+
+std::vector<float> StoredParameters::thresholds(int layers, int heads) const {
+  std::vector<float> values(static_cast<std::size_t>(layers) * static_cast<std::size_t>(heads));
+  file_.read<float>("thresholds", extents({layers, heads}), values);
+  return values;
+}
+
 void load_model(const std::string& directory, Gpt& model, Ops& ops, ShardedAdamW* optimizer) {
-  const Hdf5File h5 = open_part(directory + "/model.h5", kFormat);
-  std::vector<float> host;
-  const auto read = [&](const std::string& name, const Shape& shape) {
-    host.resize(static_cast<std::size_t>(shape.numel()));
-    h5.read<float>(name, extents(shape), host);
-  };
+  const StoredParameters stored(directory);
   for (const ParameterInfo& p : model.layout().parameters) {
-    read("parameters/" + p.name, p.shape);
-    model.set_parameters(p.offset, host);
-    if (optimizer) optimizer->set_master(p.offset, host);
+    const std::vector<float> values = stored.read(p.name, p.shape);
+    model.set_parameters(p.offset, values);
+    if (optimizer) optimizer->set_master(p.offset, values);
   }
-  read("thresholds", model.thresholds().shape);
-  ops.upload(model.thresholds(), host.data());
+  ops.upload(model.thresholds(), stored.thresholds(model.config().layers, model.config().heads).data());
 }
 
 void load_optimizer(const std::string& directory, const ParameterLayout& layout, ShardedAdamW& optimizer, Ops& ops) {
   const int ranks = read_marker(directory).at("ranks").get<int>();
+  if (ranks == 0)
+    throw std::runtime_error(
+        fmt::format("{}: weights alone, without optimizer state: no run can be resumed from it. Start a new one from them: run.init", directory));
   std::vector<float> m(static_cast<std::size_t>(optimizer.count())), v(m.size());
   std::int64_t filled = 0;
   for (int r = 0; r < ranks && filled < optimizer.count(); ++r) {
@@ -318,7 +347,8 @@ std::string save_checkpoint(const CheckpointRequest& r, const Gpt& model, Sharde
       receipts.push_back(receipt(aside, name));
       r.between_files();
       if (!first) return;
-      write_model(aside + "/model.h5", r, model, parameters, ops);
+      const auto values = [&](const ParameterInfo& p) { return to_host(ops, parameters.slice(p.offset, p.shape.numel())); };
+      write_model(aside + "/model.h5", r, model.layout(), values, extents(model.thresholds().shape), to_host(ops, model.thresholds()));
       receipts.push_back(receipt(aside, "model.h5"));
       write_file(aside + "/tokenizer.json", r.tokenizer);
       receipts.push_back(receipt(aside, "tokenizer.json"));
@@ -338,8 +368,7 @@ std::string save_checkpoint(const CheckpointRequest& r, const Gpt& model, Sharde
       if (fs::exists(final)) remove_checkpoint(final);  // incomplete or damaged: a run never makes a sound one twice
       fs::rename(aside, final);
       sync_folder(r.checkpoints);
-      write_file(final + "/" + kMarker,
-                 Json{{"format", kFormat}, {"step", r.position.step}, {"ranks", host.size()}, {"files", files}}.dump(2) + "\n");
+      write_marker(final, r.position.step, host.size(), files);
     });
   } catch (...) {
     undo(aside);
@@ -353,6 +382,25 @@ std::string save_checkpoint(const CheckpointRequest& r, const Gpt& model, Sharde
     for (std::size_t i = 0; i + static_cast<std::size_t>(r.keep) < entries.size(); ++i) remove_checkpoint(entries[i].directory);
   }
   return final;
+}
+
+void save_weights(const std::string& directory, const CheckpointRequest& r, const ModelConfig& model, const ParameterValues& values,
+                  const std::vector<float>& thresholds, const std::vector<std::pair<std::string, std::string>>& attachments) {
+  const std::string aside = fmt::format("{}.tmp-{}", directory, ::getpid());
+  make_folder(aside);
+  try {
+    write_model(aside + "/model.h5", r, make_parameter_layout(model), values, extents({model.layers, model.heads}), thresholds);
+    write_file(aside + "/tokenizer.json", r.tokenizer);
+    for (const auto& [name, contents] : attachments) write_file(aside + "/" + name, contents);
+    write_marker(aside, r.position.step, 0, Json::array({receipt(aside, "model.h5"), receipt(aside, "tokenizer.json")}));
+    sync_folder(aside);
+    if (fs::exists(directory)) throw std::invalid_argument(directory + ": appeared while the checkpoint was written");
+    fs::rename(aside, directory);
+    sync_folder(folder_of(directory));
+  } catch (...) {
+    remove_checkpoint(aside);
+    throw;
+  }
 }
 
 }  // namespace tessera

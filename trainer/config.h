@@ -24,6 +24,7 @@ enum class Precision { automatic, fp32, bf16 };  // automatic: the device's, fp3
 struct RunConfig {
   std::string dir = "runs/default";
   std::uint64_t seed = 1;
+  std::string init;        // checkpoint or run whose parameters the run starts from; "": initial values
   int threads = 0;         // CPU threads a rank; 0: cores of the host / ranks on it
   double peak_tflops = 0;  // for MFU; 0: what the device states, if it does
 };

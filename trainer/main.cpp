@@ -85,6 +85,8 @@ int main(int argc, char** argv) {
   tessera::add_compare_command(app);
   tessera::add_inspect_command(app);
   tessera::add_sweep_command(app);
+  tessera::add_export_command(app);
+  tessera::add_import_command(app);
   tessera::add_plan_command(app);
   tessera::add_config_command(app);
   tessera::add_attention_command(app);

@@ -22,18 +22,27 @@ std::unique_ptr<Tokenizer> load_own_tokenizer(const std::string& directory) {
 
 }  // namespace
 
+CheckpointContents read_checkpoint(const std::string& path) {
+  CheckpointContents c{read_checkpoint_info(resolve_checkpoint(path)), {}, nullptr};
+  const CheckpointInfo& info = c.info;
+  c.config = parse_config(info.config, info.directory + "/model.h5", {});
+  resolve_vocabulary(c.config, info.dataset.vocabulary, info.directory);
+  c.tokenizer = load_own_tokenizer(info.directory);
+  if (c.tokenizer->hash() != info.dataset.tokenizer_hash)
+    throw std::runtime_error(fmt::format("{}/tokenizer.json is not the tokenizer that the model was trained with (SHA-256 {}, expected {})",
+                                         info.directory, c.tokenizer->hash(), info.dataset.tokenizer_hash));
+  return c;
+}
+
 OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, const Options& o, Communicator& host) {
   agree(host, [&] {
-    info = read_checkpoint_info(resolve_checkpoint(path));
-    config = parse_config(info.config, info.directory + "/model.h5", {});
-    resolve_vocabulary(config, info.dataset.vocabulary, info.directory);
+    CheckpointContents contents = read_checkpoint(path);
+    info = std::move(contents.info);
+    config = std::move(contents.config);
+    tokenizer = std::move(contents.tokenizer);
     config.parallel.share_gpu = true;  // nothing here is exchanged between GPUs
     set_batch(use, o);
     if (!o.visit.empty()) config.model.attention.visit = o.visit == "all" ? Visit::all : Visit::active;
-    tokenizer = load_own_tokenizer(info.directory);
-    if (tokenizer->hash() != info.dataset.tokenizer_hash)
-      throw std::runtime_error(fmt::format("{}/tokenizer.json is not the tokenizer that the model was trained with (SHA-256 {}, expected {})",
-                                           info.directory, tokenizer->hash(), info.dataset.tokenizer_hash));
   });
   choose_device(o.device, host);
   ops = make_ops(config.device, o.threads, config.parallel, host);

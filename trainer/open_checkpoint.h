@@ -15,6 +15,15 @@
 
 namespace tessera {
 
+/// What a checkpoint is, without its parameters.
+struct CheckpointContents {
+  CheckpointInfo info;
+  Config config;  // with the vocabulary
+  std::unique_ptr<Tokenizer> tokenizer;
+};
+/// `path`: see resolve_checkpoint(). Throws std::invalid_argument when it is no checkpoint, std::runtime_error naming the file when it is damaged.
+CheckpointContents read_checkpoint(const std::string& path);
+
 struct OpenCheckpoint {
   enum class Use {
     evaluate,  // micro-batches of train.micro_batch sequences

@@ -29,6 +29,7 @@
 #include "trainer/signals.h"
 #include "trainer/step.h"
 #include "trainer/train_state.h"
+#include "trainer/warm_start.h"
 
 namespace tessera {
 namespace {
@@ -75,6 +76,7 @@ class Trainer {
   StopSignals signals_;
   RunFolder folder_;
   Start start_;
+  InitialCheckpoint init_;  // what the parameters started from, now or before --resume
   RunPosition position_;
   std::int64_t first_step_ = 0;  // steps done before this start
   std::int64_t saved_ = -1;      // step of the newest checkpoint
@@ -123,8 +125,20 @@ void Trainer::prepare() {
     start_ = find_start(folder_, resume_, config_, provenance_of(data_));
   });
   start_.checkpoint = comm_.broadcast(start_.checkpoint, 0);
+  WarmStart warm;
+  if (start_.checkpoint.empty() && !config_.run.init.empty()) {
+    agree(comm_, [&] { warm = plan_warm_start(config_, data_.first().tokenizer_hash); });
+    // The newest checkpoint of a run may change while it trains: rank 0's is everybody's.
+    const std::string path = comm_.broadcast(warm.from.path, 0);
+    agree(comm_, [&] {
+      if (warm.from.path != path)
+        throw std::runtime_error(fmt::format("run.init {}: {} for one rank, {} for another", config_.run.init, path, warm.from.path));
+    });
+    init_ = warm.from;
+  }
   for (const std::string& notice : config_.notices) console_.say("note: {}", notice);
   for (const std::string& notice : start_.notices) console_.say("note: {}", notice);
+  for (const std::string& notice : warm.notices) console_.say("note: {}", notice);
 
   const int threads = threads_for_rank(comm_, config_.run.threads);
   device_ = std::make_unique<Device>(config_.device, threads, config_.parallel, comm_);
@@ -137,8 +151,11 @@ void Trainer::prepare() {
     step_ = std::make_unique<TrainStep>(*state_, ops, device_->comm());
     if (start_.checkpoint.empty()) {
       state_->initialize(config_.run.seed);
+      if (!init_.path.empty()) apply_warm_start(warm, config_, *state_, ops);
     } else {
-      position_ = read_checkpoint_info(start_.checkpoint).position;
+      const CheckpointInfo info = read_checkpoint_info(start_.checkpoint);
+      position_ = info.position;
+      init_ = info.init;
       load_model(start_.checkpoint, state_->model, ops, &state_->optimizer);
       load_optimizer(start_.checkpoint, state_->model.layout(), state_->optimizer, ops);
       saved_ = first_step_ = position_.step;
@@ -182,7 +199,9 @@ void Trainer::prepare() {
     if (evaluators_[i].batches() == 0) console_.say("note: {} has no validation split: nothing is evaluated on it", part.directory);
   }
   console_.say("run       {}, {}", folder_.directory,
-               start_.checkpoint.empty() ? std::string("from scratch") : fmt::format("going on after step {}", position_.step));
+               !start_.checkpoint.empty() ? fmt::format("going on after step {}", position_.step)
+               : !init_.path.empty()      ? fmt::format("from the parameters of {}", init_.path)
+                                          : std::string("from scratch"));
 }
 
 double Trainer::planned_bytes() const { return static_cast<double>(state_->plan.total_bytes() + library_bytes(device_->ops().kind())); }
@@ -433,6 +452,7 @@ void Trainer::save() {
   request.position = position_;
   request.config = to_yaml(config_);
   request.dataset = provenance_of(data_);
+  request.init = init_;
   request.tokenizer = tokenizer_file_;
   // What a run of bad steps leaves must not push out the checkpoints from before it.
   request.keep = position_.nonfinite_in_a_row > 0 ? 0 : config_.checkpoint.keep;

@@ -101,6 +101,10 @@ Start find_start(const RunFolder& folder, bool resume, const Config& config, con
     throw std::runtime_error(fmt::format("every checkpoint in {} is damaged ({}). To start from scratch, move that folder away", folder.checkpoints(),
                                          fmt::join(start.notices, "; ")));
   const CheckpointInfo info = read_checkpoint_info(start.checkpoint);
+  if (info.ranks == 0)
+    throw ConfigError(
+        fmt::format("--resume: {} holds weights alone, without optimizer state. Start a new run from them: --set run.init={} and another run.dir",
+                    start.checkpoint, start.checkpoint));
   const auto changes = changes_that_matter(parse_config(info.config, start.checkpoint + "/model.h5", {}), config);
   if (!changes.empty())
     throw ConfigError(

@@ -201,6 +201,10 @@ std::vector<Key> make_schema() {
       text("run.dir", FIELD(run.dir), false,
            "Folder of the run: config.yaml, metrics.jsonl, checkpoints, samples. Paths are relative to the working directory."),
       seed(),
+      text("run.init", FIELD(run.init), true,
+           "A checkpoint or run folder whose parameters a new run starts from, instead of initial values: all but those that the attention of only "
+           "one "
+           "side has. Its shape and tokenizer must be this run's."),
       integer("run.threads", FIELD(run.threads), 0, 4096, "CPU threads a rank. 0: the host's cores divided by its ranks."),
       number("run.peak_tflops", FIELD(run.peak_tflops), {0, 1e6},
              "The device's peak, for model FLOPs utilisation. 0: what the device states, if it does."),

@@ -77,6 +77,9 @@ std::vector<std::pair<std::string, Value>> read_map(const Value& value, Problems
 /// attention.pattern (schema_pattern.cpp). `pattern` stays as it is when there are mistakes.
 void read_pattern(PatternConfig& pattern, const Value& value, Problems& problems);
 nlohmann::ordered_json write_pattern(const PatternConfig& pattern);
+/// A block mask as the text of its file, and the SHA-256 of that text, by which a resolved configuration names it.
+std::string text_of(const BlockMask& mask);
+std::string hash_of(const BlockMask& mask);
 /// Names of layers and heads in overrides that a model of this shape does not have are added to `problems`.
 void check_pattern(const PatternConfig& pattern, int layers, int heads, const std::string& place, Problems& problems);
 

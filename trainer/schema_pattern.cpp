@@ -58,16 +58,6 @@ const Form* find_form(const std::string& name) {
 
 const std::vector<std::string> kKinds = {"causal", "window", "strided", "dilated", "global", "bigbird", "blocks", "any", "all"};
 
-/// SHA-256 of the mask as text, which is that of its file but for empty lines and the kind of line ends.
-std::string hash_of(const BlockMask& mask) {
-  std::string text = fmt::format("block {}\n", mask.block);
-  for (std::size_t i = 0; i < mask.visible.size(); ++i) {
-    text += mask.visible[i] ? '1' : '0';
-    if ((i + 1) % static_cast<std::size_t>(mask.rows) == 0) text += '\n';
-  }
-  return sha256_hex(text);
-}
-
 class PatternReader {
  public:
   explicit PatternReader(Problems& problems) : problems_(problems) {}
@@ -365,6 +355,18 @@ Json write_spec(const PatternSpec& p) {
 std::string range_name(int first, int last) { return first == last ? std::to_string(first) : fmt::format("{}-{}", first, last); }
 
 }  // namespace
+
+/// Its file but for empty lines and the kind of line ends.
+std::string text_of(const BlockMask& mask) {
+  std::string text = fmt::format("block {}\n", mask.block);
+  for (std::size_t i = 0; i < mask.visible.size(); ++i) {
+    text += mask.visible[i] ? '1' : '0';
+    if ((i + 1) % static_cast<std::size_t>(mask.rows) == 0) text += '\n';
+  }
+  return text;
+}
+
+std::string hash_of(const BlockMask& mask) { return sha256_hex(text_of(mask)); }
 
 void read_pattern(PatternConfig& pattern, const Value& value, Problems& problems) {
   const std::size_t before = problems.count();

@@ -21,6 +21,7 @@
 #include "data/parquet_source.h"
 #include "data/prepare.h"
 #include "data/row_filter.h"
+#include "data/safetensors.h"
 #include "data/tokenizer.h"
 #include "tests/data/support.h"
 #include "tests/data/support_tokens.h"
@@ -366,6 +367,24 @@ TEST(Fuzz, Manifests) {
       reader.read(0, tokens);
     }
   });
+}
+
+TEST(Fuzz, Safetensors) {
+  const TemporaryFolder folder;
+  const auto read_folder = [&] {
+    for (const SafetensorsFolder opened(folder.path()); const auto& [name, place] : opened.tensors()) {
+      std::vector<float> values(place.entry->elements());  // no more than the file holds
+      if (SafetensorsFile::is_float(place.entry->dtype)) place.file->read(*place.entry, values);
+    }
+  };
+  const std::string published = TESSERA_FIXTURES "/hf/gpt2_published/", one = "model-00001-of-00002.safetensors", two = "model-00002-of-00002.safetensors";
+  const std::string small = little_endian<std::uint64_t>({112}) +
+                            R"({"a":{"dtype":"BF16","shape":[2,1],"data_offsets":[0,4]},"b":{"dtype":"BOOL","shape":[],"data_offsets":[4,5]}}  )" "12345";
+  fuzz(folder / "model.safetensors", {read_file(TESSERA_FIXTURES "/hf/mixed.safetensors"), small, small}, 6000, read_folder);
+  std::filesystem::remove(folder / "model.safetensors");
+  put(folder / one, read_file(published + one));
+  put(folder / two, read_file(published + two));
+  fuzz(folder / "model.safetensors.index.json", {read_file(published + "model.safetensors.index.json")}, 1000, read_folder);
 }
 
 TEST(Fuzz, Conditions) {

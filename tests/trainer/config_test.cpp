@@ -30,7 +30,7 @@ TEST(Config, DefaultsLoadAndAreTheStructs) {
 // Every key with a value that is not its default, against the members by name: the table's pointers cannot be crossed.
 TEST(Config, EveryKeyReachesItsMember) {
   const char* const yaml = R"(
-run: {dir: a/b, seed: 18446744073709551615, threads: 3, peak_tflops: 1.5}
+run: {dir: a/b, seed: 18446744073709551615, init: c/d, threads: 3, peak_tflops: 1.5}
 device: cpu
 model:
   {size: custom, layers: 3, heads: 5, width: 120, context: 96, mlp_ratio: 2, positions: learned, rotary_base: 500, norm: layernorm, bias: true,
@@ -51,6 +51,7 @@ parallel: {sequence: 1, bucket_mib: 7, deadline: 12.5, share_gpu: true}
   const Config c = parse_config(yaml, "test.yaml", {});
   EXPECT_EQ(c.run.dir, "a/b");
   EXPECT_EQ(c.run.seed, 18446744073709551615ull);
+  EXPECT_EQ(c.run.init, "c/d");
   EXPECT_EQ(c.run.threads, 3);
   EXPECT_EQ(c.run.peak_tflops, 1.5);
   EXPECT_EQ(c.device, "cpu");

@@ -28,6 +28,8 @@ void add_generate_command(CLI::App& app);   // text from a checkpoint
 void add_compare_command(CLI::App& app);    // runs side by side
 void add_inspect_command(CLI::App& app);    // what a file or folder is; checksums
 void add_sweep_command(CLI::App& app);      // many runs from one file
+void add_export_command(CLI::App& app);     // a checkpoint's weights for others
+void add_import_command(CLI::App& app);     // others' weights as a checkpoint
 void add_plan_command(CLI::App& app);       // memory and work of a run, before it
 void add_config_command(CLI::App& app);     // the resolved configuration, the schema
 void add_attention_command(CLI::App& app);  // the attention operator alone, HDF5 in and out

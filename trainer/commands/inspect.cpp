@@ -54,18 +54,15 @@ Json describe_checkpoint(const std::string& directory) {
                   {"train_tokens", info.dataset.train_tokens}};
   for (const Provenance::Part& part : info.dataset.mix)
     dataset["mix"].push_back({{"path", part.path}, {"share", part.share}, {"train_tokens", part.train_tokens}});
-  return {{"kind", "checkpoint"},
-          {"path", directory},
-          {"step", info.position.step},
-          {"updates", info.position.updates},
-          {"tokens", info.position.tokens},
-          {"skipped_steps", info.position.skipped},
-          {"parameters", info.parameters},
-          {"bytes", folder_bytes(directory)},
-          {"optimizer_files", info.ranks},
-          {"created", info.created},
-          {"dataset", dataset},
-          {"config", highlights(config)}};
+  Json described{{"kind", "checkpoint"},           {"path", directory},
+                 {"step", info.position.step},     {"updates", info.position.updates},
+                 {"tokens", info.position.tokens}, {"skipped_steps", info.position.skipped},
+                 {"parameters", info.parameters},  {"bytes", folder_bytes(directory)},
+                 {"optimizer_files", info.ranks},  {"resumable", info.ranks > 0},  // without optimizer state it is weights alone
+                 {"created", info.created},        {"dataset", dataset}};
+  if (!info.init.path.empty()) described["init"] = {{"checkpoint", info.init.path}, {"step", info.init.step}, {"sha256", info.init.sha256}};
+  described["config"] = highlights(config);
+  return described;
 }
 
 Json describe_run(const std::string& directory) {

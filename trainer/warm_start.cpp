@@ -1,0 +1,98 @@
+#include "trainer/warm_start.h"
+
+#include <fmt/core.h>
+#include <fmt/ranges.h>
+
+#include <map>
+#include <stdexcept>
+
+#include "data/sha256.h"
+#include "trainer/schema.h"
+
+namespace tessera {
+namespace {
+
+/// "h.3.attn.scale" -> "attn.scale": what a notice says once for all layers.
+std::string kind_of(const std::string& name) { return name.starts_with("h.") ? name.substr(name.find('.', 2) + 1) : name; }
+
+std::string value_of(const char* key, const Config& config) { return find_key(key)->write(config).dump(); }
+
+/// The thresholds that the controller moves.
+bool controls(const AttentionConfig& a) { return a.gate != Gate::softmax && a.threshold.mode == ThresholdMode::controlled; }
+
+}  // namespace
+
+WarmStart plan_warm_start(const Config& config, const std::string& tokenizer_hash) {
+  WarmStart start;
+  CheckpointInfo info;
+  try {
+    start.from.path = resolve_checkpoint(config.run.init);
+    info = read_checkpoint_info(start.from.path);
+  } catch (const std::invalid_argument& e) {
+    throw ConfigError(fmt::format("run.init: {}", e.what()));
+  }
+  const std::string file = start.from.path + "/model.h5";
+  start.from.step = info.position.step;
+  start.from.sha256 = sha256_file(file);
+  Config there = parse_config(info.config, file, {});
+  resolve_vocabulary(there, info.dataset.vocabulary, start.from.path);
+
+  std::vector<std::string> differences;
+  const auto compare = [&](const char* key) {
+    const std::string a = value_of(key, there), b = value_of(key, config);
+    if (a != b) differences.push_back(fmt::format("{}: {} there, {} here", key, a, b));
+  };
+  for (const char* key : {"model.layers", "model.heads", "model.width", "model.mlp_ratio", "model.positions", "model.norm", "model.bias"})
+    compare(key);
+  if (config.model.positions == Positions::learned && there.model.positions == Positions::learned) compare("model.context");
+  if (info.dataset.vocabulary != config.model.vocabulary)
+    differences.push_back(fmt::format("vocabulary: {} tokens there, {} here", info.dataset.vocabulary, config.model.vocabulary));
+  else if (info.dataset.tokenizer_hash != tokenizer_hash)
+    differences.push_back(
+        fmt::format("tokenizer: SHA-256 {} there, {} here", info.dataset.tokenizer_hash.substr(0, 12), tokenizer_hash.substr(0, 12)));
+  if (!differences.empty())
+    throw ConfigError(fmt::format("run.init {}: its parameters do not fit this model:\n  {}", start.from.path, fmt::join(differences, "\n  ")));
+
+  std::map<std::string, int> kept, dropped;  // kinds of parameters
+  const ParameterLayout ours = make_parameter_layout(config.model), theirs = make_parameter_layout(there.model);
+  std::map<std::string, Shape> shapes;
+  for (const ParameterInfo& p : theirs.parameters) shapes.emplace(p.name, p.shape);
+  for (const ParameterInfo& p : ours.parameters) {
+    const bool both = shapes.erase(p.name) > 0;
+    if (both)
+      start.taken.push_back(p.name);
+    else
+      ++kept[kind_of(p.name)];
+  }
+  for (const auto& [name, shape] : shapes) ++dropped[kind_of(name)];
+  for (const auto& [kind, layers] : kept)
+    start.notices.push_back(fmt::format("run.init: {} of {} layers keeps its first values: the checkpoint has none", kind, layers));
+  for (const auto& [kind, layers] : dropped)
+    start.notices.push_back(fmt::format("run.init: {} of {} layers is dropped: this model has none", kind, layers));
+
+  const AttentionConfig &a = config.model.attention, &b = there.model.attention;
+  start.thresholds = controls(a) && controls(b) && a.score == b.score;
+  if (controls(a) && !start.thresholds)
+    start.notices.push_back(fmt::format("run.init: thresholds start at attention.threshold.init {}: the checkpoint has no controlled ones{}",
+                                        a.threshold.init, controls(b) ? " for this score" : ""));
+  if (config.model.positions == Positions::rotary && config.model.rotary_base != there.model.rotary_base)
+    start.notices.push_back(fmt::format("run.init: model.rotary_base is {} there, {} here", there.model.rotary_base, config.model.rotary_base));
+  return start;
+}
+
+void apply_warm_start(const WarmStart& start, const Config& config, TrainState& state, Ops& ops) {
+  const StoredParameters stored(start.from.path);
+  for (const std::string& name : start.taken) {
+    const ParameterInfo& p = state.model.layout().find(name);
+    std::vector<float> values;
+    if (name == "wte.weight") {  // as many rows as there are tokens: the padding of both sides may differ
+      values = stored.read_rows(name, config.model.vocabulary, config.model.width);
+    } else {
+      values = stored.read(name, p.shape);
+    }
+    state.set_parameters(p.offset, values);
+  }
+  if (start.thresholds) ops.upload(state.model.thresholds(), stored.thresholds(config.model.layers, config.model.heads).data());
+}
+
+}  // namespace tessera
