@@ -9,8 +9,8 @@
 // document is then a document there. In a small corpus (up to 16 MiB of text) the hashes are ranked, so that the share comes out right and neither
 // split is empty.
 //
-// Memory: about 0.2 GB whatever the input, but for single .jsonl lines of more than 1 MiB (up to three times the line on top) and --dedup (20 to 40
-// bytes a document).
+// Memory: about 0.2 GB whatever the input, but for single .jsonl lines of more than 1 MiB (up to six times the line on top: 0.9 GB at the longest,
+// kLongestLine), words of more than 64 KiB (up to 0.1 GB) and --dedup (20 to 40 bytes a document).
 
 #include <cstdint>
 #include <functional>
