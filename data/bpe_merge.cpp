@@ -2,14 +2,17 @@
 
 #include <algorithm>
 #include <bit>
-#include <functional>
-#include <queue>
+#include <mutex>
 #include <stdexcept>
+#include <string>
+#include <unordered_map>
 
 namespace tessera {
 namespace {
-constexpr std::size_t kShort = 128;  // where the heap overtakes the scan (measured on GPT-2: between 90 and 160)
-}
+constexpr std::size_t kShort = 128;      // where the heap overtakes the scan (measured on GPT-2: between 90 and 160)
+constexpr std::size_t kKept = 64 << 10;  // working memory for pieces of up to this length stays with the thread
+constexpr std::size_t kHuge = 256 << 10;
+}  // namespace
 
 MergeTable::MergeTable(const std::vector<BpeMerge>& merges) {
   const std::size_t capacity = std::bit_ceil(2 * merges.size() + 2);
@@ -25,11 +28,82 @@ MergeTable::MergeTable(const std::vector<BpeMerge>& merges) {
     }
     slots_[i] = {key, {rank, merges[rank].result}};
   }
+  ranks_ = static_cast<std::uint32_t>(merges.size());
+  std::unordered_map<std::uint32_t, std::uint32_t> made;  // token -> the last merge that makes it
+  for (std::uint32_t rank = 0; rank < ranks_; ++rank) made[merges[rank].result] = rank;
+  const auto is_made_before = [&](std::uint32_t token, std::uint32_t rank) {
+    const auto found = made.find(token);
+    return found == made.end() || found->second < rank;
+  };
+  for (std::uint32_t rank = 0; rank < ranks_ && in_order_; ++rank)
+    in_order_ = is_made_before(merges[rank].left, rank) && is_made_before(merges[rank].right, rank);
 }
 
-std::size_t MergeTable::merge(std::span<std::uint32_t> tokens) const {
+/// The tokens of a long piece as a doubly linked list, and the pairs of it that the list of merges may know. A candidate that no longer holds (one of
+/// its tokens has been joined to something else) is seen when it comes up, because the pair now at its position has another rank, and dropped. Each
+/// join makes at most two new ones, so that there are less than three times as many as bytes.
+struct MergeTable::Chain {
+  struct Candidate {
+    std::uint32_t at, other;  // position of the left token; the rank, or the candidate after it
+  };
+  std::span<std::uint32_t> tokens;
+  std::vector<std::uint32_t> previous, next, first;
+  std::vector<Candidate> candidates;
+  std::uint64_t looked_at = 0;
+
+  void start(std::span<std::uint32_t> piece) {
+    tokens = piece;
+    const auto size = static_cast<std::uint32_t>(tokens.size());
+    previous.resize(size);
+    next.resize(size);
+    for (std::uint32_t i = 0; i < size; ++i) {
+      previous[i] = i == 0 ? kNone : i - 1;
+      next[i] = i + 1 == size ? kNone : i + 1;
+    }
+    candidates.clear();
+    candidates.reserve(size);
+  }
+  Found find(const MergeTable& table, std::uint32_t at) {
+    ++looked_at;
+    if (tokens[at] == kNone || next[at] == kNone) return {};
+    return table.find(tokens[at], tokens[next[at]]);
+  }
+  /// Joins the tokens at `at` and behind it. push(position): a pair that is new.
+  template <typename Push>
+  void join(std::uint32_t at, std::uint32_t result, Push push) {
+    const std::uint32_t second = next[at];
+    tokens[at] = result;
+    tokens[second] = kNone;
+    next[at] = next[second];
+    if (next[at] != kNone) {
+      previous[next[at]] = at;
+      push(at);
+    }
+    if (previous[at] != kNone) push(previous[at]);
+  }
+};
+
+std::size_t MergeTable::merge(std::span<std::uint32_t> tokens, std::uint64_t* looked_at) const {
   if (tokens.size() < 2) return tokens.size();
-  return tokens.size() <= kShort ? merge_short(tokens) : merge_long(tokens);
+  if (tokens.size() <= kShort) return merge_short(tokens);
+  if (tokens.size() > 1 << 30)
+    throw std::invalid_argument("a word of " + std::to_string(tokens.size()) + " bytes without a break: the limit is 1 GiB");
+  // One at a time of those that take much memory (up to 50 bytes a byte), so that it is bounded whatever the number of threads.
+  static std::mutex one;
+  std::unique_lock lock(one, std::defer_lock);
+  if (tokens.size() > kHuge) lock.lock();
+  thread_local Chain kept;
+  Chain large;
+  Chain& chain = tokens.size() <= kKept ? kept : large;
+  chain.start(tokens);
+  chain.looked_at = 0;
+  if (in_order_ && tokens.size() >= ranks_) {
+    merge_by_sweep(chain);
+  } else {
+    merge_by_heap(chain);
+  }
+  if (looked_at) *looked_at += chain.looked_at;
+  return std::remove(tokens.begin(), tokens.end(), kNone) - tokens.begin();
 }
 
 // Scans for the lowest rank, joins, closes the gap.
@@ -53,47 +127,56 @@ std::size_t MergeTable::merge_short(std::span<std::uint32_t> tokens) const {
   return size;
 }
 
-// A doubly linked list of tokens and a heap of candidate pairs by (rank, position). A candidate that no longer holds (one of its tokens has been
-// joined to something else) is seen when it comes up, because the pair now at its position has another rank, and dropped. Working memory:
-// 20 bytes a byte of the piece.
-std::size_t MergeTable::merge_long(std::span<std::uint32_t> tokens) const {
-  if (tokens.size() >= kNone)
-    throw std::invalid_argument("a word of " + std::to_string(tokens.size()) + " bytes without a break: the limit is 4 GiB");
-  const auto size = static_cast<std::uint32_t>(tokens.size());
-  std::vector<std::uint32_t> previous(size), next(size);
-  for (std::uint32_t i = 0; i < size; ++i) {
-    previous[i] = i == 0 ? kNone : i - 1;
-    next[i] = i + 1 == size ? kNone : i + 1;
-  }
-  // The rank and the position in one number: its order is theirs.
-  std::vector<std::uint64_t> candidates;
-  candidates.reserve(size);
-  for (std::uint32_t i = 0; i + 1 < size; ++i) {
-    const Found found = find(tokens[i], tokens[i + 1]);
-    if (found.rank != kNone) candidates.push_back(pair_key(found.rank, i));
-  }
-  std::priority_queue<std::uint64_t, std::vector<std::uint64_t>, std::greater<>> heap(std::greater<>(), std::move(candidates));
-  const auto push = [&](std::uint32_t at) {
-    const Found found = find(tokens[at], tokens[next[at]]);
-    if (found.rank != kNone) heap.push(pair_key(found.rank, at));
-  };
+// A heap of candidates by rank, then position.
+void MergeTable::merge_by_heap(Chain& chain) const {
+  auto& heap = chain.candidates;
+  const auto later = [](const Chain::Candidate& a, const Chain::Candidate& b) { return a.other != b.other ? a.other > b.other : a.at > b.at; };
+  for (std::uint32_t i = 0; i + 1 < chain.tokens.size(); ++i)
+    if (const Found found = chain.find(*this, i); found.rank != kNone) heap.push_back({i, found.rank});
+  std::make_heap(heap.begin(), heap.end(), later);
   while (!heap.empty()) {
-    const auto rank = static_cast<std::uint32_t>(heap.top() >> 32), at = static_cast<std::uint32_t>(heap.top());
-    heap.pop();
-    const std::uint32_t second = next[at];
-    if (tokens[at] == kNone || second == kNone) continue;
-    const Found found = find(tokens[at], tokens[second]);
+    const auto [at, rank] = heap.front();
+    std::pop_heap(heap.begin(), heap.end(), later);
+    heap.pop_back();
+    const Found found = chain.find(*this, at);
     if (found.rank != rank) continue;
-    tokens[at] = found.result;
-    tokens[second] = kNone;
-    next[at] = next[second];
-    if (next[at] != kNone) {
-      previous[next[at]] = at;
-      push(at);
-    }
-    if (previous[at] != kNone) push(previous[at]);
+    chain.join(at, found.result, [&](std::uint32_t place) {
+      const Found pair = chain.find(*this, place);
+      if (pair.rank == kNone) return;
+      heap.push_back({place, pair.rank});
+      std::push_heap(heap.begin(), heap.end(), later);
+    });
   }
-  return std::remove(tokens.begin(), tokens.end(), kNone) - tokens.begin();
+}
+
+// A list of candidates for each rank, in one sweep over the ranks: with merges in order a join makes only candidates of later ranks. Within a rank
+// the order matters in runs of one token alone (aaa is aa a), as other pairs of a rank do not overlap: a run is joined from its start.
+void MergeTable::merge_by_sweep(Chain& chain) const {
+  chain.first.assign(ranks_, kNone);
+  const auto push = [&](std::uint32_t at) {
+    const Found found = chain.find(*this, at);
+    if (found.rank == kNone) return;
+    chain.candidates.push_back({at, chain.first[found.rank]});
+    chain.first[found.rank] = static_cast<std::uint32_t>(chain.candidates.size() - 1);
+  };
+  for (auto i = static_cast<std::uint32_t>(chain.tokens.size() - 1); i-- > 0;) push(i);
+  for (std::uint32_t rank = 0; rank < ranks_; ++rank) {
+    for (std::uint32_t c = chain.first[rank]; c != kNone; c = chain.candidates[c].other) {
+      std::uint32_t at = chain.candidates[c].at;
+      const Found found = chain.find(*this, at);
+      if (found.rank != rank) continue;
+      const std::uint32_t left = chain.tokens[at];
+      const auto is_run = [&](std::uint32_t place) {
+        return place != kNone && chain.next[place] != kNone && chain.tokens[place] == left && chain.tokens[chain.next[place]] == left;
+      };
+      if (!is_run(at)) {
+        chain.join(at, found.result, push);
+        continue;
+      }
+      while (chain.previous[at] != kNone && chain.tokens[chain.previous[at]] == left) at = chain.previous[at];
+      for (; is_run(at); at = chain.next[at]) chain.join(at, found.result, push);
+    }
+  }
 }
 
 }  // namespace tessera

@@ -1,6 +1,6 @@
 #pragma once
-// The merging loop of byte-pair encoding: O(n^2) on short pieces, where it is fastest, O(n log n) on long ones, so that a word of a million letters
-// costs what a million letters cost.
+// The merging loop of byte-pair encoding. Work is linear in the length of a piece: O(n^2) only up to 128 bytes, where that is fastest, O(n log n)
+// only up to as many bytes as there are merges, and beyond O(n), so that a word of a million letters costs what a million letters cost.
 
 #include <cstdint>
 #include <span>
@@ -30,8 +30,10 @@ class MergeTable {
     }
   }
 
-  /// Joins pairs in `tokens` (bytes as token ids on entry) until none is in the list. Returns how many tokens remain, in front.
-  std::size_t merge(std::span<std::uint32_t> tokens) const;
+  /// Joins pairs in `tokens` (bytes as token ids on entry) until none is in the list. Returns how many tokens remain, in front. Allocates nothing for
+  /// pieces of up to 128 bytes, nor, once a thread has met some, for those of up to 64 KiB. `looked_at`: increased by the pairs looked up (of pieces
+  /// of more than 128 bytes).
+  std::size_t merge(std::span<std::uint32_t> tokens, std::uint64_t* looked_at = nullptr) const;
 
  private:
   static constexpr std::uint64_t kEmpty = UINT64_MAX;  // no pair: ids stay below 2^32 - 1
@@ -42,11 +44,15 @@ class MergeTable {
   static std::uint64_t pair_key(std::uint32_t left, std::uint32_t right) { return std::uint64_t{left} << 32 | right; }
   std::size_t home(std::uint64_t key) const { return key * 0x9E3779B97F4A7C15u >> shift_; }
   std::size_t merge_short(std::span<std::uint32_t> tokens) const;
-  std::size_t merge_long(std::span<std::uint32_t> tokens) const;
+  struct Chain;
+  void merge_by_heap(Chain& chain) const;
+  void merge_by_sweep(Chain& chain) const;
 
   std::vector<Slot> slots_;
   std::size_t mask_ = 0;
   int shift_ = 0;
+  std::uint32_t ranks_ = 0;  // merges in the list
+  bool in_order_ = true;     // none joins a token that it or a later one makes, as training has it
 };
 
 }  // namespace tessera

@@ -74,6 +74,21 @@ const std::string& piece_pattern() {
   return pattern;
 }
 
+bool ends_in_whitespace(std::string_view text) {  // kSpace, in UTF-8
+  if (text.empty()) return false;
+  const auto at = [&](std::size_t from_end) { return from_end <= text.size() ? static_cast<unsigned char>(text[text.size() - from_end]) : 0u; };
+  const unsigned last = at(1);
+  if (last < 0x80) return last == ' ' || (last >= '\t' && last <= '\r');
+  if (at(2) == 0xC2) return last == 0x85 || last == 0xA0;
+  switch (at(3) << 8 | at(2)) {
+    case 0xE19A: return last == 0x80;
+    case 0xE280: return last <= 0x8A || last == 0xA8 || last == 0xA9 || last == 0xAF;
+    case 0xE281: return last == 0x9F;
+    case 0xE380: return last == 0x80;
+    default: return false;
+  }
+}
+
 std::size_t valid_utf8_prefix(std::string_view text) {
   const auto* p = reinterpret_cast<const unsigned char*>(text.data());
   const std::size_t size = text.size();

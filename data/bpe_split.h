@@ -15,6 +15,9 @@ namespace tessera {
 /// Length of the longest valid UTF-8 prefix of `text` (no surrogates, no overlong forms, nothing above U+10FFFF).
 std::size_t valid_utf8_prefix(std::string_view text);
 
+/// Whether the last character of `text` is whitespace as the pattern has it (\s).
+bool ends_in_whitespace(std::string_view text);
+
 /// Walks over the pieces of a text. They follow each other without gaps and together are the whole text. A byte that is not part of a valid
 /// UTF-8 character is a piece of its own; the valid stretches on its two sides are cut as if each were a text of its own.
 class PieceSplitter {

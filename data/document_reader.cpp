@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "data/bpe_split.h"
 #include "data/byte_source.h"
 #include "data/parquet_source.h"
 #include "data/token_files.h"
@@ -21,10 +22,11 @@ constexpr std::size_t kLongLine = 1 << 20;  // from here on the reader parses th
 
 bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
-/// Whether a character that starts with this byte is surely no Unicode whitespace (those start with C2, E1, E2 or E3).
-bool is_surely_solid(char c) {
-  const auto byte = static_cast<unsigned char>(c);
-  return (byte > 0x20 && byte < 0x7f) || (byte >= 0xc3 && byte <= 0xdf) || (byte >= 0xe4 && byte <= 0xf4);
+/// Whether `text` begins with a valid character that is surely no Unicode whitespace (beyond ASCII those start with C2, E1, E2 or E3).
+bool is_surely_solid(std::string_view text) {
+  const auto byte = static_cast<unsigned char>(text.front());
+  if (byte < 0x7f) return byte > 0x20;
+  return ((byte >= 0xc3 && byte <= 0xdf) || byte >= 0xe4) && valid_utf8_prefix(text) > 0;
 }
 
 /// Takes the string under one key of the outermost object; everything else is only checked for being JSON.
@@ -125,11 +127,12 @@ std::unique_ptr<EntrySource> open_entries(const std::string& path, InputFormat f
 
 }  // namespace
 
-std::size_t piece_length(std::string_view rest) {
-  if (rest.size() <= kPieceBytes) return rest.size();
+std::size_t piece_length(std::string_view rest, bool complete) {
+  constexpr std::size_t kAhead = 8;  // where a word ends, the next two characters decide
+  if (rest.size() <= kPieceBytes) return complete ? rest.size() : 0;
   std::size_t line = 0, word = 0;
-  for (std::size_t cut = kPieceBytes - 1; cut >= kPieceBytes / 2; --cut) {
-    if (!is_space(rest[cut]) || !is_surely_solid(rest[cut + 1])) continue;
+  for (std::size_t cut = kPieceBytes - kAhead; cut >= kPieceBytes / 2; --cut) {
+    if (!is_space(rest[cut]) || !is_surely_solid(rest.substr(cut + 1, 4))) continue;
     if (rest[cut] != '\n') {
       if (!word) word = cut;
       continue;
@@ -139,9 +142,23 @@ std::size_t piece_length(std::string_view rest) {
   }
   if (line) return line;
   if (word) return word;
-  std::size_t cut = kPieceBytes;
-  while (cut > kPieceBytes - 4 && (rest[cut] & 0xc0) == 0x80) --cut;
-  return (rest[cut] & 0xc0) == 0x80 ? kPieceBytes : cut;  // not UTF-8 anyway
+
+  // The words themselves, in ever more text, until one ends in something else than whitespace (a cut behind that might divide a run of it).
+  for (std::size_t window = kPieceBytes; window <= kLongestWord; window *= 2) {
+    const bool all = window >= rest.size();
+    if (all && !complete) return 0;
+    PieceSplitter words(rest.substr(0, window));
+    std::size_t end = 0, last = 0;
+    for (std::string_view piece; words.next(piece);) {
+      end += piece.size();
+      if (!all && end + kAhead > window) break;
+      if (!ends_in_whitespace(piece) || end == rest.size()) last = end;
+    }
+    if (last) return last;
+  }
+  std::size_t cut = kLongestWord;
+  while (cut > kLongestWord - 4 && (rest[cut] & 0xc0) == 0x80) --cut;
+  return (rest[cut] & 0xc0) == 0x80 ? kLongestWord : cut;  // not UTF-8 anyway
 }
 
 struct DocumentReader::Impl {
@@ -244,8 +261,7 @@ struct DocumentReader::Impl {
   bool next_text(std::vector<Entry>& out) {
     const Marker marker = find_marker();
     const std::string_view document = rest().substr(0, marker.at);
-    if (document.size() > kPieceBytes || ((marker.found || ended) && !document.empty())) {
-      const std::size_t length = piece_length(document);
+    if (const std::size_t length = piece_length(document, marker.found || ended); length > 0) {
       out.push_back(entry(document.substr(0, length), false, first));
       first = false;
       line_start = document[length - 1] == '\n';

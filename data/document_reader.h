@@ -1,9 +1,10 @@
 #pragma once
 // Documents out of input files (input_format.h lists the kinds), as a stream in bounded memory: texts, JSON lines still to be parsed, or tokens.
 //
-// Long documents come in pieces of at most kPieceBytes. A piece ends before the last whitespace character of a run (after a paragraph where
-// there is one, else a line, else a word), which is where the GPT-2 pattern starts a new word whatever surrounds it: the pieces' tokens, joined,
-// are the document's. Text without any whitespace is cut between characters. Documents of tokens come in pieces of at most kPieceTokens.
+// Long documents come in pieces, cut where the GPT-2 pattern starts a new word whatever surrounds it, so that the pieces' tokens, joined, are the
+// document's: before the last whitespace character of a run (after a paragraph where there is one, else a line, else a word), or, in text without
+// whitespace, where a word of the pattern ends. Pieces hold at most kPieceBytes, unless a single word is longer: that stays whole up to
+// kLongestWord, and only beyond is cut between characters. Documents of tokens come in pieces of at most kPieceTokens.
 
 #include <atomic>
 #include <cstdint>
@@ -19,8 +20,9 @@
 namespace tessera {
 
 constexpr std::size_t kPieceBytes = 64 << 10;
+constexpr std::size_t kLongestWord = 2 << 20;
 constexpr std::size_t kPieceTokens = 16 << 10;
-constexpr std::size_t kLongestLine = 256 << 20;  // of a .jsonl file; such a line is held in memory
+constexpr std::size_t kLongestLine = 128 << 20;  // of a .jsonl file; such a line is held in memory
 constexpr std::string_view kDocumentMarker = "<|endoftext|>";
 
 struct ReaderOptions {
@@ -55,7 +57,8 @@ class DocumentReader {
   std::unique_ptr<Impl> impl_;
 };
 
-/// Length of the first piece of a document's remaining text: all of it when it is no longer than kPieceBytes.
-std::size_t piece_length(std::string_view rest);
+/// Length of the first piece of a document's remaining text: all of it when it is no longer than kPieceBytes. `complete`: `rest` goes to the end of
+/// the document; else 0 when that length depends on what follows.
+std::size_t piece_length(std::string_view rest, bool complete = true);
 
 }  // namespace tessera

@@ -134,7 +134,8 @@ class ParquetSource : public EntrySource {
 
   bool next(std::vector<Entry>& out) override {
     while (used_ == document_.size()) {
-      if (row_ == rows_ && !next_group()) return false;
+      while (row_ == rows_)  // a row group may be empty
+        if (!next_group()) return false;
       try {
         read_row();
       } catch (const std::exception& e) {

@@ -99,7 +99,8 @@ class Run {
         output_(output),
         train_(tokenizer, output.staging(), "train", options.shard_tokens, files_),
         validation_(tokenizer, output.staging(), "validation", options.shard_tokens, files_),
-        holdout_(options.validation_fraction, train_, validation_),
+        holdout_(options.validation_fraction, train_, validation_,
+                 [this] { return fewer_documents(files_, pipeline_options(tokenizer_, options_, {}).reader, kFewDocuments); }),
         dedup_(output.staging() + "/keys", [this](TokenizedBatch batch) { holdout_.add(std::move(batch)); }),
         resumable_(std::find(files_.begin(), files_.end(), "-") == files_.end()),
         journal_(output.staging() + "/journal.json", settings_of(tokenizer, options, files_), options.journal_seconds) {}

@@ -3,12 +3,14 @@
 // and names of the input files and on the options, never on the order in which the files are given, the number of threads, or interruptions.
 //
 // Files are taken in the order of their names. An end-of-text token stands before each document. The validation split is drawn by a keyed hash of
-// the text, so that neither order nor position decides, and equal documents fall on the same side. What is drawn is a whole document (by its first
-// piece, kPieceBytes), or, where the corpus has too few documents for that, a piece of one: each stretch that a split keeps is then a document
-// there. In a small corpus (up to 16 MiB of text) the hashes are ranked, so that the share comes out right and neither split is empty.
+// the text, so that neither order nor position decides, and equal documents fall on the same side. What is drawn is a whole document, by its first
+// piece (document_reader.h); of a document of more than 16 MiB what lies beyond is drawn piece by piece. Where the whole input has fewer than 20
+// documents all is drawn by pieces (more than 16 MiB from a pipe excepted: it cannot be counted first). Each stretch that a split keeps of a
+// document is then a document there. In a small corpus (up to 16 MiB of text) the hashes are ranked, so that the share comes out right and neither
+// split is empty.
 //
-// Memory: about 0.2 GB whatever the input, but for single .jsonl lines of more than 1 MiB (up to three times the line on top) and --dedup (20 to 40
-// bytes a document).
+// Memory: about 0.2 GB whatever the input, but for single .jsonl lines of more than 1 MiB (up to six times the line on top: 0.9 GB at the longest,
+// kLongestLine), words of more than 64 KiB (up to 0.1 GB) and --dedup (20 to 40 bytes a document).
 
 #include <cstdint>
 #include <functional>

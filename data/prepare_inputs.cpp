@@ -3,6 +3,7 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <stdexcept>
 #include <thread>
 
@@ -22,6 +23,23 @@ std::vector<std::string> input_files(const PrepareOptions& options) {
   std::vector<std::string> files = expand_inputs(options.inputs, options.reader.format);
   std::sort(files.begin(), files.end());
   return files;
+}
+
+bool fewer_documents(const std::vector<std::string>& files, const ReaderOptions& options, std::uint64_t than) {
+  if (!std::all_of(files.begin(), files.end(), [](const std::string& file) { return std::filesystem::is_regular_file(file); })) return false;
+  ReaderOptions lenient = options;
+  lenient.skip_bad = true;
+  std::uint64_t count = 0;
+  std::vector<Entry> entries;
+  for (const std::string& file : files) {
+    try {
+      for (DocumentReader reader({file}, lenient); reader.next(entries, 256 << 10);)
+        for (const Entry& entry : entries)
+          if (entry.first && ++count >= than) return false;
+    } catch (const std::exception&) {  // the run itself meets it too
+    }
+  }
+  return true;
 }
 
 PipelineOptions pipeline_options(const Tokenizer& tokenizer, const PrepareOptions& options, const InputPosition& start) {

@@ -15,7 +15,7 @@ namespace tessera {
 using Json = nlohmann::ordered_json;
 namespace {
 
-constexpr int kJournalVersion = 1;
+constexpr int kJournalVersion = 2;
 constexpr const char* kAdvice = "repeat the command as it was, or leave --resume away to start anew";
 
 /// File names are bytes, JSON is text: what is no UTF-8 is replaced, the same way each time.

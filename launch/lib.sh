@@ -44,6 +44,20 @@ configure_and_build() {
   cmake --build "$folder" --target "$@" || die "the build failed (see above)"
 }
 
+# arrow_root: the folder of a pyarrow package, with Arrow's headers and libraries, in a virtual environment under build/, where it is installed first
+# when it is not there; nothing printed where that fails (no network).
+arrow_root() {
+  local environment="$root/build/pyarrow" header
+  header() { find "$environment" -path '*/pyarrow/include/parquet/file_reader.h' 2>/dev/null; }
+  if [ -z "$(header)" ]; then
+    say "Installing pyarrow into build/" >&2
+    rm -rf "$environment"
+    { python3 -m venv "$environment" &&
+      timeout 300 "$environment/bin/pip" -q --disable-pip-version-check install --only-binary :all: --retries 1 pyarrow==26.0.1; } >&2 || rm -rf "$environment"
+  fi
+  header | sed 's|/include/parquet/file_reader.h$||'
+}
+
 # gpus: how many GPUs the driver shows.
 gpus() {
   local n=0

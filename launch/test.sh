@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing, builds everything with warnings as errors, runs every test. CUDA code is compiled where nvcc is found, for the GPU that
-# is there; GPU tests skip, saying so, where there is none.
+# is there; GPU tests skip, saying so, where there is none. Parquet is tested with pyarrow's libraries, which are put into build/; where the network
+# has none, those tests skip, saying so.
 #   ./launch/test.sh              release build and all tests
 #   ./launch/test.sh --sanitize   the same tests under AddressSanitizer and UndefinedBehaviorSanitizer (no CUDA)
 #   ./launch/test.sh -R PATTERN   arguments go to ctest
@@ -8,15 +9,17 @@ set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 preset=ci
-if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0; fi
+if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0; fi
 if [ "${1:-}" = --sanitize ]; then preset=asan; shift; fi
 
-install_packages "${tessera_packages[@]}" libgtest-dev ccache zstd
+install_packages "${tessera_packages[@]}" libgtest-dev ccache zstd python3-venv
+arrow=$(arrow_root)
+[ -n "$arrow" ] || say "NOT TESTED: Parquet, as pyarrow could not be installed (see above); those tests skip"
 say "Building (preset $preset)"
 launcher=()
 command -v ccache >/dev/null && launcher=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
 cd "$root"
-cmake --preset "$preset" -DTESSERA_CUDA_ARCHITECTURES="$(cuda_architecture)" "${launcher[@]}"
+cmake --preset "$preset" -DTESSERA_CUDA_ARCHITECTURES="$(cuda_architecture)" -DTESSERA_ARROW_ROOT="$arrow" "${launcher[@]}"
 cmake --build --preset "$preset"
 
 if [ "$(gpus)" = 0 ]; then say "Testing (no GPU here: GPU tests skip)"; else say "Testing, on $(gpus) GPU(s) too where CUDA code was built"; fi

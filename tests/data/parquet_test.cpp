@@ -72,6 +72,11 @@ TEST(Parquet, TextsOfAColumn) {
   }
 }
 
+TEST(Parquet, RowGroupsMayBeEmpty) {
+  NEEDS_PARQUET();
+  EXPECT_EQ(documents(kFolder + "empty_groups.parquet"), (Texts{"one", "two"}));
+}
+
 TEST(Parquet, RowsByCondition) {
   NEEDS_PARQUET();
   const std::string file = kFolder + "snappy.parquet", all = kFolder + "zstd.parquet";

@@ -132,6 +132,31 @@ TEST(Prepare, LargeCorporaAreDrawnByThreshold) {
   EXPECT_EQ(reversed, held);
 }
 
+TEST(Prepare, FewDocumentsAtTheFrontDecideNothing) {
+  const TemporaryFolder folder;
+  const std::string large = words(20'000'000, 8);  // more than is read before the way of holding out is chosen
+  std::map<std::string, std::multiset<std::string>> held;
+  for (const char* name : {"a", "z"}) {
+    fs::create_directories(folder / name);
+    put(folder / name + ("/" + std::string(name) + ".txt"), large);
+    put(folder / name + "/m.jsonl", jsonl(1000, 3));
+    const DatasetInfo info = prepare({folder / name}, folder / (std::string(name) + "-data"), 0.2).dataset;
+    EXPECT_EQ(info.preparation.held_out, "documents");
+    const auto validation = documents_of(info, info.validation);
+    held[name] = {validation.begin(), validation.end()};
+    EXPECT_NEAR(static_cast<double>(info.validation.text_bytes), 660'000, 600'000);  // beyond 16 MiB the large one is held out by pieces
+    EXPECT_TRUE(verify_dataset(folder / (std::string(name) + "-data")).empty());
+  }
+  EXPECT_GT(held["a"].size(), 150u);
+  EXPECT_TRUE(held["a"] == held["z"]);
+
+  // Of too few it is all held out by pieces, wherever they stand.
+  put(folder / "z/m.jsonl", jsonl(19, 3));
+  put(folder / "a/m.jsonl", jsonl(18, 3));
+  EXPECT_EQ(prepare({folder / "z"}, folder / "19").dataset.preparation.held_out, "documents");  // 20 with the large one
+  EXPECT_EQ(prepare({folder / "a"}, folder / "18").dataset.preparation.held_out, "pieces");
+}
+
 TEST(Prepare, ASingleDocumentIsHeldOutByPieces) {
   const TemporaryFolder folder;
   const std::string text = words(1'200'000, 7);

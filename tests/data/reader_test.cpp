@@ -3,11 +3,13 @@
 #include <zstd.h>
 
 #include <filesystem>
+#include <nlohmann/json.hpp>
 #include <random>
 #include <regex>
 
 #include "data/byte_source.h"
 #include "data/document_reader.h"
+#include "data/tokenizer.h"
 #include "tests/data/support.h"
 
 namespace tessera {
@@ -45,7 +47,7 @@ std::vector<std::string> documents(const std::vector<std::string>& files, const 
   while (reader.next(entries, batch))
     for (const Entry& entry : entries)
       reader.pieces(entry, [&](std::string_view piece, bool first) {
-        EXPECT_LE(piece.size(), kPieceBytes);
+        EXPECT_LE(piece.size(), kLongestWord);
         EXPECT_FALSE(piece.empty());
         if (first) out.emplace_back();
         out.back() += piece;
@@ -123,7 +125,11 @@ TEST(DocumentReader, LongDocumentsComeInThePiecesThatPieceLengthSays) {
 TEST(PieceLength, CutsWhereTheNextWordBeginsAnyway) {
   EXPECT_EQ(piece_length(std::string(kPieceBytes, ' ')), kPieceBytes);
   std::string text(2 * kPieceBytes, 'x');
-  EXPECT_EQ(piece_length(text), kPieceBytes);  // nowhere better
+  EXPECT_EQ(piece_length(text), text.size());  // a single word
+  EXPECT_EQ(piece_length(text, false), 0u);    // which may go on
+  text.replace(30'000, 1, "!");
+  EXPECT_EQ(piece_length(text), 30'001u);  // where the pattern ends a word
+  text[30'000] = 'x';
   text.replace(40'000, 4, " \n y");
   EXPECT_EQ(piece_length(text), 40'002u);  // before the last space of the run
   text.replace(50'000, 1, "\t");
@@ -133,10 +139,61 @@ TEST(PieceLength, CutsWhereTheNextWordBeginsAnyway) {
   text.replace(42'000, 3, ".\n\n");
   EXPECT_EQ(piece_length(text), 42'002u);  // a paragraph before a line
   text = std::string(kPieceBytes - 1, 'x') + "\xc3\xa4" + std::string(100, 'x');
-  EXPECT_EQ(piece_length(text), kPieceBytes - 1);  // not within a character
+  EXPECT_EQ(piece_length(text), text.size());
   text = std::string(40'000, 'x') + "\n\xc2\xa0" + std::string(40'000, 'x');
-  EXPECT_EQ(piece_length(text), kPieceBytes);  // a no-break space goes on with the run
-  EXPECT_EQ(piece_length(std::string(2 * kPieceBytes, '\x80')), kPieceBytes);
+  EXPECT_EQ(piece_length(text), 40'000u);  // not within the run, which a no-break space goes on with
+  text = std::string(40'000, 'x') + "  \xc3(" + std::string(40'000, 'x');
+  EXPECT_EQ(piece_length(text), 40'004u);  // not within the run, which a byte that is no UTF-8 ends
+  EXPECT_GT(piece_length(std::string(2 * kPieceBytes, '\x80')), kPieceBytes - 10);
+  // Too long even for one word.
+  EXPECT_EQ(piece_length(std::string(kLongestWord, 'x')), kLongestWord);
+  EXPECT_EQ(piece_length(std::string(kLongestWord + 1, 'x'), false), kLongestWord);
+  EXPECT_EQ(piece_length(std::string(kLongestWord - 1, 'x') + "\xc3\xa4 and more"), kLongestWord - 1);  // not within a character
+}
+
+// What tiktoken gives for such texts, and so for their pieces, tests/bench/tokens_exact.py compares.
+TEST(DocumentReader, PiecesHaveTheTokensOfTheWholeDocument) {
+  const TemporaryFolder folder;
+  const auto tokenizer = load_tokenizer("bpe:" TESSERA_FIXTURES "/tokenizer/small.json");
+  std::mt19937 random(5);
+  const auto mixture = [&](const Texts& characters, std::size_t bytes) {
+    std::string out;
+    while (out.size() < bytes) out += characters[random() % characters.size()];
+    return out;
+  };
+  const Texts latin = {"e", "t", "a", "o", "i", "n", "s", "h"}, kana = {"あ", "か", "が", "ん", "の", "。", "、", "\u3000"};
+  const Texts any = {"a", "b", " ", "\n", "\r\n", "'s", "1", "!", "\u00a0", "\u2003", "é", "漢", "😀", "\u0301", "\t"};
+  const Texts bytes = {"a", " ", "  \xc3", "\xff", "\x80", "漢", "\n", "\xe3\x81"};
+  std::vector<std::string> documents = {mixture(kana, 300'000), mixture(any, 300'000), mixture(latin, 1'000'000),
+                                        "x" + std::string(1'000'000, ' ') + "x", std::string(70'000, 'x') + " " + mixture(latin, 200'000)};
+  for (const std::size_t before : {65'520, 65'530, 65'535, 65'536, 131'072})
+    for (const Texts& pool : {any, kana}) documents.push_back(mixture(latin, before - before % 3) + mixture(pool, 40) + mixture(latin, 70'000));
+  const std::size_t valid = documents.size();
+  documents.push_back(mixture(bytes, 300'000));
+  documents.push_back(mixture({"\xc3", "x"}, 100'000));
+  std::string lines, text;
+  for (std::size_t i = 0; i < documents.size(); ++i) {
+    text += documents[i] + "\n<|endoftext|>\n";
+    if (i < valid) lines += nlohmann::json{{"text", documents[i] + "\n"}}.dump() + "\n";
+  }
+  put(folder / "a.txt", text);
+  put(folder / "a.jsonl", lines);
+  for (const char* file : {"a.txt", "a.jsonl"}) {
+    DocumentReader reader({folder / file}, {});
+    std::vector<std::vector<std::uint32_t>> tokens;
+    std::vector<Entry> entries;
+    while (reader.next(entries, 100'000))
+      for (const Entry& entry : entries)
+        reader.pieces(entry, [&](std::string_view piece, bool first) {
+          if (first) tokens.emplace_back();
+          tokenizer->encode(piece, tokens.back());
+        });
+    ASSERT_EQ(tokens.size(), file[2] == 't' ? documents.size() : valid);
+    for (std::size_t i = 0; i < tokens.size(); ++i) {
+      EXPECT_TRUE(tokens[i] == tokenizer->encode(documents[i] + "\n")) << file << ": document " << i;
+      EXPECT_TRUE(tokenizer->decode(tokens[i]) == documents[i] + "\n") << file << ": document " << i;
+    }
+  }
 }
 
 TEST(DocumentReader, JsonLines) {
@@ -252,7 +309,7 @@ TEST(DocumentReader, LinesBeyondTheLimitAreReportedOrSkipped) {
   put(file, zstd("{\"text\": \"first\"}\n") + zstd("{\"text\": \"" + std::string(kLongestLine + 1'000'000, 'x') + "\"}\n") +
                 zstd("{\"text\": \"third\"}\n"));
   const std::string message = message_of([&] { documents({file}); });
-  EXPECT_NE(message.find(file + ":2: the line is longer than 268435456 bytes"), std::string::npos) << message;
+  EXPECT_NE(message.find(file + ":2: the line is longer than 134217728 bytes"), std::string::npos) << message;
   EXPECT_EQ(documents({file}, {.skip_bad = true}), (Texts{"first", "third"}));
 }
 

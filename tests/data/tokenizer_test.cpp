@@ -5,8 +5,10 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <map>
+#include <new>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <set>
@@ -18,6 +20,27 @@
 #include "data/files.h"
 #include "data/sha256.h"
 #include "tests/data/support.h"
+
+namespace {
+std::atomic<std::uint64_t> allocations{0};
+[[gnu::noinline]] void* allocate(std::size_t bytes) {
+  ++allocations;
+  return std::malloc(bytes ? bytes : 1);
+}
+[[gnu::noinline]] void release(void* memory) { std::free(memory); }
+}  // namespace
+
+void* operator new(std::size_t bytes) {
+  if (void* memory = allocate(bytes)) return memory;
+  throw std::bad_alloc();
+}
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return allocate(bytes); }
+void* operator new[](std::size_t bytes) { return operator new(bytes); }
+void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept { return allocate(bytes); }
+void operator delete(void* memory) noexcept { release(memory); }
+void operator delete[](void* memory) noexcept { release(memory); }
+void operator delete(void* memory, std::size_t) noexcept { release(memory); }
+void operator delete[](void* memory, std::size_t) noexcept { release(memory); }
 
 namespace tessera {
 namespace {
@@ -63,6 +86,35 @@ void expect_recorded_tokens(const Tokenizer& tokenizer, const std::string& name)
 // -- Against other implementations ----------------------------------------------------------------------------------------------------------
 
 TEST(Tokenizer, SmallVocabularyGivesTheTokensOfTiktokenAndTokenizers) { expect_recorded_tokens(small(), "small_tokens.json"); }
+
+TEST(Tokenizer, LargeGeneratedTextsGiveTheTokensOfTiktoken) {
+  for (const auto& line : fixture("generated.json")) {
+    const std::string name = line[0];
+    std::string text;
+    if (line[1].is_number()) {  // every character, in the order of this step
+      const std::uint64_t step = line[1];
+      for (std::uint64_t i = 0; i < 0x110000; ++i)
+        if (const auto c = static_cast<std::uint32_t>(i * step % 0x110000); c < 0xD800 || c >= 0xE000) text += utf8(c);
+    } else {
+      std::vector<std::uint32_t> members;
+      for (const auto& range : line[1])
+        for (std::uint32_t c = range[0]; c <= range[1].get<std::uint32_t>(); ++c) members.push_back(c);
+      std::uint64_t state = line[3];
+      for (std::uint64_t i = line[2]; i > 0; --i) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        text += utf8(members[(state >> 33) % members.size()]);
+      }
+    }
+    ASSERT_EQ(text.size(), line[4]) << name;
+    const Tokens tokens = small().encode(text);
+    EXPECT_EQ(tokens.size(), line[5]) << name;
+    std::string bytes;
+    for (const std::uint32_t token : tokens)
+      for (int i = 0; i < 4; ++i) bytes += static_cast<char>(token >> 8 * i);
+    EXPECT_EQ(sha256_hex(bytes), line[6]) << name;
+    EXPECT_TRUE(small().decode(tokens) == text) << name;
+  }
+}
 
 TEST(Tokenizer, Gpt2GivesTheTokensOfTiktokenAndTokenizers) {
   const char* directory = std::getenv("TESSERA_GPT2_DIR");
@@ -180,32 +232,76 @@ TEST(Tokenizer, LongWordsAndRunsTakeTimeThatFollowsTheirLength) {
   }
 }
 
-// The definition of the algorithm: of all adjacent pairs in the list join the one that stands first, leftmost first.
+/// The definition of the algorithm: of all adjacent pairs in the list join the one that stands first, leftmost first.
+Tokens merged_by_definition(const std::vector<BpeMerge>& merges, Tokens tokens) {
+  std::map<std::pair<std::uint32_t, std::uint32_t>, std::size_t> rank;
+  for (std::size_t i = 0; i < merges.size(); ++i) rank[{merges[i].left, merges[i].right}] = i;
+  while (true) {
+    std::size_t best = SIZE_MAX, at = 0;
+    for (std::size_t i = 0; i + 1 < tokens.size(); ++i) {
+      const auto found = rank.find({tokens[i], tokens[i + 1]});
+      if (found != rank.end() && found->second < best) best = found->second, at = i;
+    }
+    if (best == SIZE_MAX) return tokens;
+    tokens[at] = merges[best].result;
+    tokens.erase(tokens.begin() + static_cast<std::ptrdiff_t>(at) + 1);
+  }
+}
+
 TEST(MergeTable, ShortAndLongPiecesFollowTheDefinition) {
+  BpeDefinition definition = parse_tokenizer_json(read_file(kFixtures + "/small.json"), "small.json");
+  // Runs: ee and eeee are joined too. Bytes of lower-case letters have the ids 'a' - '!' and up.
+  const auto e = static_cast<std::uint32_t>('e' - '!');
+  const auto twice = static_cast<std::uint32_t>(definition.tokens.size());
+  definition.merges.insert(definition.merges.begin() + 100, {e, e, twice});
+  definition.merges.insert(definition.merges.begin() + 200, {twice, twice, twice + 1});
+  std::mt19937 random(3);
+  for (const bool in_order : {true, false}) {
+    if (!in_order) std::shuffle(definition.merges.begin(), definition.merges.end(), random);
+    const MergeTable table(definition.merges);
+    for (const std::size_t length : {0, 1, 2, 3, 10, 127, 128, 129, 130, 200, 330, 350, 500, 1000}) {
+      for (int round = 0; round < 12; ++round) {
+        Tokens tokens(length);  // few letters make long chains of merges
+        for (auto& token : tokens)
+          token = static_cast<std::uint32_t>((round < 5 ? "etaoinsh"[random() % 8] : round < 10 ? "eeeet"[random() % 5] : 'e') - '!');
+        const Tokens expected = merged_by_definition(definition.merges, tokens);
+        tokens.resize(table.merge(tokens));
+        EXPECT_EQ(tokens, expected) << length << " " << in_order;
+      }
+    }
+  }
+}
+
+TEST(MergeTable, WorkIsLinearInTheLengthOfAWord) {
   const BpeDefinition definition = parse_tokenizer_json(read_file(kFixtures + "/small.json"), "small.json");
   const MergeTable table(definition.merges);
-  std::map<std::pair<std::uint32_t, std::uint32_t>, std::size_t> rank;
-  for (std::size_t i = 0; i < definition.merges.size(); ++i) rank[{definition.merges[i].left, definition.merges[i].right}] = i;
-  std::mt19937 random(3);
-  for (const std::size_t length : {0, 1, 2, 3, 10, 127, 128, 129, 130, 200, 500}) {
-    for (int round = 0; round < 10; ++round) {
+  std::mt19937 random(4);
+  for (const std::string letters : {"e", "th", "etaoinshrdlu"})
+    for (const std::size_t length : {10'000, 100'000, 1'000'000}) {
       Tokens tokens(length);
-      // Bytes of lower-case letters have the ids 'a' - '!' and up; few letters make long chains of merges.
-      for (auto& token : tokens) token = static_cast<std::uint32_t>((round < 5 ? "etaoinsh"[random() % 8] : "e "[0]) - '!');
-      Tokens expected = tokens;
-      while (true) {
-        std::size_t best = SIZE_MAX, at = 0;
-        for (std::size_t i = 0; i + 1 < expected.size(); ++i) {
-          const auto found = rank.find({expected[i], expected[i + 1]});
-          if (found != rank.end() && found->second < best) best = found->second, at = i;
-        }
-        if (best == SIZE_MAX) break;
-        expected[at] = definition.merges[best].result;
-        expected.erase(expected.begin() + static_cast<std::ptrdiff_t>(at) + 1);
-      }
-      tokens.resize(table.merge(tokens));
-      EXPECT_EQ(tokens, expected);
+      for (auto& token : tokens) token = static_cast<std::uint32_t>(letters[random() % letters.size()] - '!');
+      std::uint64_t looked_at = 0;
+      table.merge(tokens, &looked_at);
+      EXPECT_GE(looked_at, length - 1) << letters;
+      EXPECT_LE(looked_at, 6 * length) << letters;  // each pair when it is made, at most 3 a byte, and when it comes up
     }
+}
+
+// operator new counts (above).
+TEST(Tokenizer, EncodingAllocatesNothing) {
+  const std::string alice = read_file(kFixtures + "/alice.txt");
+  const std::string text =
+      alice + " " + std::string(200, 'e') + "thethethe" + alice.substr(0, 1000) + std::string(5000, 't') + " \xff\xfe 漢字" + std::string(3000, ' ');
+  Tokens out;
+  out.reserve(text.size() + 10'000);
+  small().encode(text, out);
+  const std::size_t count = out.size();
+  for (int round = 0; round < 3; ++round) {
+    out.clear();
+    const std::uint64_t before = allocations;
+    small().encode(text, out);
+    EXPECT_EQ(allocations - before, 0u);
+    EXPECT_EQ(out.size(), count);
   }
 }
 
