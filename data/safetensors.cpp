@@ -210,7 +210,7 @@ std::map<std::string, std::string> read_weight_map(const std::string& path) {
     const std::string text = file.is_string() ? file.get<std::string>() : "";
     if (text.empty() || text.find('/') != std::string::npos || text == "." || text == "..")
       fail(path, fmt::format("weight_map: tensor {}: expected the name of a file in this folder, found {}", shown(name),
-                             shown(file.is_string() ? text : file.dump())));
+                             file.is_string() ? shown(text) : "no text"));
     files.emplace(name, text);
   }
   if (files.empty()) fail(path, "weight_map names no tensor");

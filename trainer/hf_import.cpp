@@ -107,6 +107,15 @@ Json tessera_keys(const HfConfig& c) {
           {"attention", c.at("attention")}};
 }
 
+/// Our configuration with these keys.
+Config config_of(const Json& keys, const std::string& file) {
+  try {
+    return parse_config(keys.dump(), file, {});
+  } catch (const ConfigError& e) {  // lines and columns are those of the text made here
+    throw ConfigError(std::regex_replace(e.what(), std::regex(R"((config\.json):1:[0-9]+:)"), "$1:"));
+  }
+}
+
 /// The block masks of an export as files, which the configuration names. They are read from a folder of their own, and lie in the checkpoint at the
 /// end.
 class MaskFiles {
@@ -242,9 +251,9 @@ HfImport import_hf(const std::string& directory, const std::string& output, cons
   masks.enter(keys);
   const std::int64_t vocabulary = hf.integer("vocab_size");
   keys["model"]["vocabulary"] = vocabulary;
-  if (const Json& context = keys["model"]["context"]; context.is_number_unsigned())
-    keys["train"] = {{"micro_batch", 4}, {"tokens_per_step", 4 * context.get<std::uint64_t>()}};
-  Config config = parse_config(keys.dump(), hf.file(), {});
+  if (const Json& context = keys["model"]["context"]; context.is_number_integer())  // evaluation takes micro-batches of this many
+    keys["train"] = {{"micro_batch", 4}, {"tokens_per_step", 4 * context.get<std::int64_t>()}};
+  Config config = config_of(keys, hf.file());
 
   const auto tokenizer = tokenizer_spec.empty() ? read_hf_tokenizer(directory) : load_tokenizer(tokenizer_spec);
   if (tokenizer->vocabulary() != vocabulary)

@@ -79,6 +79,7 @@ inline std::vector<float> hf_values(const ParameterInfo& p) {
 /// Writes the case's checkpoint, weights alone, as the folder `directory`; its mask beside it.
 inline void make_hf_checkpoint(const HfCase& c, const std::string& directory) {
   const std::string mask = directory + ".mask.txt";
+  make_folder(folder_of(directory));
   write_file(mask, kHfMask);
   std::vector<std::string> sets = {"model={layers: 2, heads: 2, width: 16, context: 40}", "train={tokens_per_step: 40, micro_batch: 1}",
                                    "attention={scale_init: 3, tile: {query: 16, key: 16}}"};

@@ -75,10 +75,11 @@ class HfTest : public ::testing::Test {
     const ModelConfig& m = config.model;
     const StoredParameters x(a), y(b);
     for (const ParameterInfo& p : make_parameter_layout(m).parameters) {
-      if (p.name == "wte.weight")
+      if (p.name == "wte.weight") {
         EXPECT_EQ(x.read_rows(p.name, m.vocabulary, m.width), y.read_rows(p.name, m.vocabulary, m.width));
-      else
+      } else {
         EXPECT_EQ(x.read(p.name, p.shape), y.read(p.name, p.shape)) << p.name;
+      }
     }
     EXPECT_EQ(make_parameter_layout(other.model).count, make_parameter_layout(m).count);
   }
@@ -142,8 +143,9 @@ TEST_F(HfTest, AnExportImportsToTheSameParameters) {
     const CheckpointContents back = read_checkpoint(path(c.name + "-back")), first = read_checkpoint(path(c.name));
     const ModelConfig& m = first.config.model;
     const AttentionConfig& a = m.attention;
-    if (a.gate != Gate::softmax && (a.threshold.mode == ThresholdMode::fixed || a.threshold.mode == ThresholdMode::controlled))
+    if (a.gate != Gate::softmax && (a.threshold.mode == ThresholdMode::fixed || a.threshold.mode == ThresholdMode::controlled)) {
       EXPECT_EQ(StoredParameters(path(c.name)).thresholds(m.layers, m.heads), StoredParameters(path(c.name + "-back")).thresholds(m.layers, m.heads));
+    }
     EXPECT_EQ(back.tokenizer->hash(), first.tokenizer->hash());
     EXPECT_EQ(back.info.ranks, 0);
     // Out again: the same bytes.
@@ -178,7 +180,7 @@ TEST_F(HfTest, Bf16RoundsMatricesAlone) {
     EXPECT_EQ(tensor_of(file.path(), "transformer." + p.name), expected) << p.name;
   }
   import_hf(path("hf"), path("back"));
-  const ParameterInfo& p = make_parameter_layout(m).find("h.0.mlp.c_fc.weight");
+  const ParameterInfo p = make_parameter_layout(m).find("h.0.mlp.c_fc.weight");
   EXPECT_EQ(StoredParameters(path("back")).read(p.name, p.shape), tensor_of(file.path(), "transformer." + p.name));
 }
 
