@@ -85,6 +85,13 @@ void solve(AttentionProblem& p, const AttentionCase& c) {
   p.active = attention_tiles(p.in, c.tile_query, c.tile_key);
 }
 
+AttentionCase case_of(Score score, Gate gate, Normalizer normalizer, float beta) {
+  AttentionCase c;
+  c.math = {.score = score, .gate = gate, .normalizer = normalizer, .length_alpha = 0.8f, .epsilon = 0.05f, .length_beta = beta};
+  c.tau = score == Score::fidelity ? 0.05 : 0.3;
+  return c;
+}
+
 AttentionProblem make_problem(const AttentionCase& c) {
   const auto [B, H, T, D] = c.shape;
   AttentionProblem p;

@@ -31,6 +31,22 @@ struct AttentionCase {
   double least_kink = 5e-6;  // inputs are redrawn until no |x| is smaller, so that fp32 and double agree on which edges are active
 };
 
+/// A case that fp32 can be held to: a large epsilon bounds how much a row with a tiny sum can magnify the rounding of its scores.
+AttentionCase case_of(Score score, Gate gate, Normalizer normalizer, float beta = 0);
+
+struct NamedPattern {
+  const char* name;
+  Pattern visible;
+};
+inline const NamedPattern kPatterns[] = {
+    {"causal", [](auto, auto, auto) { return true; }},
+    {"window", [](auto, auto i, auto j) { return i - j < 11; }},
+    {"strided", [](auto, auto i, auto j) { return (i - j) % 7 < 2; }},
+    {"global_or_far", [](auto h, auto i, auto j) { return j < 3 || (h == 1 && i - j > 20); }},
+    {"no_self", [](auto, auto i, auto j) { return i - j >= 5 && j % 3 != 1; }},                        // rows without a visible key
+    {"block", [](auto h, auto i, auto j) { return ((i / 8) * 31 + (j / 8) * 17 + h * 5) % 3 == 0; }},  // whole tiles gone
+};
+
 /// Inputs as floats and the reference's results for exactly these floats. q, k, v, d_o are [B, H, T, D].
 struct AttentionProblem {
   AttentionInputs in;

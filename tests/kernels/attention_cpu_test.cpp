@@ -140,19 +140,6 @@ Results check(const AttentionProblem& p, double tolerance = 2e-5) {
   return r;
 }
 
-struct NamedPattern {
-  const char* name;
-  Pattern visible;
-};
-const NamedPattern kPatterns[] = {
-    {"causal", [](auto, auto, auto) { return true; }},
-    {"window", [](auto, auto i, auto j) { return i - j < 11; }},
-    {"strided", [](auto, auto i, auto j) { return (i - j) % 7 < 2; }},
-    {"global_or_far", [](auto h, auto i, auto j) { return j < 3 || (h == 1 && i - j > 20); }},
-    {"no_self", [](auto, auto i, auto j) { return i - j >= 5 && j % 3 != 1; }},                        // rows without a visible key
-    {"block", [](auto h, auto i, auto j) { return ((i / 8) * 31 + (j / 8) * 17 + h * 5) % 3 == 0; }},  // whole tiles gone
-};
-
 struct Math {
   Score score;
   Gate gate;
@@ -161,21 +148,13 @@ struct Math {
 };
 class CpuAttention : public ::testing::TestWithParam<std::tuple<Score, Gate, Normalizer>> {};
 
-AttentionCase base_case(Score score, Gate gate, Normalizer normalizer, float beta = 0) {
-  AttentionCase c;
-  // A large epsilon bounds how much a row with a tiny sum can magnify the rounding of its scores (the default is tried below).
-  c.math = {.score = score, .gate = gate, .normalizer = normalizer, .length_alpha = 0.8f, .epsilon = 0.05f, .length_beta = beta};
-  c.tau = score == Score::fidelity ? 0.05 : 0.3;
-  return c;
-}
-
 TEST_P(CpuAttention, AgreesWithTheReferenceOnEveryPattern) {
   const auto [score, gate, normalizer] = GetParam();
   const std::pair<int, int> tiles[] = {{16, 16}, {8, 24}, {32, 8}, {64, 64}, {24, 40}, {16, 16}};
   for (std::size_t n = 0; n < std::size(kPatterns); ++n)
     for (float beta : {0.0f, 0.5f}) {
       if (beta > 0 && score != Score::cosine) continue;
-      auto c = base_case(score, gate, normalizer, beta);
+      auto c = case_of(score, gate, normalizer, beta);
       c.pattern = kPatterns[n].visible;
       std::tie(c.tile_query, c.tile_key) = tiles[n];
       c.seed = 10 * n + 1;
@@ -187,7 +166,7 @@ TEST_P(CpuAttention, AgreesWithTheReferenceOnEveryPattern) {
 TEST_P(CpuAttention, AgreesWithTheReferenceOnDocuments) {
   const auto [score, gate, normalizer] = GetParam();
   for (std::int64_t longest : {1, 5, 40}) {  // 1: every token is a document of its own
-    auto c = base_case(score, gate, normalizer);
+    auto c = case_of(score, gate, normalizer);
     c.document_start = random_documents(c.shape, longest, 7);
     c.pattern = longest == 5 ? kPatterns[4].visible : kPatterns[0].visible;  // with no_self most rows see nothing
     SCOPED_TRACE(name_of(c.math) + " documents up to " + std::to_string(longest));
@@ -208,7 +187,7 @@ TEST(CpuAttentionSizes, EveryLengthHeadSizeAndTile) {
     for (std::int64_t size : {8, 24, 64, 128, 256})
       for (auto [tile_query, tile_key] : {std::pair{64, 64}, {128, 64}, {8, 128}, {40, 72}}) {
         if (tokens > 9 && size > 64 && tile_key == 72) continue;  // time
-        auto c = base_case(Score::cosine, Gate::relu2, Normalizer::sum);
+        auto c = case_of(Score::cosine, Gate::relu2, Normalizer::sum);
         c.shape = {.batch = 1, .heads = 2, .tokens = tokens, .head_size = size};
         c.tau = 0.1;
         c.tile_query = tile_query;
@@ -221,7 +200,7 @@ TEST(CpuAttentionSizes, EveryLengthHeadSizeAndTile) {
 
 TEST(CpuAttentionSizes, AShortSequenceUsesTheListsOfALongOne) {
   for (const auto& pattern : kPatterns) {
-    auto c = base_case(Score::dot, Gate::relu, Normalizer::length);
+    auto c = case_of(Score::dot, Gate::relu, Normalizer::length);
     c.pattern = pattern.visible;
     c.map_tokens = 150;
     SCOPED_TRACE(pattern.name);
@@ -230,7 +209,7 @@ TEST(CpuAttentionSizes, AShortSequenceUsesTheListsOfALongOne) {
 }
 
 TEST(CpuAttentionSizes, DefaultEpsilon) {
-  auto c = base_case(Score::cosine, Gate::relu2, Normalizer::sum);
+  auto c = case_of(Score::cosine, Gate::relu2, Normalizer::sum);
   c.math.epsilon = 1e-6f;
   c.least_kink = 1e-3;
   c.tau = 1.0;
@@ -239,7 +218,7 @@ TEST(CpuAttentionSizes, DefaultEpsilon) {
 }
 
 TEST(CpuAttentionSkips, AHugeThresholdGivesExactZeros) {
-  auto c = base_case(Score::cosine, Gate::relu2, Normalizer::sum);
+  auto c = case_of(Score::cosine, Gate::relu2, Normalizer::sum);
   c.tau = 1e6;
   const auto p = make_problem(c);
   const auto r = check(p);
@@ -255,7 +234,7 @@ TEST(CpuAttentionSkips, AHugeThresholdGivesExactZeros) {
 TEST(CpuAttentionSkips, WholeTilesEmptiedByTheData) {
   for (Gate gate : {Gate::relu, Gate::relu2, Gate::relu4})
     for (Normalizer normalizer : {Normalizer::none, Normalizer::sum}) {
-      auto c = base_case(Score::cosine, gate, normalizer);
+      auto c = case_of(Score::cosine, gate, normalizer);
       c.shape.tokens = 120;
       c.tau = 4.0;
       auto p = make_problem(c);
@@ -280,7 +259,7 @@ TEST(CpuAttentionSkips, WholeTilesEmptiedByTheData) {
 
 // Results so small that they underflow to zero from below: +0 in an output all the same, whatever is visited.
 TEST(CpuAttentionSkips, UnderflowLeavesNoTrace) {
-  auto c = base_case(Score::dot, Gate::relu, Normalizer::length);
+  auto c = case_of(Score::dot, Gate::relu, Normalizer::length);
   auto p = make_problem(c);
   for (std::size_t n = 0; n < p.q.size(); ++n) {  // o and dk near 1e-44, ten times the smallest number
     p.q[n] *= 1e-15f;
@@ -300,7 +279,7 @@ TEST(CpuAttentionSkips, UnderflowLeavesNoTrace) {
 
 // <do, v> overflows on edges that are not active; zero times infinity must not reach a gradient.
 TEST(CpuAttentionSkips, OverflowOnInactiveEdgesStaysThere) {
-  auto c = base_case(Score::cosine, Gate::relu2, Normalizer::none);
+  auto c = case_of(Score::cosine, Gate::relu2, Normalizer::none);
   auto p = make_problem(c);
   const auto [B, H, T, D] = c.shape;
   for (std::int64_t b = 0; b < B; ++b)
@@ -318,11 +297,11 @@ TEST(CpuAttentionSkips, OverflowOnInactiveEdgesStaysThere) {
 }
 
 TEST(CpuAttentionSkips, GradientsOfScaleAndThresholdAreAddedTo) {
-  const auto p = make_problem(base_case(Score::fidelity, Gate::relu2, Normalizer::sum));
+  const auto p = make_problem(case_of(Score::fidelity, Gate::relu2, Normalizer::sum));
   const auto r = check(p);
   EXPECT_NE(r.dscale[0], 0.0f);
   EXPECT_NE(r.dtau[0], 0.0f);
-  const auto q = make_problem(base_case(Score::cosine, Gate::relu2, Normalizer::sum, 0.5f));
+  const auto q = make_problem(case_of(Score::cosine, Gate::relu2, Normalizer::sum, 0.5f));
   EXPECT_EQ(check(q).dtau[0], 0.0f);
 }
 

@@ -128,24 +128,10 @@ void check(const AttentionProblem& p, std::vector<std::int64_t> known) {
   EXPECT_LT(relative_error(rows, expected), 2e-5);
 }
 
-struct NamedPattern {
-  const char* name;
-  Pattern visible;
-};
-const NamedPattern kPatterns[] = {
-    {"causal", [](auto, auto, auto) { return true; }},
-    {"window", [](auto, auto i, auto j) { return i - j < 11; }},
-    {"strided", [](auto, auto i, auto j) { return (i - j) % 7 < 2; }},
-    {"global_or_far", [](auto h, auto i, auto j) { return j < 3 || (h == 1 && i - j > 20); }},
-    {"no_self", [](auto, auto i, auto j) { return i - j >= 5 && j % 3 != 1; }},                        // rows without a visible key
-    {"block", [](auto h, auto i, auto j) { return ((i / 8) * 31 + (j / 8) * 17 + h * 5) % 3 == 0; }},  // whole tiles gone
-};
-
-AttentionCase base_case(Score score, Gate gate, Normalizer normalizer, float beta = 0) {
-  AttentionCase c;
-  c.math = {.score = score, .gate = gate, .normalizer = normalizer, .length_alpha = 0.8f, .epsilon = 0.05f, .length_beta = beta};
-  c.tau = score == Score::fidelity ? 0.05 : 0.3;
-  c.map_tokens = 53;  // the cache holds more than the sequences
+/// As case_of(), with a cache that holds more than the sequences.
+AttentionCase decoding_case(Score score, Gate gate, Normalizer normalizer, float beta = 0) {
+  AttentionCase c = case_of(score, gate, normalizer, beta);
+  c.map_tokens = 53;
   return c;
 }
 
@@ -157,7 +143,7 @@ TEST_P(AttentionDecoding, IsTheForwardPassRowForRowOnEveryPattern) {
   for (std::size_t n = 0; n < std::size(kPatterns); ++n)
     for (float beta : {0.0f, 0.5f}) {
       if (beta > 0 && score != Score::cosine) continue;
-      auto c = base_case(score, gate, normalizer, beta);
+      auto c = decoding_case(score, gate, normalizer, beta);
       c.pattern = kPatterns[n].visible;
       std::tie(c.tile_query, c.tile_key) = tiles[n];
       c.seed = 10 * n + 1;
@@ -169,7 +155,7 @@ TEST_P(AttentionDecoding, IsTheForwardPassRowForRowOnEveryPattern) {
 TEST_P(AttentionDecoding, SeesItsDocumentOnly) {
   const auto [score, gate, normalizer] = GetParam();
   for (std::int64_t longest : {1, 5, 40}) {
-    auto c = base_case(score, gate, normalizer);
+    auto c = decoding_case(score, gate, normalizer);
     c.document_start = random_documents(c.shape, longest, 7);
     c.pattern = longest == 5 ? kPatterns[4].visible : kPatterns[0].visible;
     SCOPED_TRACE(name_of(c.math) + " documents up to " + std::to_string(longest));
@@ -190,7 +176,7 @@ TEST(AttentionDecodingSizes, EveryLengthHeadSizeAndTile) {
     for (std::int64_t size : {8, 24, 64, 128, 256})
       for (auto [tile_query, tile_key] : {std::pair{64, 64}, {128, 64}, {8, 128}, {40, 72}}) {
         if (tokens > 9 && size > 64 && tile_key == 72) continue;  // time
-        auto c = base_case(Score::cosine, Gate::relu2, Normalizer::sum);
+        auto c = decoding_case(Score::cosine, Gate::relu2, Normalizer::sum);
         c.shape = {.batch = 3, .heads = 2, .tokens = tokens, .head_size = size};
         c.map_tokens = 0;  // the cache ends with the sequence
         c.tau = 0.1;
@@ -203,7 +189,7 @@ TEST(AttentionDecodingSizes, EveryLengthHeadSizeAndTile) {
 }
 
 TEST(AttentionDecodingSizes, AHugeThresholdGivesExactZeros) {
-  auto c = base_case(Score::cosine, Gate::relu2, Normalizer::sum);
+  auto c = decoding_case(Score::cosine, Gate::relu2, Normalizer::sum);
   c.tau = 1e6;
   const auto p = make_problem(c);
   for (float o : Packed(p).decode({0, 0})) ASSERT_EQ(std::bit_cast<std::uint32_t>(o), 0u);
