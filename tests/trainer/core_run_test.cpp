@@ -104,7 +104,8 @@ TEST_F(CoreCommand, IsTheSameOnAnyNumberOfRanks) {
   EXPECT_TRUE(one.says("note: coqa is left out: there is no " + kToyBundle + "/eval_data/reading/coqa.jsonl")) << one;
   const Json json = found(one);
   EXPECT_EQ(json["title"], "mean of 6 tasks (1 of CORE's 22)");
-  EXPECT_EQ(json["left_out"][0]["label"], "coqa");
+  EXPECT_EQ(json["missing"], Json({"coqa"}));
+  EXPECT_EQ(json["not_selected"], Json::array());
   ASSERT_EQ(json["tasks"].size(), 6u);
   EXPECT_EQ(json["tasks"][0]["baseline"], 0.4);
   EXPECT_EQ(json["tasks"][0]["dclm_baseline"], 0.5);
@@ -121,10 +122,12 @@ TEST_F(CoreCommand, IsTheSameOnAnyNumberOfRanks) {
 TEST_F(CoreCommand, TableForPeopleAndPartsOfABundle) {
   const Result some = tessera("eval runs/default --core " + kToyBundle + " --tasks toy_words,copa --limit 4");
   ASSERT_EQ(some.code, 0) << some;
-  for (const char* part : {"copa                             multiple_choice       0      4", "  0.400 ", "  0.500 ", "toy_words ",
-                           "mean of 2 tasks (1 of CORE's 22; at most 4 items a task): ", "not asked for   toy_choices, toy_schema",
-                           "were longer than the context and lost their first tokens"})
+  for (const char* part :
+       {"copa                             multiple_choice       0      4", "  0.400 ", "  0.500 ", "toy_words ",
+        "mean of 2 tasks (1 of CORE's 22; at most 4 items a task): ",
+        "not selected    toy_choices, toy_schema, toy_schema_shown, toy_chemistry, coqa", "were longer than the context and lost their first tokens"})
     EXPECT_TRUE(some.says(part)) << part << "\n" << some;
+  EXPECT_FALSE(some.says("is left out")) << some;
   const Result one = tessera("eval runs/default --core " + kToyBundle + " --tasks copa");
   EXPECT_TRUE(one.says("\nCORE (1 of 22): ")) << one;
 }

@@ -24,10 +24,10 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 /// Bundle, tasks and limit that fit together; nothing of the model is needed for it.
 std::vector<CoreTask> choose_tasks(const CoreBundle& bundle, const EvalCoreOptions& o, CoreScope& scope) {
   std::vector<CoreTask> tasks;
-  const std::vector<CoreTask> wanted = select_tasks(bundle, o.tasks);
+  const std::vector<CoreTask> selected = select_tasks(bundle, o.tasks);
   for (const CoreTask& task : bundle.tasks) {
-    const bool asked_for = std::any_of(wanted.begin(), wanted.end(), [&](const CoreTask& w) { return w.label == task.label; });
-    (asked_for && !task.missing ? tasks : scope.left_out).push_back(task);
+    const bool wanted = std::any_of(selected.begin(), selected.end(), [&](const CoreTask& s) { return s.label == task.label; });
+    (!wanted ? scope.not_selected : task.missing ? scope.missing : tasks).push_back(task);
   }
   if (tasks.empty()) throw ConfigError(fmt::format("{}/eval_data: the items of every task are missing, as {}", o.bundle, bundle.tasks[0].file));
   const CoreTask& most = *std::max_element(tasks.begin(), tasks.end(), [](const CoreTask& a, const CoreTask& b) { return a.shots < b.shots; });
@@ -41,8 +41,9 @@ std::vector<CoreTask> choose_tasks(const CoreBundle& bundle, const EvalCoreOptio
 }  // namespace
 
 void add_eval_core_options(CLI::App& command, EvalCoreOptions& o) {
-  CLI::Option* core =
-      command.add_option("--core", o.bundle, "Measure CORE instead: a bundle of core.yaml, eval_meta_data.csv and eval_data/")->type_name("BUNDLE");
+  CLI::Option* core = command.add_option("--core", o.bundle, "Measure CORE instead: a bundle of core.yaml, eval_meta_data.csv and eval_data/")
+                          ->type_name("BUNDLE")
+                          ->check([](const std::string& folder) { return folder.empty() ? "expected a folder" : ""; });
   command.add_option("--tasks", o.tasks, "Of CORE: only these, comma-separated")->type_name("A,B")->needs(core);
   command.add_option("--limit", o.limit, "Of CORE: this many items of each task, drawn as its reference does; 0: all")
       ->type_name("N")
@@ -70,8 +71,8 @@ void eval_core(const std::string& checkpoint, const EvalCoreOptions& o, const Op
   const bool speaks = comm.rank() == 0;
   if (speaks) {
     if (!open.notice.empty()) fmt::print(stderr, "tessera: note: {}\n", open.notice);
-    for (const CoreTask& task : scope.left_out)
-      if (task.missing) fmt::print(stderr, "tessera: note: {} is left out: there is no {} (nor .zst, .gz)\n", task.label, task.file);
+    for (const CoreTask& task : scope.missing)
+      fmt::print(stderr, "tessera: note: {} is left out: there is no {} (nor .zst, .gz)\n", task.label, task.file);
     if (!json) {
       fmt::print("checkpoint      {} (step {})\n", open.info.directory, open.info.position.step);
       fmt::print("bundle          {}: {} tasks; context {}, {}\n\n{}\n", o.bundle, tasks.size(), limits.context, open.ops->device_name(),
@@ -92,8 +93,8 @@ void eval_core(const std::string& checkpoint, const EvalCoreOptions& o, const Op
     CoreRow row{&work, score_task(work, *open.tokenizer, limits, score, comm, [&](double tokens) {
                   done_tokens += tokens;
                   const double seconds = seconds_since(scoring);
-                  console.progress(fmt::format("{} {:.0f} %  task {} of {}  {} tok/s a rank  ETA {}", work.task.label,
-                                               100 * (done_tokens - before) / own, rows.size() + 1, works.size(), format_count(done_tokens / seconds),
+                  console.progress(fmt::format("{} {:.0f} %  task {} of {}  {} tok/s  ETA {}", work.task.label, 100 * (done_tokens - before) / own,
+                                               rows.size() + 1, works.size(), format_count(done_tokens * comm.size() / seconds),
                                                format_duration(seconds * (all_tokens - done_tokens) / done_tokens)),
                                    false);
                 })};

@@ -1,6 +1,6 @@
 #include "trainer/core/report.h"
 
-#include <fmt/core.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <numeric>
@@ -43,6 +43,12 @@ std::uint64_t total(std::span<const CoreRow> rows, std::uint64_t CoreResult::*pa
   return std::accumulate(rows.begin(), rows.end(), std::uint64_t{0}, [&](std::uint64_t sum, const CoreRow& r) { return sum + r.result.*part; });
 }
 
+std::vector<std::string> labels(const std::vector<CoreTask>& tasks) {
+  std::vector<std::string> names;
+  for (const CoreTask& t : tasks) names.push_back(t.label);
+  return names;
+}
+
 }  // namespace
 
 std::string core_title(std::span<const CoreRow> rows) {
@@ -57,7 +63,7 @@ std::string core_title(std::span<const CoreRow> rows) {
 }
 
 Json core_json(std::span<const CoreRow> rows, const CoreScope& scope) {
-  Json tasks = Json::array(), left_out = Json::array();
+  Json tasks = Json::array();
   for (const CoreRow& r : rows) {
     const CoreTask& t = r.work->task;
     tasks.push_back({{"label", t.label},
@@ -77,7 +83,6 @@ Json core_json(std::span<const CoreRow> rows, const CoreScope& scope) {
                      {"tokens", r.result.tokens},
                      {"seconds", r.result.seconds}});
   }
-  for (const CoreTask& t : scope.left_out) left_out.push_back({{"label", t.label}, {"missing_file", t.missing ? Json(t.file) : Json(nullptr)}});
   const Means m = means(rows);
   return {{"title", core_title(rows)},
           {"score", {{"bundle_baselines", m.bundle}, {"dclm_baselines", m.dclm}}},
@@ -85,7 +90,8 @@ Json core_json(std::span<const CoreRow> rows, const CoreScope& scope) {
           {"core_tasks", core_tasks(rows)},
           {"core_tasks_of", dclm_tasks().size()},
           {"limit", scope.limit > 0 ? Json(scope.limit) : Json(nullptr)},
-          {"left_out", left_out},
+          {"missing", labels(scope.missing)},
+          {"not_selected", labels(scope.not_selected)},
           {"prompts", total(rows, &CoreResult::prompts)},
           {"prompts_truncated", total(rows, &CoreResult::cut)},
           {"tokens", total(rows, &CoreResult::tokens)},
@@ -110,19 +116,14 @@ std::string core_summary(std::span<const CoreRow> rows, const CoreScope& scope) 
   const Means m = means(rows);
   std::string text = fmt::format("{}: {:.4f} by the bundle's baselines, {:.4f} by DataComp-LM's\n", core_title(rows), m.bundle, m.dclm);
   const std::uint64_t cut = total(rows, &CoreResult::cut), prompts = total(rows, &CoreResult::prompts), empty = total(rows, &CoreResult::empty);
-  text += fmt::format("prompts         {} of {} tokens", prompts, total(rows, &CoreResult::tokens));
+  text += fmt::format("prompts         {}, of {} tokens together", prompts, total(rows, &CoreResult::tokens));
   if (cut > 0)
     text += fmt::format("; {} ({:.1f} %) were longer than the context and lost their first tokens", cut,
                         100.0 * static_cast<double>(cut) / static_cast<double>(prompts));
   if (empty > 0) text += fmt::format("; {} have an answer without tokens", empty);
   text += "\n";
-  std::string missing, others;
-  for (const CoreTask& t : scope.left_out) {
-    std::string& list = t.missing ? missing : others;
-    list += (list.empty() ? "" : ", ") + t.label;
-  }
-  if (!missing.empty()) text += fmt::format("missing         {}\n", missing);
-  if (!others.empty()) text += fmt::format("not asked for   {}\n", others);
+  if (!scope.missing.empty()) text += fmt::format("missing         {}\n", fmt::join(labels(scope.missing), ", "));
+  if (!scope.not_selected.empty()) text += fmt::format("not selected    {}\n", fmt::join(labels(scope.not_selected), ", "));
   return text;
 }
 

@@ -14,8 +14,9 @@ namespace tessera {
 
 /// What was evaluated, and out of what.
 struct CoreScope {
-  std::vector<CoreTask> left_out;  // of the bundle's, because their files are missing or by choice (--tasks)
-  std::size_t limit = 0;           // items of a task, at most; 0: all
+  std::vector<CoreTask> missing;       // of the bundle's tasks those that were asked for and have no file
+  std::vector<CoreTask> not_selected;  // those that were not asked for (--tasks)
+  std::size_t limit = 0;               // items of a task, at most; 0: all
 };
 
 struct CoreRow {
@@ -28,7 +29,7 @@ struct CoreRow {
 /// of examples of DataComp-LM's.
 std::string core_title(std::span<const CoreRow> rows);
 
-/// title, score (by the bundle's and by DataComp-LM's baselines), complete, limit, left_out, tasks: all that was found.
+/// title, score (by the bundle's and by DataComp-LM's baselines), complete, limit, missing, not_selected, tasks: all that was found.
 nlohmann::ordered_json core_json(std::span<const CoreRow> rows, const CoreScope& scope);
 
 /// The table on a console: head, a row as each task is done, and what follows the last.
