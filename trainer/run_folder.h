@@ -28,8 +28,8 @@ struct Start {
 
 /// Decides, changing nothing. Without `resume`: ConfigError when the folder holds a run. With it: the newest complete checkpoint whose files match
 /// their checksums (a notice for each newer one that does not), or from scratch, with a notice, when there is none. Throws ConfigError listing each
-/// key whose change would make it another model or training, and when `data` is not what the checkpoint was trained on; std::runtime_error when
-/// there are complete checkpoints and all are damaged.
+/// key whose change would make it another model or training, when `data` is not what the checkpoint was trained on, and when it is weights alone;
+/// std::runtime_error when there are complete checkpoints and all are damaged.
 Start find_start(const RunFolder& folder, bool resume, const Config& config, const Provenance& data);
 
 /// The keys in which a resumed run may not differ and does, as "key: VALUE in the checkpoint, VALUE now".
