@@ -25,7 +25,8 @@ class SweepTest : public RunTest {
   /// Of each run, its state.
   std::map<std::string, std::string> states() const {
     std::map<std::string, std::string> out;
-    for (const Json& run : json("status sweep.yaml")["runs"]) out[run["name"]] = run["state"];
+    const Json status = json("status sweep.yaml");
+    for (const Json& run : status["runs"]) out[run["name"]] = run["state"];
     return out;
   }
   std::string contents(const std::string& name) const { return read_file((folder / name).string()); }
@@ -239,7 +240,8 @@ TEST_F(SweepTest, MinutesBecomeSteps) {
   ASSERT_EQ(r.code, 0) << r;
   EXPECT_EQ(r.count("timing 12 steps for a budget of 0.01 minutes"), 2) << r;
   std::map<std::string, std::int64_t> steps;
-  for (const Json& run : json("plan sweep.yaml")["runs"]) {
+  const Json plan = json("plan sweep.yaml");
+  for (const Json& run : plan["runs"]) {
     steps[run["name"]] = run["steps"];
     EXPECT_TRUE(r.says(run["name"].get<std::string>() + ": training to step " + run["steps"].dump())) << r;
     EXPECT_EQ(metrics("s/" + run["name"].get<std::string>()).size(), run["steps"]);
@@ -253,8 +255,8 @@ TEST_F(SweepTest, MinutesBecomeSteps) {
 TEST_F(SweepTest, TheShippedSweepsHavePlans) {
   const auto plan = [&](const std::string& name) {
     std::map<std::string, Json> runs;
-    for (const Json& run : json("plan " TESSERA_CONFIGS "/sweeps/" + name + ".yaml --set data.path= --set data.tokenizer=gpt2")["runs"])
-      runs[run["name"]] = run;
+    const Json all = json("plan " TESSERA_CONFIGS "/sweeps/" + name + ".yaml --set data.path= --set data.tokenizer=gpt2");
+    for (const Json& run : all["runs"]) runs[run["name"]] = run;
     return runs;
   };
   EXPECT_EQ(plan("tiny").size(), 5u * 2);

@@ -186,10 +186,10 @@ std::string report_text(const Sweep& sweep, const SweepResults& results) {
     rows.push_back(std::move(row));
   }
   std::string text = text_table(rows);
-  text += fmt::format("\nMeans over finished seeds{}. Edges zero and tiles skipped: of the causal ones, in the last step.",
+  text += fmt::format("\nMeans over finished seeds{}.\nEdges zero and tiles skipped: of the causal ones, in the last step.",
                       sd ? "; +- is the standard deviation over seeds (n - 1)" : "");
   if (any("softmax") && std::ranges::any_of(variants, [](const Json& v) { return v["softmax"] == true; }))
-    text += fmt::format(" * softmax{}.", twins ? ", the twin that \"over softmax\" compares with: the same but for attention" : "");
+    text += fmt::format("\n* softmax{}.", twins ? ", the twin that \"over softmax\" compares with: the same but for attention" : "");
   return text + "\n";
 }
 
@@ -207,7 +207,8 @@ std::string report_csv(const Sweep& sweep, const SweepResults& results) {
       "twin",         "over_twin",    "edge_sparsity", "tile_skip_rate", "tile_query",      "tile_key",
       "tokens_per_s", "memory_bytes", "seconds",       "parameters",     "tokens"};
   std::string text = fmt::format("{}\r\n", fmt::join(columns, ","));
-  for (Json v : report_json(sweep, results)["variants"]) {
+  const Json report = report_json(sweep, results);
+  for (Json v : report["variants"]) {
     v["tile_query"] = v["tile"][0];
     v["tile_key"] = v["tile"][1];
     std::vector<std::string> fields;
