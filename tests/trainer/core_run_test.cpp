@@ -145,7 +145,7 @@ TEST_F(CoreCommand, BadUsageIsSaidInALine) {
   expect_error(core + " --tasks coqa", "--tasks: the items of coqa are not there");
   expect_error(core + " --limit 3", "--limit 3: task toy_choices shows 3 of these items before each other one; give at least 4");
   expect_error("--tasks copa", "--tasks requires --core");
-  expect_error(core + " --data data", "--core excludes --data");
+  expect_error(core + " --data data", "--data excludes --core");
 }
 
 }  // namespace
