@@ -38,7 +38,7 @@ class SweepTest : public RunTest {
   }
   /// A shell command that waits until a file holds a text, 120 s at most.
   static std::string until(const std::string& text, const std::string& file) {
-    return "for i in $(seq 1200); do grep -qs '" + text + "' " + file + " && break; sleep 0.1; done; ";
+    return "for i in $(seq 6000); do grep -qs '" + text + "' " + file + " && break; sleep 0.02; done; ";
   }
 };
 
@@ -104,7 +104,7 @@ TEST_F(SweepTest, RunsReportsAndRunsOnlyWhatIsNew) {
 }
 
 TEST_F(SweepTest, KilledItGoesOnWithTheSameBits) {
-  sweep_file("grid: {attention.gate: [relu, relu2]}\nset: {train.steps: 300, checkpoint.every: 10}\nresources: {at_once: 1}\n");
+  sweep_file("grid: {attention.gate: [relu, relu2]}\nset: {train.steps: 500, checkpoint.every: 10}\nresources: {at_once: 1}\n");
   // The sweep: its run is told to stop by the kernel, and stops in order.
   const Result killed = shell(TESSERA_BINARY " sweep run sweep.yaml > log 2>&1 & p=$!; " + until("\"step\":25,", "runs/s/gate=relu/metrics.jsonl") +
                               "kill -9 $p; wait $p; cat log");
@@ -119,9 +119,9 @@ TEST_F(SweepTest, KilledItGoesOnWithTheSameBits) {
   EXPECT_TRUE(tessera("sweep status sweep.yaml").says("ended by signal 9"));
   const Result last = tessera("sweep run sweep.yaml");
   EXPECT_EQ(last.code, 0) << last;
-  EXPECT_TRUE(last.says("gate=relu: going on to step 300")) << last;
+  EXPECT_TRUE(last.says("gate=relu: going on to step 500")) << last;
   EXPECT_EQ(states()["gate=relu"], "finished");
-  ASSERT_EQ(tessera("train tiny.yaml --set train.steps=300 --set optimizer.warmup=4 --set attention.gate=relu --set run.dir=runs/alone").code, 0);
+  ASSERT_EQ(tessera("train tiny.yaml --set train.steps=500 --set attention.gate=relu --set run.dir=runs/alone").code, 0);
   EXPECT_EQ(steps("s/gate=relu"), steps("alone"));
 }
 
@@ -229,7 +229,7 @@ TEST_F(SweepTest, SeveralRanksARun) {
   sweep_file("grid: {attention.gate: [relu, relu4]}\nbudget: {steps: 6}\nresources: {ranks: 2}\n");
   const Result r = tessera("sweep run sweep.yaml");
   ASSERT_EQ(r.code, 0) << r;
-  EXPECT_TRUE(contents("runs/s/logs/gate=relu.log").find("cpu, 2 ranks") != std::string::npos) << contents("runs/s/logs/gate=relu.log");
+  EXPECT_TRUE(contents("runs/s/logs/gate=relu.log").find(", 2 ranks, ") != std::string::npos) << contents("runs/s/logs/gate=relu.log");
 }
 
 // Nothing is asserted of time itself: the steps are decided once, and stay.
