@@ -2,6 +2,8 @@
 
 #include "trainer/sweep/sweep_report.h"
 
+#include <fmt/core.h>
+
 #include <algorithm>
 #include <map>
 
