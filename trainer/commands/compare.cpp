@@ -2,8 +2,6 @@
 
 #include <fmt/core.h>
 
-#include <algorithm>
-#include <cmath>
 #include <iostream>
 #include <memory>
 #include <string>
@@ -12,6 +10,7 @@
 #include "trainer/commands/commands.h"
 #include "trainer/progress.h"
 #include "trainer/run_summary.h"
+#include "trainer/text_table.h"
 
 namespace tessera {
 namespace {
@@ -77,16 +76,7 @@ void print(const std::vector<Json>& rows) {
   std::vector<std::vector<std::string>> table = {{"run", "attention", "parameters", "tokens", "validation loss", "bits/byte", "edges zero",
                                                   "tiles skipped", "CORE", "tokens/s", "memory a rank"}};
   for (const Json& row : rows) table.push_back(cells(row));
-  for (const auto& row : table) {
-    std::string line;
-    for (std::size_t c = 0; c < row.size(); ++c) {
-      std::size_t width = 0;
-      for (const auto& other : table) width = std::max(width, other[c].size());
-      line += fmt::format("{:<{}}  ", row[c], width);
-    }
-    while (line.ends_with(' ')) line.pop_back();
-    fmt::print("{}\n", line);
-  }
+  fmt::print("{}", text_table(table));
   fmt::print(
       "\nLosses are nats a token of a run's own tokenizer and text: they compare only where both are the same. Edges zero: of the causal edges; "
       "tiles "
