@@ -62,6 +62,7 @@ TEST(CoreModel, WhatTheModelWouldSayIsRight) {
   std::vector<std::uint64_t> expected;
   for (std::size_t i = 0; i < work.items.size(); ++i) {
     CoreItem& item = work.items[i];
+    if (item.contexts[0].empty()) item.contexts[0] = "x";  // after end of text alone this model says end of text, which no text is
     std::vector<std::int32_t> tokens{static_cast<std::int32_t>(m.tokenizer->end_of_text())};
     for (const std::uint32_t t : m.tokenizer->encode(item.contexts[0])) tokens.push_back(static_cast<std::int32_t>(t));
     item.continuations[0].clear();
