@@ -202,7 +202,20 @@ struct DocumentReader::Impl {
     line = 0;
     ended = dropping = false;
     first = line_start = true;
+    if (files[file] == "-" && options.format == InputFormat::automatic && begins_with_object()) format = InputFormat::jsonl;
     return true;
+  }
+  /// Whether the stream begins like a line of JSON: an object with a key.
+  bool begins_with_object() {
+    std::size_t at = 0;
+    const auto skip_blanks = [&] {
+      while ((at = window.find_first_not_of(" \t\r\n", at)) == std::string::npos && !ended) {
+        at = window.size();
+        read_more();
+      }
+      return at == std::string::npos ? '\0' : window[at++];
+    };
+    return skip_blanks() == '{' && skip_blanks() == '"';
   }
   void finish() {
     consumed_before += source ? source->consumed() : entries->consumed();

@@ -7,7 +7,8 @@
 //   .bin                        tokens (token_files.h): llm.c and modded-nanogpt (content: magic 20240520 or 20240801), Megatron (a .idx that begins
 //                               with MMIDIDX beside it). nanoGPT's .bin has no header, so that nothing but --format nanogpt can say it is one
 //
-// Content decides where it can (PAR1, the magic numbers), else the extension.
+// Content decides where it can (PAR1, the magic numbers), else the extension. Standard input is text, unless it begins with a JSON object (the reader
+// looks) or --format says what it is.
 
 #include <string>
 #include <vector>

@@ -72,6 +72,9 @@ cuda_architecture() {
   case $capability in ''|90) echo 90a ;; *) echo "$capability" ;; esac
 }
 
+# Objects are cached by what they are made of, wherever the tree lies.
+export CCACHE_BASEDIR="$root" CCACHE_NOHASHDIR=true
+
 # cuda_missing: what a build with CUDA lacks here; nothing printed when it lacks nothing. Needs g++.
 cuda_missing() {
   local nvcc toolkit

@@ -1,4 +1,6 @@
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 #include <zlib.h>
 #include <zstd.h>
 
@@ -67,6 +69,32 @@ std::string words(std::size_t bytes, unsigned seed) {
   }
   out.resize(bytes);
   return out;
+}
+
+TEST(DocumentReader, StandardInputIsTextOrLinesOfJson) {
+  const TemporaryFolder folder;
+  const auto read = [&](const std::string& bytes, InputFormat format = InputFormat::automatic) {
+    put(folder / "stdin", bytes);
+    const int file = ::open((folder / "stdin").c_str(), O_RDONLY), kept = ::dup(0);
+    ::dup2(file, 0);
+    ReaderOptions options;
+    options.format = format;
+    DocumentReader reader({"-"}, options);
+    std::vector<std::string> out;
+    std::vector<Entry> entries;
+    while (reader.next(entries, 10'000))
+      for (const Entry& entry : entries) reader.pieces(entry, [&](std::string_view piece, bool) { out.emplace_back(piece); });
+    ::dup2(kept, 0);
+    ::close(kept);
+    ::close(file);
+    return out;
+  };
+  const std::string lines = "{\"text\": \"one\"}\n{\"text\": \"two\"}\n";
+  const Texts documents = {"one", "two"};
+  for (const std::string& bytes : {lines, "\n" + lines, " { " + lines.substr(1), gzip(lines), zstd(lines)}) EXPECT_EQ(read(bytes), documents);
+  EXPECT_EQ(read(lines, InputFormat::text), Texts{lines});
+  for (const std::string text : {"plain", "{braces}", "{", "\"quoted\"", " \n{ a"}) EXPECT_EQ(read(text), Texts{text});
+  EXPECT_EQ(read(""), Texts{});
 }
 
 TEST(DocumentReader, TextFilesAndMarkers) {
