@@ -104,14 +104,19 @@ TEST_F(SweepTest, RunsReportsAndRunsOnlyWhatIsNew) {
 }
 
 TEST_F(SweepTest, KilledItGoesOnWithTheSameBits) {
-  sweep_file("grid: {attention.gate: [relu, relu2]}\nset: {train.steps: 500, checkpoint.every: 10}\nresources: {at_once: 1}\n");
+  sweep_file("grid: {attention.gate: [relu, relu2]}\nset: {train.steps: 1500, checkpoint.every: 10}\nresources: {at_once: 1}\n");
   // The sweep: its run is told to stop by the kernel, and stops in order.
   const Result killed = shell(TESSERA_BINARY " sweep run sweep.yaml > log 2>&1 & p=$!; " + until("\"step\":25,", "runs/s/gate=relu/metrics.jsonl") +
                               "kill -9 $p; wait $p; cat log");
   EXPECT_FALSE(killed.says("finished")) << killed;
-  // Its run may still be at its last checkpoint: the next sweep waits for that. A run: the other one goes on.
-  const Result run = shell(TESSERA_BINARY " sweep run sweep.yaml > log 2>&1 & p=$!; " + until("\"step\":60,", "runs/s/gate=relu/metrics.jsonl") +
-                           "kill -9 $(pgrep -f 'train runs/s/[g]ate=relu/config.yaml'); wait $p; c=$?; cat log; exit $c");
+  // Its run may still be at its last checkpoint: the next sweep waits for that. A run (of this folder: other tests have runs of that name): the
+  // other one goes on.
+  const Result run =
+      shell(TESSERA_BINARY " sweep run sweep.yaml > log 2>&1 & p=$!; " + until("gate=relu: going on", "log") +
+            "rows() { wc -l < runs/s/gate=relu/metrics.jsonl; }; n=$(rows); "
+            "for i in $(seq 6000); do [ $(rows) -gt $((n + 20)) ] && break; sleep 0.02; done; "
+            "for q in $(pgrep -f 'train runs/s/[g]ate=relu/config.yaml'); do [ \"$(readlink /proc/$q/cwd)\" = \"$(pwd -P)\" ] && kill -9 $q; done; "
+            "wait $p; c=$?; cat log; exit $c");
   EXPECT_EQ(run.code, 1) << run;
   EXPECT_TRUE(run.says("gate=relu: failed: ended by signal 9 (Killed)")) << run;
   EXPECT_TRUE(run.says("base: finished")) << run;
@@ -119,9 +124,9 @@ TEST_F(SweepTest, KilledItGoesOnWithTheSameBits) {
   EXPECT_TRUE(tessera("sweep status sweep.yaml").says("ended by signal 9"));
   const Result last = tessera("sweep run sweep.yaml");
   EXPECT_EQ(last.code, 0) << last;
-  EXPECT_TRUE(last.says("gate=relu: going on to step 500")) << last;
+  EXPECT_TRUE(last.says("gate=relu: going on to step 1500")) << last;
   EXPECT_EQ(states()["gate=relu"], "finished");
-  ASSERT_EQ(tessera("train tiny.yaml --set train.steps=500 --set attention.gate=relu --set run.dir=runs/alone").code, 0);
+  ASSERT_EQ(tessera("train tiny.yaml --set train.steps=1500 --set attention.gate=relu --set run.dir=runs/alone").code, 0);
   EXPECT_EQ(steps("s/gate=relu"), steps("alone"));
 }
 
@@ -129,7 +134,7 @@ TEST_F(SweepTest, CtrlCStopsTheRunsWithCheckpoints) {
   for (const int ranks : {1, 2}) {
     SCOPED_TRACE(ranks);
     fs::remove_all(folder / "runs");
-    sweep_file("set: {train.steps: 5000, checkpoint.every: 0}\nresources: {ranks: " + std::to_string(ranks) + "}\n");
+    sweep_file("set: {train.steps: 10000000, checkpoint.every: 0}\nresources: {ranks: " + std::to_string(ranks) + "}\n");
     const Result r = shell(TESSERA_BINARY " sweep run sweep.yaml > log 2>&1 & p=$!; " + until("\"step\":5,", "runs/s/base/metrics.jsonl") +
                            TESSERA_BINARY " sweep status sweep.yaml --json > status; kill -INT $p; wait $p; c=$?; cat log; exit $c");
     EXPECT_EQ(r.code, 1) << r;
@@ -144,7 +149,7 @@ TEST_F(SweepTest, CtrlCStopsTheRunsWithCheckpoints) {
 
 TEST_F(SweepTest, OneThatFailsDoesNotStopTheRest) {
   // Far too large a rate: after some steps nothing is finite.
-  sweep_file("list:\n  - {name: bad, set: {optimizer.lr: 100, optimizer.warmup: 0, train.steps: 60}}\n  - {name: good}\nresources: {at_once: 1}\n");
+  sweep_file("list:\n  - {name: bad, set: {optimizer.lr: 100, optimizer.warmup: 0, train.steps: 200}}\n  - {name: good}\nresources: {at_once: 1}\n");
   const Result r = tessera("sweep run sweep.yaml");
   EXPECT_EQ(r.code, 1) << r;
   EXPECT_TRUE(r.says("bad: failed: 10 steps in a row")) << r;
