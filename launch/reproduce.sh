@@ -4,7 +4,7 @@
 #   ./launch/reproduce.sh [--scale full|small|tiny] [--corpus PATH] [--tokenizer SPEC] [--core BUNDLE] [--device cpu|cuda] [--ranks N]
 #                         [--output DIR] [--price DOLLARS] [--plan] [--binary PATH] [--set key=value]...
 # --scale      full: 354 M parameters, 22,000 steps of 524,288 tokens; hours on GPUs. small: 30 M, 126 M tokens; minutes on one GPU. tiny (default):
-#              0.8 M, minutes on two processor cores
+#              0.5 M, minutes on two processor cores
 # --corpus     files or a folder, as `tessera prepare` takes them. full: FineWeb-Edu's Parquet files (needs Arrow: see README); small: any English text,
 #              40 M tokens or more; tiny: default the Perl manual
 # --tokenizer  full: gpt2:DIR (GPT-2's vocabulary files); small, tiny: as well, or by default 16,384 or 2,048 tokens learned from the text
