@@ -34,7 +34,7 @@ std::vector<Json> rows_of(const std::string& path) {
   return rows;
 }
 
-/// Mean of the last tenth, median of the last half, of what the rows have under `key`.
+/// What the last 1/`part` of the rows have under `key`.
 std::vector<double> last_values(const std::vector<Json>& rows, const char* key, std::size_t part) {
   std::vector<double> values;
   for (std::size_t i = rows.size() - (rows.size() + part - 1) / part; i < rows.size(); ++i)
