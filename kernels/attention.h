@@ -54,8 +54,12 @@ struct HeadsView {
   std::int64_t batch = 0, head = 0, token = 0;
 };
 
+/// `tokens` counts queries: q, o and what belongs to them are [B, H, tokens, D]; k, v, dk, dv are [B, H, keys, D]. They differ where a rank has some
+/// of a sequence's queries and fetched the keys that those may see (TileMap::keys).
 struct AttentionShape {
   std::int64_t batch = 0, heads = 0, tokens = 0, head_size = 0;
+  std::int64_t keys = 0;  // 0: as many as tokens
+  std::int64_t key_count() const { return keys > 0 ? keys : tokens; }
 };
 
 /// Columns of the counter tensor [heads, kAttentionCounters] u64. Forward passes add to them. A tile counts as visible when it holds a
@@ -77,7 +81,7 @@ class DeviceTiles {
 };
 
 struct AttentionForward {
-  AttentionShape shape;  // shape.tokens may be anything from 1 to tiles->host().tokens
+  AttentionShape shape;  // tokens may be anything from 1 to tiles->host().tokens, keys from 1 to its keys
   AttentionMath math;
   Visit visit = Visit::active;
   const DeviceTiles* tiles = nullptr;
@@ -85,9 +89,10 @@ struct AttentionForward {
   HeadsView o;            // out: every element of [B,H,T,D] is written
   Tensor scale;           // in [H] f32: c_h (for dot filled with 1/sqrt(D) by the caller)
   Tensor threshold;       // in [H] f32: tau_h
-  Tensor document_start;  // in, optional [B, T] i32: first token of the document that holds token t; keys before it are not visible
+  Tensor document_start;  // in, optional [B, T] i32: the first row of k that belongs to the query's document; rows before it are not visible
+  Tensor positions;       // in, optional [T] i32: index i of each query in its sequence, for length_beta; without it query t is token t
   Tensor z;               // out [B, H, T] f32 (1 for none and rms)
-  Tensor active_tiles;    // out [B, H, query_tiles(T), bitmap_words(key_tiles(T))] u32, whole words written
+  Tensor active_tiles;    // out [B, H, query_tiles(tokens), bitmap_words(key_tiles(keys))] u32, whole words written
   Tensor counters;        // in/out, optional [H, kAttentionCounters] u64
 };
 

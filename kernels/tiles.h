@@ -26,15 +26,19 @@ struct TileGroup {
   std::vector<TileEntry> query_entries;
   std::vector<std::int64_t> key_offsets;  // [key_tiles + 1], the transpose
   std::vector<TileEntry> key_entries;
-  std::uint64_t visible_edges = 0;  // over the whole `tokens x tokens` square, without document masks
+  std::uint64_t visible_edges = 0;  // over all queries and keys of the map, without document masks
 };
 
+///
+/// Rows of queries and keys need not be those of a whole sequence. A rank that has some query tiles of a sequence, and a buffer of the key tiles that
+/// those touch, numbers both by their places there, in ascending order of the sequence; masks do not depend on the place.
 struct TileMap {
-  std::int64_t tokens = 0;  // the longest sequence the lists serve
+  std::int64_t tokens = 0;  // queries of the longest sequence the lists serve
+  std::int64_t keys = 0;    // and keys; 0: as many
   std::int32_t tile_query = 64;
   std::int32_t tile_key = 64;
   std::int64_t query_tiles = 0;             // ceil(tokens / tile_query)
-  std::int64_t key_tiles = 0;               // ceil(tokens / tile_key)
+  std::int64_t key_tiles = 0;               // ceil(key_count() / tile_key)
   std::vector<std::int32_t> group_of_head;  // [heads]
   std::vector<TileGroup> groups;
   /// Mask m, row r, word w: bit k of masks[(m*tile_query + r)*mask_words + w] says whether key 64*w + k of the tile is
@@ -45,6 +49,7 @@ struct TileMap {
   /// may compute it instead of loading it.
   bool mask0_is_causal = false;
 
+  std::int64_t key_count() const { return keys > 0 ? keys : tokens; }
   std::int64_t mask_count() const { return static_cast<std::int64_t>(masks.size()) / (static_cast<std::int64_t>(tile_query) * mask_words); }
 };
 
