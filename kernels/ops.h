@@ -193,12 +193,10 @@ class Ops {
   virtual void attention_forward(const AttentionForward& a) = 0;
   virtual void attention_backward(const AttentionBackward& a) = 0;
 
-  // -- generation with cached keys and values. Optional: where it is missing, a token is made by computing the whole sequence again
-  /// Whether the two operations below are there: on the CPU, not yet on a GPU. Without them they throw std::logic_error.
-  virtual bool has_attention_decode() const { return false; }
-  virtual void cache_append(const CacheAppend& a);
-  /// On the CPU, bit for bit the row that attention_forward gives.
-  virtual void attention_decode(const AttentionDecode& a);
+  // -- generation with cached keys and values
+  virtual void cache_append(const CacheAppend& a) = 0;
+  /// On the CPU, bit for bit the row that attention_forward gives. On a GPU the same up to the rounding of bf16: this rounds no weight.
+  virtual void attention_decode(const AttentionDecode& a) = 0;
 
   // -- optimizer
   /// out [1] f64 += sum of x[i] over f32 x.

@@ -57,8 +57,7 @@ Gpt::Options resolved(const ModelConfig& config, Gpt::Options o, const Ops& ops)
   require_positive(o.micro_batch, "the micro-batch");
   require_positive(o.tokens, "the length of a sequence");
   require_positive(o.shard_multiple, "the multiple of the flat buffers");
-  if (o.cache < 0 || (o.cache > 0 && !ops.has_attention_decode()))
-    throw std::logic_error(fmt::format("Gpt: a cache of {} sequences on {}", o.cache, ops.device_name()));
+  if (o.cache < 0) throw std::logic_error(fmt::format("Gpt: a cache of {} sequences", o.cache));
   if (config.positions == Positions::learned && o.tokens > config.context)
     throw std::invalid_argument(
         fmt::format("sequences of {} tokens, but positions are learned for model.context {} tokens", o.tokens, config.context));

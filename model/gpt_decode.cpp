@@ -37,11 +37,17 @@ void Gpt::Impl::run_sequence(std::span<const std::int32_t> tokens, const CachePa
   trunk(batch, false, cache);
 }
 
-/// [count, vocabulary] on the host, of rows of the last norm's output.
-std::vector<float> Gpt::Impl::logits_of(std::int64_t row, std::int64_t count) const {
+/// Logits [count, vocabulary_padded] of rows of the last norm's output.
+Tensor Gpt::Impl::classify(std::int64_t row, std::int64_t count) const {
   const Tensor x = normed(2 * config.layers).slice(row * C, count * C).view({count, C});
   const Tensor logits = plan[memory.logits].view({count, config.vocabulary_padded});
   ops.linear_forward({.x = x, .w = w.wte, .bias = {}, .y = logits, .pre_activation = {}});
+  return logits;
+}
+
+/// [rows, vocabulary] of such logits.
+std::vector<float> Gpt::Impl::host_logits(const Tensor& logits) const {
+  const std::int64_t count = logits.shape[0];
   std::vector<float> host(static_cast<std::size_t>(count * config.vocabulary));
   std::vector<std::uint16_t> narrow(logits.dtype == DType::f32 ? 0 : static_cast<std::size_t>(config.vocabulary));
   for (std::int64_t r = 0; r < count; ++r) {
@@ -55,6 +61,25 @@ std::vector<float> Gpt::Impl::logits_of(std::int64_t row, std::int64_t count) co
     }
   }
   return host;
+}
+
+/// One token of each sequence, to its logits. A pass of as many rows as the one before is the same work in the same memory: a device that records
+/// work is asked for it in one call, but for the first, in which libraries choose their kernels.
+void Gpt::Impl::decode_pass(const Batch& batch, const CachePass& pass) {
+  const auto work = [&] {
+    trunk(batch, false, &pass);
+    classify(0, N);
+  };
+  if (decoding.rows != N) {
+    decoding.rows = N;
+    decoding.recorded.reset();
+    return work();
+  }
+  if (!decoding.recorded && decoding.records) {
+    decoding.recorded = ops.record(work);
+    decoding.records = decoding.recorded != nullptr;
+  }
+  decoding.recorded ? decoding.recorded->replay() : work();
 }
 
 KeyValueCache Gpt::Impl::cache_of(int layer) const {
@@ -92,7 +117,7 @@ std::vector<float> Gpt::next_logits(std::span<const std::int32_t> tokens) {
   impl_->check_tokens(tokens);
   const auto T = std::min({static_cast<std::int64_t>(tokens.size()), impl_->config.context, impl_->options.tokens});
   impl_->run_sequence(tokens.last(static_cast<std::size_t>(T)), nullptr);
-  return impl_->logits_of(T - 1, 1);
+  return impl_->host_logits(impl_->classify(T - 1, 1));
 }
 
 std::vector<float> Gpt::prefill(std::int64_t sequence, std::span<const std::int32_t> tokens) {
@@ -107,7 +132,7 @@ std::vector<float> Gpt::prefill(std::int64_t sequence, std::span<const std::int3
   impl_->cached[static_cast<std::size_t>(sequence)] = 0;  // until the pass is done
   impl_->run_sequence(tokens, &pass);
   impl_->cached[static_cast<std::size_t>(sequence)] = T;
-  return impl_->logits_of(T - 1, 1);
+  return impl_->host_logits(impl_->classify(T - 1, 1));
 }
 
 std::vector<float> Gpt::decode(std::span<const NextToken> next) {
@@ -132,9 +157,9 @@ std::vector<float> Gpt::decode(std::span<const NextToken> next) {
   const Impl::CachePass pass{impl_->upload(impl_->memory.cache_sequences, sequences, {rows}), batch.positions.view({rows}), true};
   impl_->B = impl_->N = rows;
   impl_->T = 1;
-  impl_->trunk(batch, false, &pass);
+  impl_->decode_pass(batch, pass);
   for (const NextToken& n : next) ++impl_->cached[static_cast<std::size_t>(n.sequence)];
-  return impl_->logits_of(0, rows);
+  return impl_->host_logits(impl_->plan[impl_->memory.logits].view({rows, impl_->config.vocabulary_padded}));
 }
 
 std::int64_t Gpt::cached_tokens(std::int64_t sequence) const {

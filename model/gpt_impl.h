@@ -74,7 +74,9 @@ struct Gpt::Impl {
   void check_tokens(std::span<const std::int32_t> tokens) const;
   Tensor upload(MemoryPlan::Slot slot, std::span<const std::int32_t> host, Shape shape) const;
   void run_sequence(std::span<const std::int32_t> tokens, const CachePass* cache);
-  std::vector<float> logits_of(std::int64_t row, std::int64_t count) const;
+  Tensor classify(std::int64_t row, std::int64_t count) const;
+  std::vector<float> host_logits(const Tensor& logits) const;
+  void decode_pass(const Batch& batch, const CachePass& pass);
   KeyValueCache cache_of(int layer) const;
   void append_to_cache(int layer, const CachePass& pass) const;
   void attend_to_cache(int layer, const CachePass& pass) const;
@@ -103,6 +105,11 @@ struct Gpt::Impl {
   Hooks hooks;
   Visit visit = config.attention.visit;
   std::vector<std::int64_t> cached;  // tokens of each sequence in the cache
+  struct {
+    std::int64_t rows = 0;                   // of the last pass that decoded
+    bool records = true;                     // as far as is known
+    std::unique_ptr<RecordedWork> recorded;  // such a pass
+  } decoding;
   std::int64_t B = 0, T = 0, N = 0;  // of the current batch
 };
 

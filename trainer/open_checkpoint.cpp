@@ -51,7 +51,7 @@ OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, const Options& 
     options.micro_batch = micro_batch;
     options.tokens = context;
     options.training = false;
-    if (use == Use::generate && ops->has_attention_decode()) {
+    if (use == Use::generate) {
       options.cache = o.cache_sequences;
       if (o.sequence_tokens > 0) options.tokens = std::min(o.sequence_tokens, config.model.context);
     }

@@ -235,6 +235,8 @@ class CudaOps final : public Ops {
   }
   void attention_forward(const AttentionForward& a) override { cuda_attention_forward(a, stream()); }
   void attention_backward(const AttentionBackward& a) override { cuda_attention_backward(a, stream()); }
+  void cache_append(const CacheAppend& a) override { cuda_cache_append(a, stream()); }
+  void attention_decode(const AttentionDecode& a) override { cuda_attention_decode(a, context(cuda_attention_decode_scratch(a)).scratch, stream()); }
 
   void add_sum(const Tensor& out, const Tensor& x) override { cuda::add_sum(context(kSumScratch), out, x); }
   void add_sum_of_squares(const Tensor& out, const Tensor& x) override { cuda::add_sum_of_squares(context(kSumScratch), out, x); }

@@ -109,7 +109,7 @@ TEST(BenchCommand, GenerateReportsSpeedsBesideTheirLimit) {
   EXPECT_EQ(number("weight_bytes"), 4 * number("parameters"));
   EXPECT_EQ(number("cache_bytes_per_sequence"), 2.0 * 2 * 16 * 128 * 4);  // layers, keys and values, the window, width, fp32
   EXPECT_NEAR(number("speed_of_light_tokens_per_s"),
-              3 * number("read_gbytes") * 1e9 / (number("weight_bytes") + 3 * number("cache_bytes_per_sequence")),
+              3 * number("memory_gbytes") * 1e9 / (number("weight_bytes") + 3 * number("cache_bytes_per_sequence")),
               1e-6 * number("speed_of_light_tokens_per_s"));
   const Outcome text = run_tessera(options);
   EXPECT_TRUE(has(text.out, "speed of light")) << text.out << text.err;

@@ -201,6 +201,18 @@ class Bf16Ops final : public Ops {
     g.d_o = c.in(a.d_o), g.dq = c.out(a.dq), g.dk = c.out(a.dk), g.dv = c.out(a.dv);
     cpu_->attention_backward(g);
   }
+  void cache_append(const CacheAppend& a) override {
+    Call c;
+    CacheAppend f = a;
+    f.cache.data = c.in_out(a.cache.data), f.qkv = c.in(a.qkv);
+    cpu_->cache_append(f);
+  }
+  void attention_decode(const AttentionDecode& a) override {
+    Call c;
+    AttentionDecode f = a;
+    f.cache.data = c.in(a.cache.data), f.qkv = c.in(a.qkv), f.o = c.out(a.o);
+    cpu_->attention_decode(f);
+  }
 
   void add_sum(const Tensor& out, const Tensor& x) override { cpu_->add_sum(out, x); }
   void add_sum_of_squares(const Tensor& out, const Tensor& x) override { cpu_->add_sum_of_squares(out, x); }

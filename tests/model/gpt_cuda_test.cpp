@@ -141,6 +141,50 @@ TEST_F(GptCuda, EvaluationAndGeneration) {
   }
 }
 
+/// Greedy text of sequences at different lengths, from the cache: at every token as near to the fp32 model on the same tokens as computing the whole
+/// text is. The tokens are the GPU's own choice; where recomputation would choose another, the two logits are nearly equal.
+TEST_F(GptCuda, GenerationWithACacheIsThatWithout) {
+  for (const auto& [name, config] : bf16_configs()) {
+    if (config.attention.document_mask) continue;  // one document anyway
+    SCOPED_TRACE(name);
+    Bf16Model fp32(config, make_cpu_ops());
+    TestModel cached(config, {.micro_batch = 1, .training = false, .cache = 3}, 1, make_cuda_ops(0));
+    cached.fill(1, 0.08f, true);
+    const Sequences batch = bf16_sequences(config, 9);
+    std::vector<std::vector<std::int32_t>> text;
+    std::vector<std::vector<float>> logits(3);
+    for (std::int64_t s = 0; s < 3; ++s) {
+      text.emplace_back(batch.tokens.begin(), batch.tokens.begin() + 1 + 62 * s);
+      logits[s] = cached.gpt.prefill(s, text[s]);
+    }
+    int differ = 0, tokens = 0;
+    for (int step = 0; step < 70; ++step) {
+      std::vector<Gpt::NextToken> next;
+      for (std::int64_t s = 0; s < 3; ++s) {
+        const auto likeliest = static_cast<std::int32_t>(std::max_element(logits[s].begin(), logits[s].end()) - logits[s].begin());
+        text[s].push_back(likeliest);
+        next.push_back({s, likeliest});
+      }
+      const auto made = cached.gpt.decode(next);
+      for (std::int64_t s = 0; s < 3; ++s) {
+        logits[s].assign(made.begin() + s * config.vocabulary, made.begin() + (s + 1) * config.vocabulary);
+        const auto whole = cached.gpt.next_logits(text[s]);
+        const auto choice = std::max_element(whole.begin(), whole.end()) - whole.begin();
+        const double top = *std::max_element(logits[s].begin(), logits[s].end());
+        differ += logits[s][choice] < top;
+        ++tokens;
+        EXPECT_LT(relative_error(logits[s].data(), whole.data(), whole.size()), 0.04) << text[s].size() << " tokens";
+        if (step % 10 == 0) {
+          const auto wanted = fp32.gpt.next_logits(text[s]);
+          EXPECT_LT(relative_error(logits[s].data(), wanted.data(), wanted.size()), 0.04) << text[s].size() << " tokens";
+        }
+      }
+    }
+    EXPECT_LE(differ, tokens / 10);
+    std::printf("%-40s %d of %d tokens chosen differently\n", name.c_str(), differ, tokens);
+  }
+}
+
 TEST_F(GptCuda, ShorterAndSmallerBatches) {
   const ModelConfig config = bf16_config();
   Bf16Model fp32(config, make_cpu_ops()), bf16(config, make_bf16_ops()), gpu(config, make_cuda_ops(0));

@@ -246,13 +246,6 @@ TEST(GptDecode, WhatCannotBeDecoded) {
   TestModel without(config, {.micro_batch = 1, .training = false});
   EXPECT_THROW(without.gpt.prefill(0, Tokens{1}), std::logic_error);
   EXPECT_THROW(without.gpt.cached_tokens(0), std::logic_error);
-
-  const auto bf16 = make_bf16_ops();  // as on a GPU: the operations are not there, and nothing pretends that they are
-  EXPECT_FALSE(bf16->has_attention_decode());
-  EXPECT_THROW(bf16->attention_decode({}), std::logic_error);
-  EXPECT_THROW(bf16->cache_append({}), std::logic_error);
-  MemoryPlan plan;
-  EXPECT_THROW(Gpt(config, *bf16, plan, {.micro_batch = 1, .training = false, .cache = 1}), std::logic_error);
 }
 
 }  // namespace

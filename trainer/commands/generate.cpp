@@ -160,7 +160,7 @@ void add_generate_command(CLI::App& app) {
       ->check(CLI::Range(std::int64_t{1}, kFewRows))
       ->capture_default_str();
   command->add_flag("--recompute", o->recompute, "Without the cache: each token from the whole text, one text at a time. To check, and slow");
-  command->add_option("--device", o->open.device, "Where to compute (default: as in training where that is there, else cpu). cuda has no cache yet")
+  command->add_option("--device", o->open.device, "Where to compute (default: as in training where that is there, else cpu)")
       ->check(CLI::IsMember({"cpu", "cuda"}));
   command->add_option("--threads", o->open.threads, "CPU threads; 0: all cores")->type_name("N")->check(CLI::Range(0, 4096))->capture_default_str();
   command->add_flag("--ignore-end", o->ignore_end, "Go on after end of text");

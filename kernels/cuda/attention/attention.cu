@@ -40,15 +40,15 @@ EncodeTiled encode_tiled() {
   return found;
 }
 
-/// The [B, H, T, D] tensor in boxes of 64 columns x 64 rows.
-CUtensorMap tensor_map(const View& v, const AttentionShape& s) {
+/// The [B, H, rows, D] tensor in boxes of 64 columns x 64 rows.
+CUtensorMap tensor_map(const View& v, const AttentionShape& s, std::int64_t rows) {
   CUtensorMap map;
-  const cuuint64_t extents[4] = {static_cast<cuuint64_t>(s.head_size), static_cast<cuuint64_t>(s.tokens), static_cast<cuuint64_t>(s.heads),
+  const cuuint64_t extents[4] = {static_cast<cuuint64_t>(s.head_size), static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(s.heads),
                                  static_cast<cuuint64_t>(s.batch)};
   const auto bytes = [&](std::int64_t extent, std::int64_t stride) {  // a stride along an extent of one is never used, and must still be valid
     return static_cast<cuuint64_t>(extent > 1 ? stride : s.head_size) * sizeof(bf16);
   };
-  const cuuint64_t strides[3] = {bytes(s.tokens, v.token), bytes(s.heads, v.head), bytes(s.batch, v.batch)};
+  const cuuint64_t strides[3] = {bytes(rows, v.token), bytes(s.heads, v.head), bytes(s.batch, v.batch)};
   const cuuint32_t box[4] = {64, 64, 1, 1}, step[4] = {1, 1, 1, 1};
   const CUresult r = encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, v.data, extents, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -69,7 +69,7 @@ Args arguments(const AttentionForward& f, bool hopper) {
   const auto* tiles = dynamic_cast<const CudaTiles*>(f.tiles);
   require(tiles != nullptr, "tiles must come from upload_tiles_cuda");
   const TileMap& map = tiles->host();
-  require(s.tokens <= map.tokens, "more tokens than the tile map serves");
+  require(s.tokens <= map.tokens && f.key_count() <= map.key_count(), "more tokens than the tile map serves");
   require(static_cast<std::int64_t>(map.group_of_head.size()) == s.heads, "the tile map is made for another number of heads");
   require(f.math.length_beta <= 0 || f.math.score == Score::cosine, "length_beta goes with score cosine");
   const std::int64_t rows = s.batch * s.heads * s.tokens;
@@ -77,10 +77,11 @@ Args arguments(const AttentionForward& f, bool hopper) {
   Args a{};
   a.q = view_of(f.q, "q"), a.k = view_of(f.k, "k"), a.v = view_of(f.v, "v"), a.o = view_of(f.o, "o");
   a.batch = static_cast<int>(s.batch), a.heads = static_cast<int>(s.heads), a.tokens = static_cast<int>(s.tokens);
-  a.query_tiles = a.key_tiles = static_cast<int>((s.tokens + 63) / 64);
+  a.keys = static_cast<int>(f.key_count());
+  a.query_tiles = (a.tokens + 63) / 64, a.key_tiles = (a.keys + 63) / 64;
   a.words = static_cast<int>(bitmap_words(a.key_tiles));
   constexpr std::int64_t kSectionBytes = 24 << 20;  // keys and values that should stay in the L2 cache (50 MB on an H100, 60 on an H200)
-  a.section = static_cast<int>(std::max<std::int64_t>(1, kSectionBytes / (s.tokens * s.head_size * 4)));
+  a.section = static_cast<int>(std::max<std::int64_t>(1, kSectionBytes / (f.key_count() * s.head_size * 4)));
   a.scale = f.scale.as<float>(), a.threshold = f.threshold.as<float>(), a.z = f.z.as<float>(), a.active = f.active_tiles.as<std::uint32_t>();
   require(f.scale.numel() >= s.heads && f.threshold.numel() >= s.heads && f.scale && f.threshold, "scale and threshold need one value a head");
   require(f.z && f.z.numel() >= rows, "z is too small");
@@ -88,6 +89,10 @@ Args arguments(const AttentionForward& f, bool hopper) {
   if (f.document_start) {
     require(f.document_start.numel() >= s.batch * s.tokens, "document_start is too small");
     a.document_start = f.document_start.as<std::int32_t>();
+  }
+  if (f.positions) {
+    require(f.positions.numel() >= s.tokens, "positions is too small");
+    a.positions = f.positions.as<std::int32_t>();
   }
   if (f.counters) {
     require(f.counters.numel() >= s.heads * kAttentionCounters, "counters is too small");
@@ -101,7 +106,7 @@ Args arguments(const AttentionForward& f, bool hopper) {
   a.normalize_sum = !a.softmax && f.math.normalizer == Normalizer::sum;
   a.normalize_length = !a.softmax && f.math.normalizer == Normalizer::length;
   a.epsilon = f.math.epsilon, a.length_alpha = f.math.length_alpha, a.length_beta = a.softmax ? 0.f : f.math.length_beta;
-  if (hopper) a.map_q = tensor_map(a.q, s), a.map_k = tensor_map(a.k, s), a.map_v = tensor_map(a.v, s);
+  if (hopper) a.map_q = tensor_map(a.q, s, s.tokens), a.map_k = tensor_map(a.k, s, a.keys), a.map_v = tensor_map(a.v, s, a.keys);
   return a;
 }
 
@@ -148,7 +153,7 @@ void cuda_attention_backward(const AttentionBackward& g, cudaStream_t stream, co
   Args a = arguments(f, hopper);
   a.counters = nullptr;
   a.d_o = view_of(g.d_o, "d_o"), a.dq = view_of(g.dq, "dq"), a.dk = view_of(g.dk, "dk"), a.dv = view_of(g.dv, "dv");
-  if (hopper) a.map_do = tensor_map(a.d_o, f.shape);
+  if (hopper) a.map_do = tensor_map(a.d_o, f.shape, f.shape.tokens);
   require(g.workspace && g.workspace.numel() >= attention_backward_workspace(f.shape, 64), "the workspace is too small");
   float* workspace = g.workspace.as<float>();
   require(reinterpret_cast<std::uintptr_t>(workspace) % 16 == 0, "the workspace must be 16-byte aligned");

@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
       for (int w = 0; w < kGroups; ++w) {
         const int row = (kGroups * i.band + w) * kTile;
         const uint32_t to = base + slot * Shared::kOwnBytes + w * kRows;
-        load_rows<Hopper, D>(to + Shared::kK, a.k, &a.map_k, full, row, i.b, i.h, a.tokens, lane);
-        load_rows<Hopper, D>(to + Shared::kV, a.v, &a.map_v, full, row, i.b, i.h, a.tokens, lane);
+        load_rows<Hopper, D>(to + Shared::kK, a.k, &a.map_k, full, row, i.b, i.h, a.keys, lane);
+        load_rows<Hopper, D>(to + Shared::kV, a.v, &a.map_v, full, row, i.b, i.h, a.keys, lane);
       }
     };
     const auto walk = [&](const Item& i, Cursor& at, int64_t list) {
@@ -238,8 +238,8 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
     const float dk_scale = item.scale * (Gate::kFidelity ? 2.f : 1.f) * Gate::kPower * slope<Gate::kPower>(bound);
 #pragma unroll
     for (int d = 0; d < kParts; ++d) {
-      store_product(dk[d], a.dk, item.b, item.h, j0, a.tokens, d * 64, lane, dk_scale, dk_scale);
-      store_product(dv[d], a.dv, item.b, item.h, j0, a.tokens, d * 64, lane, dv_scale, dv_scale);
+      store_product(dk[d], a.dk, item.b, item.h, j0, a.keys, d * 64, lane, dk_scale, dk_scale);
+      store_product(dv[d], a.dv, item.b, item.h, j0, a.keys, d * 64, lane, dv_scale, dv_scale);
     }
   });
 }

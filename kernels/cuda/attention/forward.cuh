@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
         }
       };
       const auto load = [&](int stage, int tile) {
-        load_rows<Hopper, D>(base + Shared::kK + stage * kRows, a.k, &a.map_k, ring.full(stage), tile * kTile, i.b, i.h, a.tokens, lane);
-        load_rows<Hopper, D>(base + Shared::kV + stage * kRows, a.v, &a.map_v, ring.full(stage), tile * kTile, i.b, i.h, a.tokens, lane);
+        load_rows<Hopper, D>(base + Shared::kK + stage * kRows, a.k, &a.map_k, ring.full(stage), tile * kTile, i.b, i.h, a.keys, lane);
+        load_rows<Hopper, D>(base + Shared::kV + stage * kRows, a.v, &a.map_v, ring.full(stage), tile * kTile, i.b, i.h, a.keys, lane);
       };
       produce(ring, at, a.by_query, list, 2 * kRows, lane, keep, load);
     };

@@ -13,7 +13,10 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 /// x = scale f(s) + offset of query row i of a head with scale c and threshold tau; for softmax scale and offset are 0-based exponents of two
 /// instead (offset: -z, backward).
 __device__ __forceinline__ float row_offset(const Args& a, float c, float tau, int i, int head_size) {
-  if (a.length_beta > 0) return -c * a.length_beta * sqrtf(2.f * logf(static_cast<float>(i) + 2.f) / static_cast<float>(head_size));
+  if (a.length_beta > 0) {
+    const float position = static_cast<float>(a.positions ? a.positions[min(i, a.tokens - 1)] : i);
+    return -c * a.length_beta * sqrtf(2.f * logf(position + 2.f) / static_cast<float>(head_size));
+  }
   return a.fidelity ? -c * tau : -tau;
 }
 
@@ -40,7 +43,7 @@ __device__ __forceinline__ float positive(float scale, float f, float offset) {
 __device__ __forceinline__ uint64_t query_mask(const Args& a, int mask, int r, int i, int first_key, int document) {
   if (mask == kHidden || i >= a.tokens) return 0;
   uint64_t m = mask < 0 ? ~0ull : mask == 0 && a.mask0_is_causal ? (2ull << r) - 1 : __ldg(a.masks + mask * 64ll + r);
-  const int keys = a.tokens - first_key, hidden = document - first_key;
+  const int keys = a.keys - first_key, hidden = document - first_key;
   if (keys < 64) m &= (1ull << keys) - 1;
   if (hidden > 0) m &= hidden >= 64 ? 0 : ~0ull << hidden;
   return m;
@@ -48,7 +51,7 @@ __device__ __forceinline__ uint64_t query_mask(const Args& a, int mask, int r, i
 
 /// Bit q: query first_query + q sees key j, row r of its tile. Document starts (shared memory) are the query tile's, 0: no documents.
 __device__ __forceinline__ uint64_t key_mask(const Args& a, int mask, int r, int j, int first_query, uint32_t document_starts) {
-  if (mask == kHidden || j >= a.tokens) return 0;
+  if (mask == kHidden || j >= a.keys) return 0;
   uint64_t m = mask < 0 ? ~0ull : mask == 0 && a.mask0_is_causal ? ~0ull << r : __ldg(a.masks_by_key + mask * 64ll + r);
   const int queries = a.tokens - first_query;
   if (queries < 64) m &= (1ull << queries) - 1;

@@ -66,11 +66,12 @@ constexpr int variant_of(int power, bool softmax, bool fidelity, bool bounded, b
 struct Args {
   CUtensorMap map_q, map_k, map_v, map_do;  // Hopper path only
   View q, k, v, o, d_o, dq, dk, dv;
-  int batch, heads, tokens;
+  int batch, heads, tokens, keys;
   int query_tiles, key_tiles, words;
   int section;  // (batch, head) pairs whose blocks run together, for the L2 cache
   const float *scale, *threshold;
   const int* document_start;  // [B, T] or null
+  const int* positions;       // [T] or null
   float* z;
   uint32_t* active;              // [B, H, query_tiles, words]
   unsigned long long* counters;  // [H, 5] or null
@@ -242,7 +243,7 @@ __device__ __forceinline__ DocumentBounds document_bounds(const Args& a, int b, 
 }
 /// A full tile that the sequence's end or a document's start cuts still needs a mask.
 __device__ __forceinline__ int cut_mask(const Args& a, int mask, int query_tile, int key_tile, DocumentBounds d) {
-  const bool cut = key_tile * kTile < d.full || (max(query_tile, key_tile) + 1) * kTile > a.tokens;
+  const bool cut = key_tile * kTile < d.full || (query_tile + 1) * kTile > a.tokens || (key_tile + 1) * kTile > a.keys;
   return mask == TileEntry::kFull && cut ? kEdge : mask;
 }
 

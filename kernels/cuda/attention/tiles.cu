@@ -72,6 +72,7 @@ Bands::Bands(const TileMap& map, bool by_key, int groups) {
         entries.push_back(e);
       }
       length[band] = static_cast<std::int64_t>(entries.size()) - offsets.back();
+      longest_ = std::max(longest_, length[band]);
     }
     offsets.push_back(static_cast<std::int64_t>(entries.size()));
     std::vector<int> longest_first(bands_);

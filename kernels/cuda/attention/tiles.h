@@ -36,10 +36,13 @@ class Bands {
   BandLists lists() const { return {offsets_.as<int64_t>(), entries_.as<Entry>(), order_.as<int>(), bands_}; }
   /// Entries of a list, on average, where at most `tiles` tiles of the other side exist.
   double mean_length(std::int64_t tiles) const { return std::min(mean_length_, static_cast<double>(tiles)); }
+  /// Entries of the longest list.
+  std::int64_t longest() const { return longest_; }
 
  private:
   int bands_;
   double mean_length_;
+  std::int64_t longest_ = 0;
   DeviceBuffer offsets_, entries_, order_;
 };
 

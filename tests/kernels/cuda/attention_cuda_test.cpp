@@ -7,22 +7,17 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <random>
 #include <string>
 
-#include "../attention_reference.h"
-#include "device.h"
+#include "attention_problem.h"
 
 namespace tessera {
 namespace {
 
 using namespace cuda_test;
-using reference::AttentionInputs;
-
-#define NEEDS_GPU() \
-  if (!has_gpu()) GTEST_SKIP() << "NO GPU: the CUDA attention kernels were not run"
 
 std::vector<CudaAttentionPath> paths() {
   if (cuda_attention_has_hopper_path()) return {CudaAttentionPath::portable, CudaAttentionPath::hopper};
@@ -30,69 +25,12 @@ std::vector<CudaAttentionPath> paths() {
 }
 const char* name_of(CudaAttentionPath p) { return p == CudaAttentionPath::portable ? "portable" : "hopper"; }
 
-struct Problem {
-  AttentionInputs in;
-  std::vector<double> d_o;
-  std::vector<std::int32_t> document_start;  // [B, T], may be empty
-  std::vector<Pattern> patterns;
-  std::int64_t map_tokens = 0;  // 0: as long as the sequence
-};
-
-bool is_causal(std::int64_t, std::int64_t) { return true; }
-
-std::vector<double> random_bf16(std::mt19937& rng, std::int64_t rows, std::int64_t size, bool unit) {
-  std::normal_distribution<double> normal;
-  std::vector<double> v(rows * size);
-  for (std::int64_t r = 0; r < rows; ++r) {
-    double square = 0;
-    for (std::int64_t d = 0; d < size; ++d) v[r * size + d] = normal(rng), square += v[r * size + d] * v[r * size + d];
-    for (std::int64_t d = 0; d < size; ++d) v[r * size + d] = to_bf16(unit ? v[r * size + d] / std::sqrt(square) : v[r * size + d]);
-  }
-  return v;
-}
-
-Problem make_problem(AttentionShape shape, AttentionMath math, std::vector<Pattern> patterns, bool documents, double tau, unsigned seed) {
-  std::mt19937 rng(seed);
-  Problem p;
-  const std::int64_t rows = shape.batch * shape.heads * shape.tokens;
-  const bool unit = math.score != Score::dot;
-  p.in.shape = shape, p.in.math = math;
-  p.in.q = random_bf16(rng, rows, shape.head_size, unit);
-  p.in.k = random_bf16(rng, rows, shape.head_size, unit);
-  p.in.v = random_bf16(rng, rows, shape.head_size, false);
-  p.d_o = random_bf16(rng, rows, shape.head_size, false);
-  for (std::int64_t h = 0; h < shape.heads; ++h) {
-    p.in.scale.push_back(static_cast<float>(math.score == Score::dot ? 1 / std::sqrt(double(shape.head_size)) : 8.0 + h));
-    p.in.tau.push_back(static_cast<float>(tau * (1 + 0.25 * h)));
-  }
-  if (documents) {
-    for (std::int64_t b = 0; b < shape.batch; ++b) {
-      std::int32_t start = 0;
-      for (std::int64_t t = 0; t < shape.tokens; ++t) {
-        if (t && rng() % 48 == 0) start = static_cast<std::int32_t>(t);
-        p.document_start.push_back(start);
-      }
-    }
-  }
-  p.patterns = std::move(patterns);
-  p.in.visible = [patterns = p.patterns, starts = p.document_start, shape](std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) {
-    return patterns[h % patterns.size()](i, j) && (starts.empty() || j >= starts[b * shape.tokens + i]);
-  };
-  return p;
-}
-
 struct Result {
   std::vector<Bf16> o, dq, dk, dv;
   std::vector<float> z, dscale, dtau;
   std::vector<std::uint32_t> bitmap;
   std::vector<std::uint64_t> counters;
 };
-
-std::vector<Bf16> rounded(const std::vector<double>& v) {
-  std::vector<Bf16> out(v.size());
-  for (std::size_t n = 0; n < v.size(); ++n) out[n] = __float2bfloat16_rn(static_cast<float>(v[n]));
-  return out;
-}
 
 /// Runs forward and backward; q, k, v and their gradients in the packed layout [B, T, 3, H, D].
 Result run(const Problem& p, CudaAttentionPath path, Visit visit, const DeviceTiles* shared_tiles = nullptr,
@@ -264,11 +202,6 @@ void compare(const Problem& p, CudaAttentionPath path, const std::string& what, 
   }
 }
 
-bool windowed(std::int64_t i, std::int64_t j) { return i - j < 70; }
-bool strided(std::int64_t i, std::int64_t j) { return (i - j) % 5 == 0 || i - j < 3; }
-bool sinks(std::int64_t i, std::int64_t j) { return j < 4 || (i - j < 20 && i % 7 != 0); }  // rows without any key beside the sinks
-bool holes(std::int64_t i, std::int64_t j) { return i % 3 == 1 && j / 64 % 2 == 1; }        // empty rows, empty columns, empty tiles
-
 std::string describe(const AttentionMath& m, const AttentionShape& s, CudaAttentionPath path) {
   const char *scores[] = {"dot", "cosine", "fidelity"}, *gates[] = {"relu", "relu2", "relu4", "softmax"}, *norms[] = {"none", "length", "sum", "rms"};
   return std::string(name_of(path)) + " " + scores[int(m.score)] + " " + gates[int(m.gate)] + " " + norms[int(m.normalizer)] +
@@ -383,6 +316,139 @@ TEST(CudaAttention, SchedulesGiveTheSameBits) {
           const std::string what = describe(math, p.in.shape, path) + (documents ? " documents" : "");
           for (const auto visit : {Visit::active, Visit::all})
             expect_same_bits(once, run(p, path, visit, tiles.get(), CudaAttentionSchedule::persistent), what + (visit == Visit::all ? " all" : ""));
+        }
+}
+
+/// The part of a map that query tiles `queries` see, over a compact buffer of the key tiles `keys`; both ascend. Tile by tile from the whole map's
+/// lists.
+std::shared_ptr<TileMap> part_of(const TileMap& whole, const std::vector<int>& queries, const std::vector<int>& keys) {
+  const auto rows = [&](const std::vector<int>& tiles) {
+    std::int64_t n = 0;
+    for (int t : tiles) n += std::min<std::int64_t>(64, whole.tokens - 64ll * t);
+    return n;
+  };
+  auto map = std::make_shared<TileMap>(whole);
+  map->tokens = rows(queries), map->keys = rows(keys);
+  map->query_tiles = static_cast<std::int64_t>(queries.size()), map->key_tiles = static_cast<std::int64_t>(keys.size());
+  for (std::size_t g = 0; g < whole.groups.size(); ++g) {
+    const TileGroup& from = whole.groups[g];
+    TileGroup& to = map->groups[g];
+    to = {};
+    std::vector<std::vector<TileEntry>> by_key(keys.size());
+    for (std::size_t a = 0; a < queries.size(); ++a) {
+      to.query_offsets.push_back(static_cast<std::int64_t>(to.query_entries.size()));
+      for (std::int64_t n = from.query_offsets[queries[a]]; n < from.query_offsets[queries[a] + 1]; ++n) {
+        const TileEntry e = from.query_entries[n];
+        const auto place = std::lower_bound(keys.begin(), keys.end(), e.tile) - keys.begin();
+        to.query_entries.push_back({static_cast<std::int32_t>(place), e.mask});
+        by_key[place].push_back({static_cast<std::int32_t>(a), e.mask});
+      }
+    }
+    to.query_offsets.push_back(static_cast<std::int64_t>(to.query_entries.size()));
+    for (const auto& list : by_key) {
+      to.key_offsets.push_back(static_cast<std::int64_t>(to.key_entries.size()));
+      to.key_entries.insert(to.key_entries.end(), list.begin(), list.end());
+    }
+    to.key_offsets.push_back(static_cast<std::int64_t>(to.key_entries.size()));
+  }
+  return map;
+}
+
+TEST(CudaAttention, SomeQueriesOverTheKeysTheySeeGiveTheBitsOfTheWhole) {
+  NEEDS_GPU();
+  // 11 query tiles dealt to two ranks, each with a compact buffer of the key tiles that its queries touch.
+  const std::vector<std::vector<int>> ranks = {{0, 3, 4, 7, 10}, {1, 2, 5, 6, 8, 9}};
+  for (const auto path : paths())
+    for (const std::int64_t D : {64, 128})
+      for (const auto math : {AttentionMath{}, AttentionMath{.normalizer = Normalizer::length}, AttentionMath{.gate = Gate::softmax},
+                              AttentionMath{.length_beta = 0.6f}, AttentionMath{.score = Score::fidelity}})
+        for (const bool documents : {false, true}) {
+          const std::int64_t B = 2, H = 3, T = 690;
+          const double tau = math.score == Score::fidelity ? 0.02 : 0.8;
+          const Problem p = make_problem({B, H, T, D}, math, {windowed, sinks, holes}, documents, tau, 61);
+          const Result whole = run(p, path, Visit::active);
+          const auto map = make_tiles(T, H, p.patterns);
+          std::vector<double> dk(B * H * T * D), dv(B * H * T * D);
+          std::vector<std::uint64_t> counters(H * kAttentionCounters);
+          const std::string what = describe(math, p.in.shape, path) + (documents ? " documents" : "");
+          for (const auto& queries : ranks) {
+            std::vector<int> keys;
+            for (int b = 0; b < map->key_tiles; ++b) {
+              bool seen = false;
+              for (const TileGroup& g : map->groups)
+                for (const int a : queries)
+                  for (std::int64_t n = g.query_offsets[a]; n < g.query_offsets[a + 1]; ++n) seen |= g.query_entries[n].tile == b;
+              if (seen) keys.push_back(b);
+            }
+            const auto tokens_of = [&](const std::vector<int>& tiles) {
+              std::vector<std::int64_t> t;
+              for (const int tile : tiles)
+                for (std::int64_t n = 64 * tile; n < std::min<std::int64_t>(T, 64 * tile + 64); ++n) t.push_back(n);
+              return t;
+            };
+            const auto mine = tokens_of(queries), theirs = tokens_of(keys);
+            const auto rows_of = [&](const std::vector<double>& from, const std::vector<std::int64_t>& tokens) {
+              std::vector<double> to;
+              for (std::int64_t bh = 0; bh < B * H; ++bh)
+                for (const auto t : tokens) to.insert(to.end(), &from[(bh * T + t) * D], &from[(bh * T + t) * D] + D);
+              return rounded(to);
+            };
+            const AttentionShape s{B, H, static_cast<std::int64_t>(mine.size()), D}, ks{B, H, static_cast<std::int64_t>(theirs.size()), D};
+            const std::int64_t n = s.tokens, m = ks.tokens, words = bitmap_words((m + 63) / 64), tiles = (n + 63) / 64;
+            Device<Bf16> q(rows_of(p.in.q, mine)), k(rows_of(p.in.k, theirs)), v(rows_of(p.in.v, theirs)), d_o(rows_of(p.d_o, mine));
+            Device<Bf16> o(B * H * n * D), dq(B * H * n * D), d_k(B * H * m * D), d_v(B * H * m * D);
+            Device<float> scale(std::vector<float>(p.in.scale.begin(), p.in.scale.end())),
+                threshold(std::vector<float>(p.in.tau.begin(), p.in.tau.end()));
+            Device<float> z(B * H * n), work(attention_backward_workspace(s, 64));
+            Device<std::uint32_t> bits(B * H * tiles * words);
+            Device<std::uint64_t> count(std::vector<std::uint64_t>(H * kAttentionCounters, 0));
+            std::vector<std::int32_t> starts, positions(mine.begin(), mine.end());
+            for (std::int64_t b = 0; b < B && documents; ++b)
+              for (const auto t : mine)
+                starts.push_back(
+                    static_cast<std::int32_t>(std::lower_bound(theirs.begin(), theirs.end(), p.document_start[b * T + t]) - theirs.begin()));
+            Device<std::int32_t> document_start(starts), position(positions);
+            const auto lists = upload_tiles_cuda(part_of(*map, queries, keys));
+            AttentionForward f;
+            f.shape = s, f.keys = m, f.math = math, f.tiles = lists.get();
+            f.q = packed(q.get(), s), f.k = packed(k.get(), ks), f.v = packed(v.get(), ks), f.o = packed(o.get(), s);
+            f.scale = {scale.get(), DType::f32, {H}}, f.threshold = {threshold.get(), DType::f32, {H}};
+            if (documents) f.document_start = {document_start.get(), DType::i32, {B, n}};
+            f.positions = {position.get(), DType::i32, {n}};
+            f.z = {z.get(), DType::f32, {B, H, n}}, f.active_tiles = {bits.get(), DType::u32, {B, H, tiles, words}};
+            f.counters = {count.get(), DType::u64, {H, kAttentionCounters}};
+            AttentionBackward g;
+            g.forward = f, g.d_o = packed(d_o.get(), s), g.dq = packed(dq.get(), s), g.dk = packed(d_k.get(), ks), g.dv = packed(d_v.get(), ks);
+            g.workspace = {work.get(), DType::f32, {static_cast<std::int64_t>(work.size())}};
+            cuda_attention_forward(f, nullptr, {path});
+            cuda_attention_backward(g, nullptr, {path});
+            TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
+            const auto o_host = o.host(), dq_host = dq.host(), dk_host = d_k.host(), dv_host = d_v.host();
+            const auto z_host = z.host();
+            for (std::int64_t bh = 0; bh < B * H; ++bh) {
+              for (std::int64_t i = 0; i < n; ++i) {
+                const std::int64_t here = (bh * n + i) * D, there = (bh * T + mine[i]) * D;
+                ASSERT_EQ(std::memcmp(&o_host[here], &whole.o[there], D * sizeof(Bf16)), 0) << what << " o of token " << mine[i];
+                ASSERT_EQ(std::memcmp(&dq_host[here], &whole.dq[there], D * sizeof(Bf16)), 0) << what << " dq of token " << mine[i];
+                ASSERT_EQ(z_host[bh * n + i], whole.z[bh * T + mine[i]]) << what << " z of token " << mine[i];
+              }
+              for (std::int64_t j = 0; j < m; ++j)
+                for (std::int64_t d = 0; d < D; ++d) {
+                  dk[(bh * T + theirs[j]) * D + d] += __bfloat162float(dk_host[(bh * m + j) * D + d]);
+                  dv[(bh * T + theirs[j]) * D + d] += __bfloat162float(dv_host[(bh * m + j) * D + d]);
+                }
+            }
+            const auto c = count.host();
+            for (std::size_t x = 0; x < c.size(); ++x) counters[x] += c[x];
+          }
+          EXPECT_EQ(counters, whole.counters) << what;
+          double largest[2] = {0, 0};
+          for (std::size_t x = 0; x < dk.size(); ++x)
+            largest[0] = std::max(largest[0], std::abs(dk[x])), largest[1] = std::max(largest[1], std::abs(dv[x]));
+          for (std::size_t x = 0; x < dk.size(); ++x) {  // two ranks' sums and the whole: each was rounded to bf16 once
+            ASSERT_NEAR(dk[x], __bfloat162float(whole.dk[x]), 3.0 / 256 * largest[0]) << what << " dk " << x;
+            ASSERT_NEAR(dv[x], __bfloat162float(whole.dv[x]), 3.0 / 256 * largest[1]) << what << " dv " << x;
+          }
         }
 }
 

@@ -1,0 +1,196 @@
+// Generation's attention on a GPU: every row against the naive definition in double precision. Weights are not rounded there, so that what remains is
+// fp32 sums and one rounding to bf16; against the forward kernel, which rounds weights, a row may differ by that.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+
+#include "attention_problem.h"
+#include "kernels/cuda/attention/attention.h"
+
+namespace tessera {
+namespace {
+
+using namespace cuda_test;
+
+/// The sequences of a problem in a cache, in reverse order and with one more; what was not put there is NaN.
+struct Cache {
+  Cache(const Problem& problem, std::int64_t capacity)
+      : p(problem),
+        s(p.in.shape),
+        tiles(upload_tiles_cuda(make_tiles(capacity, s.heads, p.patterns))),
+        qkv(s.batch * s.tokens * token()),
+        memory((s.batch + 1) * 2 * s.heads * capacity * s.head_size),
+        scale(std::vector<float>(p.in.scale.begin(), p.in.scale.end())),
+        threshold(std::vector<float>(p.in.tau.begin(), p.in.tau.end())) {
+    const auto [B, H, T, D] = s;
+    cache = {{memory.get(), DType::bf16, {static_cast<std::int64_t>(memory.size())}}, B + 1, H, capacity, D};
+    const std::vector<Bf16> parts[3] = {rounded(p.in.q), rounded(p.in.k), rounded(p.in.v)};
+    for (int n = 0; n < 3; ++n)
+      for (std::int64_t b = 0; b < B; ++b)
+        for (std::int64_t h = 0; h < H; ++h)
+          for (std::int64_t t = 0; t < T; ++t) std::copy_n(&parts[n][((b * H + h) * T + t) * D], D, &qkv[(b * T + t) * token() + (n * H + h) * D]);
+  }
+  std::int64_t token() const { return 3 * s.heads * s.head_size; }
+  std::int32_t place(std::int64_t b) const { return static_cast<std::int32_t>(s.batch - b); }
+
+  /// Tokens [first, last) of a sequence, in one piece.
+  void append(std::int64_t b, std::int64_t first, std::int64_t last) {
+    if (first == last) return;
+    Device<Bf16> rows(std::vector<Bf16>(qkv.begin() + (b * s.tokens + first) * token(), qkv.begin() + (b * s.tokens + last) * token()));
+    Device<std::int32_t> sequence(std::vector<std::int32_t>{place(b)}), position(std::vector<std::int32_t>{static_cast<std::int32_t>(first)});
+    cuda_cache_append({cache,
+                       {rows.get(), DType::bf16, {1, last - first, 3, s.heads * s.head_size}},
+                       {sequence.get(), DType::i32, {1}},
+                       {position.get(), DType::i32, {1}}},
+                      nullptr);
+    TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
+  }
+
+  /// The rows [H, D] of one token of some sequences, in one call.
+  std::vector<Bf16> decode(const std::vector<std::pair<std::int64_t, std::int64_t>>& tokens) {
+    const auto rows = static_cast<std::int64_t>(tokens.size());
+    std::vector<Bf16> packed;
+    std::vector<std::int32_t> sequence, position, start;
+    for (const auto& [b, t] : tokens) {
+      packed.insert(packed.end(), qkv.begin() + (b * s.tokens + t) * token(), qkv.begin() + (b * s.tokens + t + 1) * token());
+      sequence.push_back(place(b)), position.push_back(static_cast<std::int32_t>(t));
+      if (!p.document_start.empty()) start.push_back(p.document_start[b * s.tokens + t]);
+    }
+    Device<Bf16> q(packed), o(rows * s.heads * s.head_size);
+    Device<std::int32_t> sequences(sequence), positions(position), starts(start);
+    AttentionDecode a;
+    a.cache = cache, a.math = p.in.math, a.tiles = tiles.get();
+    a.qkv = {q.get(), DType::bf16, {rows, 3, s.heads, s.head_size}};
+    a.sequences = {sequences.get(), DType::i32, {rows}}, a.positions = {positions.get(), DType::i32, {rows}};
+    if (!start.empty()) a.document_start = {starts.get(), DType::i32, {rows}};
+    a.scale = {scale.get(), DType::f32, {s.heads}}, a.threshold = {threshold.get(), DType::f32, {s.heads}};
+    a.o = {o.get(), DType::bf16, {rows, s.heads, s.head_size}};
+    Device<float> scratch(cuda_attention_decode_scratch(a) / sizeof(float));
+    cuda_attention_decode(a, scratch.get(), nullptr);
+    TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
+    return o.host();
+  }
+
+  const Problem& p;
+  const AttentionShape s;
+  std::unique_ptr<DeviceTiles> tiles;
+  std::vector<Bf16> qkv;
+  Device<Bf16> memory;
+  Device<float> scale, threshold;
+  KeyValueCache cache;
+};
+
+/// Sequence 0 token by token from the start, the others further on; each step is one call for all that are not yet at their end.
+void compare(const Problem& p, std::int64_t capacity, std::int64_t stride, const std::string& what) {
+  const auto exact = reference::attention_forward(p.in);
+  const auto [B, H, T, D] = p.in.shape;
+  double largest = 0;
+  for (const double x : exact.o) largest = std::max(largest, std::abs(x));
+  Cache cache(p, capacity);
+  std::vector<std::int64_t> known(B, 0);
+  for (std::int64_t step = 0; step < T; step += stride) {
+    std::vector<std::pair<std::int64_t, std::int64_t>> tokens;
+    for (std::int64_t b = 0; b < B; ++b) {
+      const std::int64_t t = step + 37 * b;
+      if (t >= T) continue;
+      cache.append(b, known[b], t + 1);
+      known[b] = t + 1;
+      tokens.emplace_back(b, t);
+    }
+    const auto made = cache.decode(tokens);
+    for (std::size_t r = 0; r < tokens.size(); ++r)
+      for (std::int64_t h = 0; h < H; ++h)
+        for (std::int64_t d = 0; d < D; ++d) {
+          const double wanted = exact.o[((tokens[r].first * H + h) * T + tokens[r].second) * D + d];
+          const double found = __bfloat162float(made[(r * H + h) * D + d]);
+          ASSERT_NEAR(found, wanted, std::abs(wanted) / 256 + 2e-5 * largest)
+              << what << " sequence " << tokens[r].first << " token " << tokens[r].second;
+        }
+    const auto alone = cache.decode({tokens[0]});
+    ASSERT_EQ(std::memcmp(alone.data(), made.data(), H * D * sizeof(Bf16)), 0) << what << ": a row depends on the batch";
+  }
+}
+
+TEST(CudaAttentionDecode, IsTheDefinitionInEveryCombination) {
+  NEEDS_GPU();
+  const std::vector<std::vector<Pattern>> patterns = {{is_causal}, {windowed}, {strided, is_causal}, {sinks, holes}};
+  unsigned n = 0;
+  for (const auto score : {Score::dot, Score::cosine, Score::fidelity})
+    for (const auto gate : {Gate::relu, Gate::relu2, Gate::relu4, Gate::softmax})
+      for (const auto norm : {Normalizer::none, Normalizer::length, Normalizer::sum, Normalizer::rms})
+        for (const std::int64_t D : {64, 128}) {
+          ++n;
+          AttentionMath math;
+          math.score = score, math.gate = gate, math.normalizer = norm, math.length_alpha = n % 2 ? 1.0f : 0.5f;
+          math.epsilon = 1e-2f;  // how much a row with a tiny sum may magnify rounding
+          if (score == Score::cosine && n % 3 == 0 && gate != Gate::softmax) math.length_beta = 0.6f;
+          const double tau = score == Score::fidelity ? 0.01 : score == Score::cosine ? 0.4 * int(n % 3) : 0.2;
+          const Problem p = make_problem({2, 2, 190, D}, math, patterns[n / 2 % 4], n % 5 < 2, tau, n);
+          compare(p, n % 2 ? 190 : 333, 7,
+                  "case " + std::to_string(n) + " gate " + std::to_string(int(gate)) + " score " + std::to_string(int(score)));
+          if (::testing::Test::HasFatalFailure()) return;
+        }
+}
+
+TEST(CudaAttentionDecode, ListsOfManyParts) {
+  NEEDS_GPU();
+  for (const auto gate : {Gate::relu2, Gate::softmax})
+    for (const std::int64_t D : {64, 128}) {
+      const Problem p = make_problem({1, 1, 2500, D}, {.gate = gate, .epsilon = 1e-2f}, {is_causal}, false, 0.8, 3);
+      compare(p, 2500, 311, "T=2500 D=" + std::to_string(D));
+    }
+}
+
+TEST(CudaAttentionDecode, AgreesWithTheForwardKernelOverALongContext) {
+  NEEDS_GPU();
+  // 520 key tiles: more than a tile a warp and part.
+  const std::int64_t B = 1, H = 2, T = 33280, D = 64;
+  for (const auto gate : {Gate::relu2, Gate::softmax}) {
+    const Problem p = make_problem({B, H, T, D}, {.gate = gate, .epsilon = 1e-2f}, {is_causal}, false, 1.0, 4);
+    Cache cache(p, T);
+    const auto lists = upload_tiles_cuda(make_window_tiles(T, H, 0));
+    cache.tiles = upload_tiles_cuda(make_window_tiles(T, H, 0));
+    Device<Bf16> q(rounded(p.in.q)), k(rounded(p.in.k)), v(rounded(p.in.v)), o(B * H * T * D);
+    Device<float> z(B * H * T);
+    Device<std::uint32_t> bits(B * H * T / 64 * bitmap_words(T / 64));
+    AttentionForward f;
+    f.shape = p.in.shape, f.math = p.in.math, f.tiles = lists.get();
+    f.q = packed(q.get(), f.shape), f.k = packed(k.get(), f.shape), f.v = packed(v.get(), f.shape), f.o = packed(o.get(), f.shape);
+    f.scale = {cache.scale.get(), DType::f32, {H}}, f.threshold = {cache.threshold.get(), DType::f32, {H}};
+    f.z = {z.get(), DType::f32, {B, H, T}}, f.active_tiles = {bits.get(), DType::u32, {static_cast<std::int64_t>(bits.size())}};
+    cuda_attention_forward(f, nullptr);
+    TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
+    const auto whole = o.host();
+    cache.append(0, 0, T);
+    for (const std::int64_t t : {std::int64_t{0}, std::int64_t{16383}, std::int64_t{16384}, T - 1}) {
+      const auto row = cache.decode({{0, t}});
+      for (std::int64_t h = 0; h < H; ++h)
+        for (std::int64_t d = 0; d < D; ++d) {
+          const double wanted = __bfloat162float(whole[(h * T + t) * D + d]);
+          ASSERT_NEAR(__bfloat162float(row[h * D + d]), wanted, std::abs(wanted) / 128 + 4e-3 / std::sqrt(1.0 + t / 64.0)) << "token " << t;
+        }
+    }
+  }
+}
+
+TEST(CudaAttentionDecode, RefusesWhatItCannotDo) {
+  NEEDS_GPU();
+  const Problem p = make_problem({1, 1, 64, 64}, {}, {is_causal}, false, 0.1, 1);
+  Cache cache(p, 64);
+  AttentionDecode a;
+  a.cache = cache.cache;
+  EXPECT_THROW(cuda_attention_decode(a, nullptr, nullptr), std::logic_error);  // no tiles
+  a.tiles = cache.tiles.get();
+  a.cache.capacity = 65;
+  EXPECT_THROW(cuda_attention_decode(a, nullptr, nullptr), std::logic_error);
+  a.cache = cache.cache;
+  a.cache.head_size = 32;
+  EXPECT_THROW(cuda_attention_decode(a, nullptr, nullptr), std::logic_error);
+}
+
+}  // namespace
+}  // namespace tessera

@@ -1,0 +1,82 @@
+#pragma once
+// Random problems for the CUDA attention: inputs in bf16, patterns, documents.
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "../attention_reference.h"
+#include "device.h"
+
+namespace tessera::cuda_test {
+
+using reference::AttentionInputs;
+
+#define NEEDS_GPU() \
+  if (!has_gpu()) GTEST_SKIP() << "NO GPU: the CUDA attention kernels were not run"
+
+struct Problem {
+  AttentionInputs in;
+  std::vector<double> d_o;
+  std::vector<std::int32_t> document_start;  // [B, T], may be empty
+  std::vector<Pattern> patterns;
+  std::int64_t map_tokens = 0;  // 0: as long as the sequence
+};
+
+inline bool is_causal(std::int64_t, std::int64_t) { return true; }
+
+inline std::vector<double> random_bf16(std::mt19937& rng, std::int64_t rows, std::int64_t size, bool unit) {
+  std::normal_distribution<double> normal;
+  std::vector<double> v(rows * size);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    double square = 0;
+    for (std::int64_t d = 0; d < size; ++d) v[r * size + d] = normal(rng), square += v[r * size + d] * v[r * size + d];
+    for (std::int64_t d = 0; d < size; ++d) v[r * size + d] = to_bf16(unit ? v[r * size + d] / std::sqrt(square) : v[r * size + d]);
+  }
+  return v;
+}
+
+inline Problem make_problem(AttentionShape shape, AttentionMath math, std::vector<Pattern> patterns, bool documents, double tau, unsigned seed) {
+  std::mt19937 rng(seed);
+  Problem p;
+  const std::int64_t rows = shape.batch * shape.heads * shape.tokens;
+  const bool unit = math.score != Score::dot;
+  p.in.shape = shape, p.in.math = math;
+  p.in.q = random_bf16(rng, rows, shape.head_size, unit);
+  p.in.k = random_bf16(rng, rows, shape.head_size, unit);
+  p.in.v = random_bf16(rng, rows, shape.head_size, false);
+  p.d_o = random_bf16(rng, rows, shape.head_size, false);
+  for (std::int64_t h = 0; h < shape.heads; ++h) {
+    p.in.scale.push_back(static_cast<float>(math.score == Score::dot ? 1 / std::sqrt(double(shape.head_size)) : 8.0 + h));
+    p.in.tau.push_back(static_cast<float>(tau * (1 + 0.25 * h)));
+  }
+  if (documents) {
+    for (std::int64_t b = 0; b < shape.batch; ++b) {
+      std::int32_t start = 0;
+      for (std::int64_t t = 0; t < shape.tokens; ++t) {
+        if (t && rng() % 48 == 0) start = static_cast<std::int32_t>(t);
+        p.document_start.push_back(start);
+      }
+    }
+  }
+  p.patterns = std::move(patterns);
+  p.in.visible = [patterns = p.patterns, starts = p.document_start, shape](std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) {
+    return patterns[h % patterns.size()](i, j) && (starts.empty() || j >= starts[b * shape.tokens + i]);
+  };
+  return p;
+}
+
+inline std::vector<Bf16> rounded(const std::vector<double>& v) {
+  std::vector<Bf16> out(v.size());
+  for (std::size_t n = 0; n < v.size(); ++n) out[n] = __float2bfloat16_rn(static_cast<float>(v[n]));
+  return out;
+}
+
+inline bool windowed(std::int64_t i, std::int64_t j) { return i - j < 70; }
+inline bool strided(std::int64_t i, std::int64_t j) { return (i - j) % 5 == 0 || i - j < 3; }
+inline bool sinks(std::int64_t i, std::int64_t j) { return j < 4 || (i - j < 20 && i % 7 != 0); }  // rows without any key beside the sinks
+inline bool holes(std::int64_t i, std::int64_t j) { return i % 3 == 1 && j / 64 % 2 == 1; }        // empty rows, empty columns, empty tiles
+
+}  // namespace tessera::cuda_test
