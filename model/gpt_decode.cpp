@@ -47,18 +47,17 @@ Tensor Gpt::Impl::classify(std::int64_t row, std::int64_t count) const {
 
 /// [rows, vocabulary] of such logits.
 std::vector<float> Gpt::Impl::host_logits(const Tensor& logits) const {
-  const std::int64_t count = logits.shape[0];
-  std::vector<float> host(static_cast<std::size_t>(count * config.vocabulary));
-  std::vector<std::uint16_t> narrow(logits.dtype == DType::f32 ? 0 : static_cast<std::size_t>(config.vocabulary));
-  for (std::int64_t r = 0; r < count; ++r) {
-    const Tensor known = logits.slice(r * config.vocabulary_padded, config.vocabulary);  // the rest is padding
-    float* to = host.data() + r * config.vocabulary;
-    if (narrow.empty()) {
-      ops.download(to, known);
-    } else {
-      ops.download(narrow.data(), known);
-      std::transform(narrow.begin(), narrow.end(), to, from_bf16);
-    }
+  const std::int64_t count = logits.shape[0], V = config.vocabulary, padded = config.vocabulary_padded;  // the rest of a row is padding
+  std::vector<float> host(static_cast<std::size_t>(count * V));
+  const auto download = [&]<class T>(T, auto&& to_float) {
+    std::vector<T> all(static_cast<std::size_t>(count * padded));  // at once: a GPU takes long to answer, not to send
+    ops.download(all.data(), logits);
+    for (std::int64_t r = 0; r < count; ++r) std::transform(all.begin() + r * padded, all.begin() + r * padded + V, host.begin() + r * V, to_float);
+  };
+  if (logits.dtype == DType::f32) {
+    download(float{}, [](float x) { return x; });
+  } else {
+    download(std::uint16_t{}, from_bf16);
   }
   return host;
 }

@@ -5,6 +5,7 @@
 // linear weights [in, out]; the mask buffers attn.bias and attn.masked_bias are dropped; lm_head.weight must equal the embedding. What our model does
 // not do is refused by name: another activation, another epsilon, an untied head, ...
 
+#include <cstdint>
 #include <string>
 
 namespace tessera {
