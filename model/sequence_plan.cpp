@@ -129,23 +129,6 @@ std::int64_t fetched_keys(const SequenceSplit& split, const Layers& layers) {
   return fetched;
 }
 
-/// Runs of neighbouring blocks of at least `least` tiles each and less than a row more; the last has the rest, which may be fewer or more.
-std::vector<std::vector<std::int32_t>> runs_of_at_least(std::int64_t least, int ranks, const std::vector<std::int64_t>& rows) {
-  std::vector<std::vector<std::int32_t>> runs(static_cast<std::size_t>(ranks));
-  std::size_t rank = 0;
-  std::int64_t load = 0;
-  for (std::size_t b = 0; b < rows.size(); ++b) {
-    const std::size_t ranks_left = runs.size() - 1 - rank;
-    if (ranks_left > 0 && !runs[rank].empty() && (load >= least || rows.size() - b <= ranks_left)) {
-      ++rank;
-      load = 0;
-    }
-    runs[rank].push_back(static_cast<std::int32_t>(b));
-    load += rows[b];
-  }
-  return runs;
-}
-
 std::vector<std::int64_t> loads_of(const std::vector<std::vector<std::int32_t>>& blocks, const std::vector<std::int64_t>& rows) {
   std::vector<std::int64_t> loads;
   for (const auto& mine : blocks)
@@ -154,17 +137,21 @@ std::vector<std::int64_t> loads_of(const std::vector<std::vector<std::int32_t>>&
   return loads;
 }
 
-/// Neighbouring blocks, cut where the tiles balance.
+/// Neighbouring blocks, each cut at the row nearest to its share of the tiles.
 std::vector<std::vector<std::int32_t>> runs_by_tiles(int ranks, const std::vector<std::int64_t>& rows) {
-  std::int64_t low = 0, high = std::accumulate(rows.begin(), rows.end(), std::int64_t{0}) / ranks;
-  while (low < high) {  // the most tiles that all but the last can have while the last still has as many
-    const std::int64_t middle = high - (high - low) / 2;
-    if (loads_of(runs_of_at_least(middle, ranks, rows), rows).back() >= middle)
-      low = middle;
-    else
-      high = middle - 1;
+  const std::int64_t total = std::accumulate(rows.begin(), rows.end(), std::int64_t{0});
+  std::vector<std::vector<std::int32_t>> runs(static_cast<std::size_t>(ranks));
+  std::size_t b = 0;
+  std::int64_t before = 0;  // tiles of the rows before b
+  for (std::size_t r = 0; r < runs.size(); ++r) {
+    const std::int64_t end = total * static_cast<std::int64_t>(r + 1);  // times ranks
+    const std::size_t last = rows.size() - (runs.size() - 1 - r);       // leaves a row for each rank to come
+    do {
+      before += rows[b];
+      runs[r].push_back(static_cast<std::int32_t>(b++));
+    } while (b < last && (r + 1 == runs.size() || (2 * before + rows[b]) * ranks <= 2 * end));
   }
-  return runs_of_at_least(low, ranks, rows);
+  return runs;
 }
 
 /// Longest processing time first (Graham, 1969): the row with most tiles goes to the rank with fewest, so no two ranks ever differ by more than the
