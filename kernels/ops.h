@@ -136,6 +136,24 @@ struct ThresholdUpdate {
   float rate = 0, low = 0, high = 0;
 };
 
+/// Rows of D elements that lie apart: row r of piece p of sequence b at data + start[p]*unit + b*batch + r*row, in elements.
+struct RowsView {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t unit = 0, batch = 0, row = 0;
+};
+
+struct MoveRows {
+  // Pieces of consecutive rows, such as key tiles of a head, from one place to another: rows[p] rows of piece p of each sequence. In one call no
+  // row of `to` is named twice. What no piece names stays as it is.
+  RowsView to{}, from{};       // of one floating type
+  Tensor pieces{};             // in [n, 3] u64: start in `to`, start in `from`, rows
+  bool reversed = false;       // the first two columns the other way round: the table of a move also serves the way back
+  bool add = false;            // to += from, instead of to = from; rounded to the type
+  std::int64_t sequences = 0;  // B
+  std::int64_t size = 0;       // D
+};
+
 /// A sequence of operations that runs again as one (a CUDA graph): the same memory, the same scalar arguments.
 class RecordedWork {
  public:
@@ -192,6 +210,11 @@ class Ops {
   virtual std::unique_ptr<DeviceTiles> upload_tiles(std::shared_ptr<const TileMap> tiles) = 0;
   virtual void attention_forward(const AttentionForward& a) = 0;
   virtual void attention_backward(const AttentionBackward& a) = 0;
+
+  // -- sequences over several ranks
+  virtual void move_rows(const MoveRows& a) = 0;
+  /// out[n] = table[index[n]], all i32; 0 <= index[n] < table.numel().
+  virtual void look_up(const Tensor& out, const Tensor& table, const Tensor& index) = 0;
 
   // -- generation with cached keys and values
   virtual void cache_append(const CacheAppend& a) = 0;

@@ -80,4 +80,7 @@ std::shared_ptr<const BlockMask> read_block_mask(const std::string& file);
 /// Time grows with the tiles, not with tokens^2. Throws std::invalid_argument for a pattern, a length or tiles that make no map.
 std::shared_ptr<const TileMap> make_tile_map(const PatternConfig& config, int layer, int heads, std::int64_t tokens, int tile_query, int tile_key);
 
+/// Makes the key tiles' lists of a group, the transpose of its query tiles', of which there are query_offsets.size() - 1.
+void fill_key_lists(TileGroup& group, std::int64_t key_tiles);
+
 }  // namespace tessera

@@ -269,8 +269,10 @@ std::unique_ptr<Cover> make_cover(MaskPool& pool, const PatternSpec& p) {
   return std::make_unique<CombinedCover>(pool, p.kind == Kind::any, std::move(children));
 }
 
-/// Fills the key tiles' lists from the query tiles': a counting sort, which keeps query tiles ascending.
-void transpose(TileGroup& g, std::int64_t key_tiles) {
+}  // namespace
+
+// A counting sort, which keeps query tiles ascending.
+void fill_key_lists(TileGroup& g, std::int64_t key_tiles) {
   g.key_offsets.assign(static_cast<std::size_t>(key_tiles) + 1, 0);
   for (const auto& e : g.query_entries) ++g.key_offsets[static_cast<std::size_t>(e.tile) + 1];
   std::partial_sum(g.key_offsets.begin(), g.key_offsets.end(), g.key_offsets.begin());
@@ -283,8 +285,6 @@ void transpose(TileGroup& g, std::int64_t key_tiles) {
     }
   }
 }
-
-}  // namespace
 
 std::shared_ptr<const TileMap> make_tile_map(const PatternConfig& config, int layer, int heads, std::int64_t tokens, int tile_query, int tile_key) {
   if (tokens < 1) throw std::invalid_argument(fmt::format("tile lists for {} tokens; there must be at least one", tokens));
@@ -344,7 +344,7 @@ std::shared_ptr<const TileMap> make_tile_map(const PatternConfig& config, int la
       g.query_offsets.push_back(static_cast<std::int64_t>(g.query_entries.size()));
     }
   }
-  for (auto& g : map->groups) transpose(g, map->key_tiles);
+  for (auto& g : map->groups) fill_key_lists(g, map->key_tiles);
   return map;
 }
 

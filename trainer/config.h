@@ -8,6 +8,7 @@
 
 #include "model/config.h"
 #include "model/gpt.h"
+#include "model/sequence_plan.h"
 
 namespace tessera {
 
@@ -79,7 +80,9 @@ struct LogConfig {
   std::int64_t heads_every = 50;  // steps between rows with active share by layer and head
 };
 struct ParallelConfig {
-  int sequence = 1;
+  int sequence = 1;  // ranks of a sequence
+  SequenceExchange exchange = SequenceExchange::automatic;
+  SequenceLayout layout = SequenceLayout::balanced;
   int bucket_mib = 100;    // gradients that are reduced as one, beside the backward pass
   double deadline = 300;   // seconds that a collective between GPUs may take
   bool share_gpu = false;  // whether ranks may share a GPU

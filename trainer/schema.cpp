@@ -322,6 +322,19 @@ std::vector<Key> make_schema() {
       integer("log.heads_every", FIELD(log.heads_every), 0, kSteps, "Steps between rows with the active-edge share by layer and head. 0: none."),
 
       integer("parallel.sequence", FIELD(parallel.sequence), 1, 1024, "Ranks that share one sequence. 1 for now."),
+      choice<SequenceExchange>(
+          "parallel.exchange", FIELD(parallel.exchange),
+          {{"needed", SequenceExchange::needed},
+           {"ring", SequenceExchange::ring},
+           {"heads", SequenceExchange::heads},
+           {"auto", SequenceExchange::automatic}},
+          "How the ranks of a sequence see each other's keys: fetch the tiles that the pattern needs; pass all of them round a ring; "
+          "trade tokens for heads. auto: whichever moves fewest bytes."),
+      choice<SequenceLayout>(
+          "parallel.layout", FIELD(parallel.layout),
+          {{"contiguous", SequenceLayout::contiguous}, {"zigzag", SequenceLayout::zigzag}, {"balanced", SequenceLayout::balanced}},
+          "Which tokens of a sequence a rank holds: neighbours; a part from the front and one from the back; whichever give every rank "
+          "as many visible tiles."),
       integer("parallel.bucket_mib", FIELD(parallel.bucket_mib), 1, 1 << 20,
               "MiB of gradients that the ranks add up as one, beside the backward pass of what comes before."),
       number("parallel.deadline", FIELD(parallel.deadline), {0, 1e6, true, false},

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "kernels/tensor.h"
@@ -28,6 +29,17 @@ class Communicator {
   /// in: [n]; out: [size * n], block r from rank r. in may be block `rank()` of out.
   virtual void all_gather(const Tensor& in, const Tensor& out) = 0;
   virtual void broadcast(const Tensor& x, int root) = 0;
+  /// A stretch of a tensor that goes to a rank, or comes from it: `count` elements from element `first` on.
+  struct Part {
+    int rank = 0;
+    std::int64_t first = 0, count = 0;
+  };
+  /// Parts of `in` go to ranks, and parts of `out` come from ranks, which send as many elements of the same type (any): at most one part to and one
+  /// from a rank. What goes to this rank itself is copied. Only ranks that have something for each other need to call it, so a group of some ranks
+  /// may do so by itself; empty parts are left out. in and out do not overlap.
+  void exchange(const Tensor& in, std::span<const Part> send, const Tensor& out, std::span<const Part> receive) {
+    wait(begin_exchange(in, send, out, receive));
+  }
   virtual void barrier() = 0;
 
   // The same, begun after what the device has been asked to do so far and done beside what it is asked next. What is asked after wait() comes
@@ -36,17 +48,24 @@ class Communicator {
   using Ticket = std::int64_t;
   virtual Ticket begin_reduce_scatter_sum(const Tensor& in, const Tensor& out) { return reduce_scatter_sum(in, out), 0; }
   virtual Ticket begin_all_gather(const Tensor& in, const Tensor& out) { return all_gather(in, out), 0; }
+  virtual Ticket begin_exchange(const Tensor& in, std::span<const Part> send, const Tensor& out, std::span<const Part> receive) = 0;
   virtual void wait(Ticket /*begun*/) {}
 
   /// Host values, for control flow; every rank gets the same answer.
   virtual std::int64_t max(std::int64_t value) = 0;
   virtual std::string broadcast(const std::string& text, int root) = 0;
 
+  /// Bytes that this rank has sent to other ranks by exchange() of this communicator.
+  std::uint64_t sent_bytes() const { return sent_bytes_; }
+
   /// Ranks of equal color form a new communicator, ordered by (key, old rank).
   virtual std::unique_ptr<Communicator> split(int color, int key) = 0;
 
   /// Ends the job on every rank with this exit code; the message is printed once by this rank. Does not return.
   [[noreturn]] virtual void abort(int exit_code, const std::string& message) = 0;
+
+ protected:
+  std::uint64_t sent_bytes_ = 0;  // an implementation adds what comm::check_exchange() returns
 };
 
 /// One process, no MPI.

@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <span>
 #include <vector>
 
 #include "kernels/comm/arguments.h"
@@ -133,6 +134,20 @@ class MpiCommunicator final : public Communicator {
   void broadcast(const Tensor& x, int root) override {
     comm::check_root(root, size_);
     broadcast_bytes(static_cast<char*>(x.data), x.bytes(), root);
+  }
+
+  Ticket begin_exchange(const Tensor& in, std::span<const Part> send, const Tensor& out, std::span<const Part> receive) override {
+    sent_bytes_ += comm::check_exchange(in, send, out, receive, rank_, size_);
+    const auto in_pieces = [&](const Tensor& t, const Part& part, auto&& call) {
+      const Tensor stretch = t.slice(part.first, part.count);
+      for (std::size_t done = 0; done < stretch.bytes() && part.rank != rank_; done += kLargestMessage)
+        call(static_cast<char*>(stretch.data) + done, static_cast<int>(std::min(kLargestMessage, stretch.bytes() - done)), part.rank);
+    };
+    for (const Part& part : receive) in_pieces(out, part, [&](char* to, int bytes, int rank) { this->receive(to, bytes, rank); });
+    for (const Part& part : send) in_pieces(in, part, [&](const char* from, int bytes, int rank) { this->send(from, bytes, rank); });
+    comm::copy_own_part(in, send, out, receive, rank_, [](const Tensor& from, const Tensor& to) { std::memcpy(to.data, from.data, from.bytes()); });
+    wait();
+    return 0;
   }
 
   void barrier() override { check(MPI_Barrier(comm_), "MPI_Barrier"); }

@@ -104,6 +104,31 @@ class NcclCommunicator final : public Communicator {
   void all_gather(const Tensor& in, const Tensor& out) override { gather(in, out, false); }
   Ticket begin_all_gather(const Tensor& in, const Tensor& out) override { return gather(in, out, true); }
 
+  Ticket begin_exchange(const Tensor& in, std::span<const Part> send, const Tensor& out, std::span<const Part> receive) override {
+    sent_bytes_ += comm::check_exchange(in, send, out, receive, rank(), size());
+    const auto empty = [](const Part& part) { return part.count == 0; };
+    if (std::ranges::all_of(send, empty) && std::ranges::all_of(receive, empty)) return 0;
+    if (size() == 1) {
+      comm::copy_own_part(in, send, out, receive, 0,
+                          [&](const Tensor& from, const Tensor& to) { run("exchange", from, to, false, [](auto...) { return ncclSuccess; }); });
+      return 0;
+    }
+    const Tensor& larger = in.numel() > 0 ? in : out;
+    return run("exchange", larger, larger, true, [&](ncclComm_t comm, cudaStream_t stream) {
+      const ncclDataType_t type = nccl_type(in.dtype);
+      const auto failed = [](ncclResult_t code) { return code != ncclSuccess && code != ncclInProgress; };
+      ncclResult_t result = ncclGroupStart();
+      for (const Part& part : send)
+        if (part.count > 0 && !failed(result))
+          result = ncclSend(in.slice(part.first, part.count).data, static_cast<std::size_t>(part.count), type, part.rank, comm, stream);
+      for (const Part& part : receive)
+        if (part.count > 0 && !failed(result))
+          result = ncclRecv(out.slice(part.first, part.count).data, static_cast<std::size_t>(part.count), type, part.rank, comm, stream);
+      const ncclResult_t ended = ncclGroupEnd();
+      return failed(result) ? result : ended;
+    });
+  }
+
   void broadcast(const Tensor& x, int root) override {
     comm::check_root(root, size());
     run("broadcast", x, x, false, [&](ncclComm_t comm, cudaStream_t stream) {

@@ -24,10 +24,10 @@ namespace {
 struct BackwardCall : AttentionCall {
   explicit BackwardCall(const AttentionBackward& a) : AttentionCall("attention_backward", a.forward) {
     const char* operation = "attention_backward";
-    d_o = heads_of(operation, "d_o", a.d_o);
-    dq = heads_of(operation, "dq", a.dq);
-    dk = heads_of(operation, "dk", a.dk);
-    dv = heads_of(operation, "dv", a.dv);
+    d_o = heads_of(operation, "d_o", a.d_o, tokens);
+    dq = heads_of(operation, "dq", a.dq, tokens);
+    dk = heads_of(operation, "dk", a.dk, keys);
+    dv = heads_of(operation, "dv", a.dv, keys);
     dscale = optional_elements<float>(operation, "dscale", a.dscale, heads);
     dthreshold = optional_elements<float>(operation, "dthreshold", a.dthreshold, heads);
     require(
@@ -129,7 +129,7 @@ void scaled_rows(float factor, const float* from, std::int64_t rows, std::int64_
 /// dK and dV of a key tile; with `with_dq` its share of each dQ (before the factor c) is added to call.dq.
 template <Form form, Gate gate>
 Partial key_tile(const BackwardCall& call, std::int64_t b, std::int64_t h, std::int64_t at, BackwardScratch& s, bool with_dq) {
-  const std::int64_t first = at * call.tile_key, keys = std::min(call.tile_key, call.tokens - first), size = call.size;
+  const std::int64_t first = at * call.tile_key, keys = std::min(call.tile_key, call.keys - first), size = call.size;
   s.lanes = padded(call.tile_key);
   float *dv = s.first, *dk = s.second;
   std::fill_n(dv, keys * size, 0.0f);

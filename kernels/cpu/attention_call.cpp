@@ -35,31 +35,40 @@ float tau_of(const AttentionMath& math, std::int64_t size, const float* threshol
 }
 
 AttentionCall::AttentionCall(const char* operation, const AttentionForward& a)
-    : batch(a.shape.batch), heads(a.shape.heads), tokens(a.shape.tokens), size(a.shape.head_size), math(a.math), visit_all(a.visit == Visit::all) {
+    : batch(a.shape.batch),
+      heads(a.shape.heads),
+      tokens(a.shape.tokens),
+      keys(a.key_count()),
+      size(a.shape.head_size),
+      math(a.math),
+      visit_all(a.visit == Visit::all) {
   map = &checked_lists(operation, a.tiles, math, heads, tokens, size);
   require(batch >= 0, operation, "the batch must not be negative");
+  require(keys >= 1 && keys <= map->key_count(), operation, "there must be 1 to tiles->host().key_count() keys");
+  require(keys <= std::numeric_limits<std::int32_t>::max(), operation, "there are more keys than an i32 can count");
   tile_query = map->tile_query;
   tile_key = map->tile_key;
   query_tiles = (tokens + tile_query - 1) / tile_query;
-  key_tiles = (tokens + tile_key - 1) / tile_key;
+  key_tiles = (keys + tile_key - 1) / tile_key;
   words = bitmap_words(key_tiles);
-  q = heads_of(operation, "q", a.q);
-  k = heads_of(operation, "k", a.k);
-  v = heads_of(operation, "v", a.v);
-  o = heads_of(operation, "o", a.o);
+  q = heads_of(operation, "q", a.q, tokens);
+  k = heads_of(operation, "k", a.k, keys);
+  v = heads_of(operation, "v", a.v, keys);
+  o = heads_of(operation, "o", a.o, tokens);
   scale = elements<float>(operation, "scale", a.scale, heads);
   threshold = uses_threshold(math) ? elements<float>(operation, "threshold", a.threshold, heads) : nullptr;
   document_start = optional_elements<std::int32_t>(operation, "document_start", a.document_start, batch * tokens);
+  positions = optional_elements<std::int32_t>(operation, "positions", a.positions, tokens);
   z = elements<float>(operation, "z", a.z, batch * heads * tokens);
   active_tiles = elements<std::uint32_t>(operation, "active_tiles", a.active_tiles, batch * heads * query_tiles * words);
   counters = optional_elements<std::uint64_t>(operation, "counters", a.counters, heads * kAttentionCounters);
 }
 
-Heads AttentionCall::heads_of(const char* operation, const char* name, const HeadsView& view) const {
+Heads AttentionCall::heads_of(const char* operation, const char* name, const HeadsView& view, std::int64_t rows) const {
   if (view.dtype != DType::f32) throw std::logic_error(fmt::format("{}: {} must be f32 on the CPU, and is {}", operation, name, name_of(view.dtype)));
   if (!view.data && batch > 0) throw std::logic_error(fmt::format("{}: {} has no memory", operation, name));
   // A stride matters only where there is a second element along it.
-  if ((tokens > 1 && view.token < size) || (heads > 1 && view.head < size) || (batch > 1 && view.batch < size))
+  if ((rows > 1 && view.token < size) || (heads > 1 && view.head < size) || (batch > 1 && view.batch < size))
     throw std::logic_error(fmt::format("{}: {} has strides (batch {}, head {}, token {}) that overlap its {} elements", operation, name, view.batch,
                                        view.head, view.token, size));
   return {static_cast<float*>(view.data), view.batch, view.head, view.token};
@@ -86,7 +95,7 @@ bool AttentionCall::tile(std::int64_t query_tile, std::int64_t key_tile, std::in
   out.first_query = query_tile * tile_query;
   out.queries = std::min(tile_query, tokens - out.first_query);
   out.first_key = key_tile * tile_key;
-  out.keys = std::min(tile_key, tokens - out.first_key);
+  out.keys = std::min(tile_key, keys - out.first_key);
   out.mask_words = map->mask_words;
   out.mask = mask_of(*map, mask, 0);
   out.document_start = documents.last > out.first_key ? documents.start : nullptr;

@@ -38,9 +38,10 @@ float tau_of(const AttentionMath& math, std::int64_t size, const float* threshol
 struct AttentionCall {
   /// Checks everything; throws std::logic_error that names `operation` and the argument.
   AttentionCall(const char* operation, const AttentionForward& a);
-  Heads heads_of(const char* operation, const char* name, const HeadsView& view) const;
+  /// `rows`: tokens or keys.
+  Heads heads_of(const char* operation, const char* name, const HeadsView& view, std::int64_t rows) const;
 
-  std::int64_t batch, heads, tokens, size;  // size: elements of a head
+  std::int64_t batch, heads, tokens, keys, size;  // size: elements of a head
   std::int64_t tile_query, tile_key, query_tiles, key_tiles, words;
   AttentionMath math;
   bool visit_all;
@@ -49,6 +50,7 @@ struct AttentionCall {
   const float* scale;
   const float* threshold;              // null where tau is not used
   const std::int32_t* document_start;  // or null
+  const std::int32_t* positions;       // or null
   float* z;
   std::uint32_t* active_tiles;
   std::uint64_t* counters;  // or null
@@ -66,7 +68,7 @@ struct AttentionCall {
   /// The tile (query_tile, key_tile), or false when it lies wholly before its queries' documents.
   bool tile(std::int64_t query_tile, std::int64_t key_tile, std::int32_t mask, const Documents& documents, Tile& out) const;
 
-  float tau(std::int64_t head, std::int64_t i) const { return tau_of(math, size, threshold, head, i); }
+  float tau(std::int64_t head, std::int64_t i) const { return tau_of(math, size, threshold, head, positions ? positions[i] : i); }
 
   /// Word of the bitmap that holds key tile 0 of a query tile.
   std::uint32_t* bitmap(std::int64_t b, std::int64_t h, std::int64_t query_tile) const {

@@ -36,6 +36,10 @@ void add_sum_of_squares(const Tensor& out, const Tensor& x);
 void adamw(const AdamW& a);
 void update_thresholds(const ThresholdUpdate& a);
 
+// rows.cpp
+void move_rows(const MoveRows& a);
+void look_up(const Tensor& out, const Tensor& table, const Tensor& index);
+
 // memory.cpp
 /// Aligned to MemoryPlan::kAlignment; throws std::bad_alloc.
 void* allocate(std::size_t bytes);

@@ -42,6 +42,10 @@ void gelu_backward(const Context& c, const Tensor& dx, const Tensor& x);  // dx 
 void add_column_sums(const Context& c, const Tensor& to,
                      const Tensor& x);  // to [M] f32 += sum over rows of x [N, M] bf16; scratch: norm_backward_scratch(M)
 
+// rows.cu
+void move_rows(const Context& c, const MoveRows& a);
+void look_up(const Context& c, const Tensor& out, const Tensor& table, const Tensor& index);
+
 // optimizer.cu
 void add_sum(const Context& c, const Tensor& out, const Tensor& x);             // scratch: 64 KiB
 void add_sum_of_squares(const Context& c, const Tensor& out, const Tensor& x);  // scratch: 64 KiB

@@ -235,6 +235,8 @@ class CudaOps final : public Ops {
   }
   void attention_forward(const AttentionForward& a) override { cuda_attention_forward(a, stream()); }
   void attention_backward(const AttentionBackward& a) override { cuda_attention_backward(a, stream()); }
+  void move_rows(const MoveRows& a) override { cuda::move_rows(context(), a); }
+  void look_up(const Tensor& out, const Tensor& table, const Tensor& index) override { cuda::look_up(context(), out, table, index); }
   void cache_append(const CacheAppend& a) override { cuda_cache_append(a, stream()); }
   void attention_decode(const AttentionDecode& a) override { cuda_attention_decode(a, context(cuda_attention_decode_scratch(a)).scratch, stream()); }
 

@@ -90,6 +90,41 @@ void check_all_gather(Communicator& comm, std::int64_t count) {
   }
 }
 
+/// Ranks send each other parts of different sizes: none, few, and more than one message of bytes; in the order of the ranks or backwards, with a gap
+/// between them.
+template <class T>
+void check_exchange(Communicator& comm, std::int64_t unit) {
+  const int n = comm.size(), me = comm.rank();
+  const auto count = [&](int from, int to) { return (from * 5 + to * 3) % 4 * unit + (from == to ? 1 : 0); };
+  const auto value = [](int from, int to, std::int64_t i) { return static_cast<T>((from * 7919 + to * 104729 + i) % 1000003); };
+  std::vector<Communicator::Part> send, receive;
+  std::vector<T> in, out;
+  std::uint64_t bytes = 0;
+  for (int r = 0; r < n; ++r) {
+    send.push_back({n - 1 - r, std::ssize(in), count(me, n - 1 - r)});
+    for (std::int64_t i = 0; i < send.back().count; ++i) in.push_back(value(me, n - 1 - r, i));
+    in.push_back(T{});
+    if (n - 1 - r != me) bytes += static_cast<std::uint64_t>(send.back().count) * sizeof(T);
+    receive.push_back({r, std::ssize(out), count(r, me)});
+    out.resize(out.size() + static_cast<std::size_t>(receive.back().count) + 1, T{7});
+  }
+  const std::uint64_t before = comm.sent_bytes();
+  comm.exchange(tensor(in), send, tensor(out), receive);
+  expect(comm.sent_bytes() - before == bytes, "bytes sent by exchange", unit);
+  std::size_t at = 0;
+  for (int r = 0; r < n; ++r) {
+    for (std::int64_t i = 0; i < count(r, me); ++i) expect(out[at++] == value(r, me, i), "exchange", unit);
+    expect(out[at++] == T{7}, "exchange: between two parts", unit);
+  }
+  // Neighbours by twos, the others not taking part.
+  if (me / 2 * 2 + 1 >= n) return;
+  const int other = me ^ 1;
+  std::vector<T> mine(3, static_cast<T>(me)), theirs(3);
+  const Communicator::Part part{other, 0, 3};
+  comm.exchange(tensor(mine), {&part, 1}, tensor(theirs), {&part, 1});
+  expect(theirs == std::vector<T>(3, static_cast<T>(other)), "exchange of two ranks");
+}
+
 void check_broadcast(Communicator& comm) {
   for (int root = 0; root < comm.size(); ++root) {
     for (const std::int64_t count : {0, 1, 1000, 5'000'000}) {
@@ -145,6 +180,15 @@ void check_misuse(Communicator& comm) {
   expect_logic_error([&] { comm.reduce_scatter_sum(tensor(d), tensor(d)); }, "reduce_scatter_sum of f64");
   expect_logic_error([&] { comm.all_gather(tensor(part), tensor(f)); }, "all_gather of wrong counts");
   expect_logic_error([&] { comm.all_gather(tensor(ints), tensor(f)); }, "all_gather of different types");
+  std::vector<float> other(f.size());
+  using Parts = std::vector<Communicator::Part>;
+  const Parts own{{comm.rank(), 0, 4}};
+  expect_logic_error([&] { comm.exchange(tensor(f), own, tensor(other), Parts{}); }, "exchange of wrong counts");
+  expect_logic_error([&] { comm.exchange(tensor(f), own, tensor(d), own); }, "exchange of different types");
+  expect_logic_error([&] { comm.exchange(tensor(f), own, tensor(f), own); }, "exchange in place");
+  expect_logic_error([&] { comm.exchange(tensor(f), Parts{{0, 4 * n, 1}}, tensor(other), Parts{}); }, "exchange of a part outside the tensor");
+  expect_logic_error([&] { comm.exchange(tensor(f), Parts{{n, 0, 1}}, tensor(other), Parts{}); }, "exchange with no rank");
+  expect_logic_error([&] { comm.exchange(tensor(f), Parts{{0, 0, 0}, {0, 0, 0}}, tensor(other), Parts{}); }, "exchange of two parts with a rank");
   expect_logic_error([&] { comm.broadcast(tensor(f), n); }, "broadcast from no rank");
   expect_logic_error([&] { comm.broadcast(std::string("x"), -1); }, "broadcast from rank -1");
   expect_logic_error([&] { comm.split(-1, 0); }, "split with a negative color");
@@ -161,6 +205,11 @@ void check_collectives(Communicator& comm) {
     check_all_gather<std::int32_t>(comm, count);
     check_all_gather<std::uint64_t>(comm, count);
   }
+  for (const std::int64_t unit : {0, 1, 1000}) {
+    check_exchange<float>(comm, unit);
+    check_exchange<std::uint64_t>(comm, unit);
+  }
+  check_exchange<float>(comm, 3'000'000);    // parts of more than one message
   check_all_gather<float>(comm, 4'200'000);  // more than one message
   check_broadcast(comm);
   check_scalars(comm);

@@ -146,6 +146,32 @@ void check_all_gather(const World& w, std::int64_t count) {
   }
 }
 
+/// Ranks send each other parts of different sizes, none among them, with a gap between them; then neighbours by twos, the others not taking part.
+template <class T>
+void check_exchange(const World& w, std::int64_t unit) {
+  const int n = w.comm.size(), me = w.comm.rank();
+  const auto count = [&](int from, int to) { return (from * 5 + to * 3) % 4 * unit + (from == to ? 1 : 0); };
+  const auto element = [](int from, int to, std::int64_t i) { return static_cast<T>((from * 7919 + to * 104729 + i) % 1000003); };
+  std::vector<Communicator::Part> send, receive;
+  std::vector<T> in, wanted;
+  for (int r = 0; r < n; ++r) {
+    send.push_back({n - 1 - r, static_cast<std::int64_t>(in.size()), count(me, n - 1 - r)});
+    for (std::int64_t i = 0; i < send.back().count; ++i) in.push_back(element(me, n - 1 - r, i));
+    in.push_back(T{});
+    receive.push_back({r, static_cast<std::int64_t>(wanted.size()), count(r, me)});
+    for (std::int64_t i = 0; i < receive.back().count; ++i) wanted.push_back(element(r, me, i));
+    wanted.push_back(T{7});
+  }
+  const Buffer<T> from(w.ops, in), to(w.ops, std::vector<T>(wanted.size(), T{7}));
+  w.comm.exchange(from.tensor(), send, to.tensor(), receive);
+  expect(to.host() == wanted, "exchange", unit);
+  if (me / 2 * 2 + 1 >= n) return;
+  const Communicator::Part part{me ^ 1, 0, 3};
+  const Buffer<T> mine(w.ops, std::vector<T>(3, static_cast<T>(me))), theirs(w.ops, 3);
+  w.comm.exchange(mine.tensor(), {&part, 1}, theirs.tensor(), {&part, 1});
+  expect(theirs.host() == std::vector<T>(3, static_cast<T>(me ^ 1)), "exchange of two ranks", unit);
+}
+
 void check_broadcast(const World& w, std::int64_t count) {
   for (int root = 0; root < w.comm.size(); ++root) {
     const auto wanted = filled<std::uint32_t>(count, [&](std::int64_t i) { return i * 2654435761u + static_cast<std::uint32_t>(root); });
@@ -298,6 +324,8 @@ void check_collectives(const World& w) {
     check_all_gather<std::int32_t>(w, count);
     check_all_gather<std::uint64_t>(w, count);
     check_bf16_gather(w, count);
+    check_exchange<float>(w, count);
+    check_exchange<std::uint64_t>(w, count);
     check_broadcast(w, count);
   }
   check_all_gather<float>(w, 2'500'001);

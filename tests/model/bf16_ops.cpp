@@ -201,6 +201,21 @@ class Bf16Ops final : public Ops {
     g.d_o = c.in(a.d_o), g.dq = c.out(a.dq), g.dk = c.out(a.dk), g.dv = c.out(a.dv);
     cpu_->attention_backward(g);
   }
+  void move_rows(const MoveRows& a) override {
+    const std::uint64_t* pieces = a.pieces.as<std::uint64_t>();
+    auto* to = static_cast<std::uint16_t*>(a.to.data);
+    const auto* from = static_cast<const std::uint16_t*>(a.from.data);
+    for (std::int64_t p = 0; p < a.pieces.shape[0]; ++p)
+      for (std::int64_t b = 0; b < a.sequences; ++b)
+        for (std::int64_t r = 0; r < static_cast<std::int64_t>(pieces[3 * p + 2]); ++r)
+          for (std::int64_t d = 0; d < a.size; ++d) {
+            std::uint16_t& x = to[static_cast<std::int64_t>(pieces[3 * p + (a.reversed ? 1 : 0)]) * a.to.unit + b * a.to.batch + r * a.to.row + d];
+            const std::uint16_t y =
+                from[static_cast<std::int64_t>(pieces[3 * p + (a.reversed ? 0 : 1)]) * a.from.unit + b * a.from.batch + r * a.from.row + d];
+            x = a.add ? to_bf16(from_bf16(x) + from_bf16(y)) : y;
+          }
+  }
+  void look_up(const Tensor& out, const Tensor& table, const Tensor& index) override { cpu_->look_up(out, table, index); }
   void cache_append(const CacheAppend& a) override {
     Call c;
     CacheAppend f = a;

@@ -9,29 +9,12 @@
 #include <random>
 #include <set>
 
+#include "pattern_cases.h"
+
 namespace tessera {
 namespace {
 
 using Kind = PatternSpec::Kind;
-
-PatternSpec causal() { return {}; }
-PatternSpec window(std::int64_t size) { return {.kind = Kind::window, .size = size}; }
-PatternSpec strided(std::int64_t stride, std::int64_t width) { return {.kind = Kind::strided, .size = stride, .width = width}; }
-PatternSpec dilated(std::int64_t window, std::int64_t dilation) { return {.kind = Kind::dilated, .size = window, .width = dilation}; }
-PatternSpec global(std::int64_t tokens) { return {.kind = Kind::global, .size = tokens}; }
-PatternSpec bigbird(std::int64_t window, std::int64_t global, std::int64_t random, std::int64_t block, std::uint64_t seed = 7) {
-  return {.kind = Kind::bigbird, .size = window, .width = global, .random = random, .block = block, .seed = seed};
-}
-PatternSpec blocks(std::int64_t block, std::int64_t rows, unsigned seed) {
-  auto mask = std::make_shared<BlockMask>();
-  mask->block = block;
-  mask->rows = rows;
-  std::mt19937 rng(seed);
-  for (std::int64_t i = 0; i < rows * rows; ++i) mask->visible.push_back(rng() % 3 == 0);
-  return {.kind = Kind::blocks, .file = "mask" + std::to_string(seed), .mask = mask};
-}
-PatternSpec any(std::vector<PatternSpec> children) { return {.kind = Kind::any, .children = std::move(children)}; }
-PatternSpec all(std::vector<PatternSpec> children) { return {.kind = Kind::all, .children = std::move(children)}; }
 
 std::vector<PatternSpec> families() {
   return {causal(),

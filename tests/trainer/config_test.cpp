@@ -46,7 +46,7 @@ eval: {every: 11, batches: 12}
 checkpoint: {every: 13, keep: 14}
 sample: {every: 15, prompt: "It is: 5", tokens: 16, temperature: 0.1, top_k: 17}
 log: {every: 18, heads_every: 19}
-parallel: {sequence: 1, bucket_mib: 7, deadline: 12.5, share_gpu: true}
+parallel: {sequence: 1, exchange: ring, layout: zigzag, bucket_mib: 7, deadline: 12.5, share_gpu: true}
 )";
   const Config c = parse_config(yaml, "test.yaml", {});
   EXPECT_EQ(c.run.dir, "a/b");
@@ -119,6 +119,8 @@ parallel: {sequence: 1, bucket_mib: 7, deadline: 12.5, share_gpu: true}
   EXPECT_EQ(c.log.every, 18);
   EXPECT_EQ(c.log.heads_every, 19);
   EXPECT_EQ(c.parallel.sequence, 1);
+  EXPECT_EQ(c.parallel.exchange, SequenceExchange::ring);
+  EXPECT_EQ(c.parallel.layout, SequenceLayout::zigzag);
   EXPECT_EQ(c.parallel.bucket_mib, 7);
   EXPECT_EQ(c.parallel.deadline, 12.5);
   EXPECT_TRUE(c.parallel.share_gpu);

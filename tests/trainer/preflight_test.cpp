@@ -39,6 +39,9 @@ class Wrong final : public Communicator {
     comm_.all_gather(in, out);
     if (out.dtype == DType::f32) out.as<float>()[0] += gather_error_;
   }
+  Ticket begin_exchange(const Tensor& in, std::span<const Part> send, const Tensor& out, std::span<const Part> receive) override {
+    return comm_.begin_exchange(in, send, out, receive);
+  }
   void broadcast(const Tensor& x, int root) override { comm_.broadcast(x, root); }
   void barrier() override { comm_.barrier(); }
   std::int64_t max(std::int64_t value) override { return comm_.max(value); }

@@ -72,7 +72,9 @@ TEST(Schema, EveryKeyIsDocumentedOnce) {
                            "eval.batches",
                            "checkpoint.every",
                            "checkpoint.keep",
-                           "parallel.sequence"})
+                           "parallel.sequence",
+                           "parallel.exchange",
+                           "parallel.layout"})
     EXPECT_TRUE(paths.contains(path)) << path;
 }
 

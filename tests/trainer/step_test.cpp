@@ -31,6 +31,9 @@ class Deferred final : public Communicator {
   void all_reduce_sum(const Tensor& x) override { now_.all_reduce_sum(x); }
   void reduce_scatter_sum(const Tensor& in, const Tensor& out) override { now_.reduce_scatter_sum(in, out); }
   void all_gather(const Tensor& in, const Tensor& out) override { now_.all_gather(in, out); }
+  Ticket begin_exchange(const Tensor& in, std::span<const Part> send, const Tensor& out, std::span<const Part> receive) override {
+    return now_.begin_exchange(in, send, out, receive);
+  }
   void broadcast(const Tensor& x, int root) override { now_.broadcast(x, root); }
   void barrier() override { now_.barrier(); }
   std::int64_t max(std::int64_t value) override { return now_.max(value); }

@@ -3,12 +3,19 @@
 
 #include <algorithm>
 #include <barrier>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
+#include <mutex>
+#include <span>
 #include <stdexcept>
 #include <thread>
 #include <vector>
 
+#include "kernels/comm/arguments.h"
 #include "kernels/comm/communicator.h"
 
 namespace tessera::testing {
@@ -29,12 +36,15 @@ class ThreadRanks {
 
  private:
   struct Shared {
-    explicit Shared(int n) : size(n), barrier(n), data(n), text(n), number(n) {}
+    explicit Shared(int n) : size(n), barrier(n), data(n), text(n), number(n), mail(static_cast<std::size_t>(n * n)) {}
     int size;
     std::barrier<> barrier;
     std::vector<const void*> data;
     std::vector<const std::string*> text;
     std::vector<std::int64_t> number;
+    std::mutex mutex;
+    std::condition_variable arrived;
+    std::vector<std::deque<std::vector<char>>> mail;  // [from * size + to]
   };
 
   class Rank final : public Communicator {
@@ -57,6 +67,27 @@ class ThreadRanks {
       share(mine.data());
       for (int r = 0; r < size(); ++r) std::memcpy(static_cast<char*>(out.data) + r * in.bytes(), s_.data[r], in.bytes());
       barrier();
+    }
+    Ticket begin_exchange(const Tensor& in, std::span<const Part> send, const Tensor& out, std::span<const Part> receive) override {
+      sent_bytes_ += comm::check_exchange(in, send, out, receive, rank_, size());
+      const auto box = [&](int from, int to) -> auto& { return s_.mail[static_cast<std::size_t>(from * size() + to)]; };
+      std::unique_lock lock(s_.mutex);
+      for (const Part& part : send) {
+        const Tensor stretch = in.slice(part.first, part.count);
+        const char* bytes = static_cast<const char*>(stretch.data);
+        if (part.count > 0) box(rank_, part.rank).emplace_back(bytes, bytes + stretch.bytes());
+      }
+      s_.arrived.notify_all();
+      for (const Part& part : receive) {
+        if (part.count == 0) continue;
+        const Tensor stretch = out.slice(part.first, part.count);
+        auto& mail = box(part.rank, rank_);
+        s_.arrived.wait(lock, [&] { return !mail.empty(); });
+        if (mail.front().size() != stretch.bytes()) abort(1, "a part of another size");
+        std::memcpy(stretch.data, mail.front().data(), stretch.bytes());
+        mail.pop_front();
+      }
+      return 0;
     }
     void broadcast(const Tensor& x, int root) override {
       share(x.data);
