@@ -52,6 +52,10 @@ class PlanOps final : public Ops {
   std::unique_ptr<DeviceTiles> upload_tiles(std::shared_ptr<const TileMap>) override { return nullptr; }
   void attention_forward(const AttentionForward&) override { unused(); }
   void attention_backward(const AttentionBackward&) override { unused(); }
+  void move_rows(const MoveRows&) override { unused(); }
+  void look_up(const Tensor&, const Tensor&, const Tensor&) override { unused(); }
+  void cache_append(const CacheAppend&) override { unused(); }
+  void attention_decode(const AttentionDecode&) override { unused(); }
   void add_sum(const Tensor&, const Tensor&) override { unused(); }
   void add_sum_of_squares(const Tensor&, const Tensor&) override { unused(); }
   void adamw(const AdamW&) override { unused(); }
