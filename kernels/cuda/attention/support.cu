@@ -17,29 +17,45 @@ __global__ void architecture_probe(int* out) {
 #endif
 }
 
-/// One row of [B, H, 64 query_tiles] by D/8 lanes of 16 bytes.
+/// A warp has 32 rows of [B, H, 64 query_tiles]: their dot products by D/8 lanes a row, 16 bytes a lane; then a lane works out one row's terms.
 template <int D>
 __global__ void row_info_kernel(const __grid_constant__ Args a) {
-  constexpr int kLanes = D / 8;
-  const int64_t padded = 64ll * a.query_tiles, rows = padded * a.heads * a.batch;
-  const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
-  const int lane = threadIdx.x % kLanes;
-  if (row >= rows) return;
-  const int64_t bh = row / padded;
-  const int i = static_cast<int>(row % padded);
-  const int b = static_cast<int>(bh / a.heads), h = static_cast<int>(bh % a.heads);
-  float offset = 0, inverse_z = 0, delta = 0;
-  int document = 0;
-  if (i < a.tokens) {  // all lanes of a row agree
-    if (a.normalize_sum || a.softmax) {
-      const uint4 x = *reinterpret_cast<const uint4*>(a.o.row(b, h, i) + lane * 8),
-                  y = *reinterpret_cast<const uint4*>(a.d_o.row(b, h, i) + lane * 8);
-      const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+  constexpr int kLanes = D / 8, kRows = 32 / kLanes, kAhead = 4;  // kRows at once; loads of kAhead times as many are under way together
+  const int lane = threadIdx.x % 32;
+  const int64_t padded = 64ll * a.query_tiles, first = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32 * 32;
+  if (first >= padded * a.heads * a.batch) return;  // the whole warp; a head's rows are a multiple of 64
+  const int64_t bh = first / padded;
+  const int i0 = static_cast<int>(first % padded), b = static_cast<int>(bh / a.heads), h = static_cast<int>(bh % a.heads);
+  float delta = 0;
+  if (a.normalize_sum || a.softmax) {
+    const int within = lane / kLanes, column = lane % kLanes * 8;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) delta = fmaf(low_of(xs[w]), low_of(ys[w]), fmaf(high_of(xs[w]), high_of(ys[w]), delta));
+    for (int step = 0; step < kLanes; step += kAhead) {
+      uint4 x[kAhead], y[kAhead];
 #pragma unroll
-      for (int step = kLanes / 2; step > 0; step /= 2) delta += __shfl_xor_sync(__activemask(), delta, step, kLanes);
+      for (int n = 0; n < kAhead; ++n) {
+        const int i = i0 + (step + n) * kRows + within;
+        const bool valid = i < a.tokens;
+        x[n] = valid ? *reinterpret_cast<const uint4*>(a.o.row(b, h, i) + column) : uint4{};
+        y[n] = valid ? *reinterpret_cast<const uint4*>(a.d_o.row(b, h, i) + column) : uint4{};
+      }
+#pragma unroll
+      for (int n = 0; n < kAhead; ++n) {
+        const uint32_t xs[4] = {x[n].x, x[n].y, x[n].z, x[n].w}, ys[4] = {y[n].x, y[n].y, y[n].z, y[n].w};
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < 4; ++w) sum = fmaf(low_of(xs[w]), low_of(ys[w]), fmaf(high_of(xs[w]), high_of(ys[w]), sum));
+#pragma unroll
+        for (int to = kLanes / 2; to > 0; to /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, to, kLanes);
+        const float of_row = __shfl_sync(0xffffffffu, sum, lane % kRows * kLanes);
+        if (lane / kRows == step + n) delta = of_row;
+      }
     }
+  }
+  const int i = i0 + lane;
+  float offset = 0, inverse_z = 0;
+  int document = 0;
+  if (i < a.tokens) {
     const float z = a.z[bh * a.tokens + i];
     if (a.softmax) {
       offset = -z * kLog2e;
@@ -49,12 +65,12 @@ __global__ void row_info_kernel(const __grid_constant__ Args a) {
       inverse_z = z > 0.f ? 1.f / z : 0.f;
     }
     if (a.document_start) document = a.document_start[static_cast<int64_t>(b) * a.tokens + i];
+  } else {
+    delta = 0;
   }
-  if (lane == 0) {
-    RowTile& to = a.rows[row / 64];
-    const int r = static_cast<int>(row % 64), at = RowTile::place(r);
-    to.inverse_z[at] = inverse_z, to.minus_delta[at] = -delta, to.offset[at] = offset, to.document_start[r] = document;
-  }
+  RowTile& to = a.rows[first / 64];
+  const int r = i0 % 64 + lane, at = RowTile::place(r);
+  to.inverse_z[at] = inverse_z, to.minus_delta[at] = -delta, to.offset[at] = offset, to.document_start[r] = document;
 }
 
 /// One block a head: thread t sums its stride of (batch, query tile) in ascending order, then a tree.
@@ -92,8 +108,8 @@ bool runs_hopper_code() {
 }
 
 cudaError_t launch_row_info(const Args& a, int head_size, cudaStream_t stream) {
-  const int64_t threads = 64ll * a.query_tiles * a.heads * a.batch * (head_size / 8);
-  const auto blocks = static_cast<unsigned>((threads + 255) / 256);
+  const int64_t rows = 64ll * a.query_tiles * a.heads * a.batch;
+  const auto blocks = static_cast<unsigned>((rows + 255) / 256);
   if (head_size == 64)
     row_info_kernel<64><<<blocks, 256, 0, stream>>>(a);
   else
