@@ -54,12 +54,8 @@ struct HeadsView {
   std::int64_t batch = 0, head = 0, token = 0;
 };
 
-/// `tokens` counts queries: q, o and what belongs to them are [B, H, tokens, D]; k, v, dk, dv are [B, H, keys, D]. They differ where a rank has some
-/// of a sequence's queries and fetched the keys that those may see (TileMap::keys).
 struct AttentionShape {
   std::int64_t batch = 0, heads = 0, tokens = 0, head_size = 0;
-  std::int64_t keys = 0;  // 0: as many as tokens
-  std::int64_t key_count() const { return keys > 0 ? keys : tokens; }
 };
 
 /// Columns of the counter tensor [heads, kAttentionCounters] u64. Forward passes add to them. A tile counts as visible when it holds a
@@ -81,7 +77,11 @@ class DeviceTiles {
 };
 
 struct AttentionForward {
-  AttentionShape shape;  // tokens may be anything from 1 to tiles->host().tokens, keys from 1 to its keys
+  AttentionShape shape;  // shape.tokens may be anything from 1 to tiles->host().tokens
+  /// Rows of k, v, dk, dv, which are [B, H, keys, D]; 0: as many as shape.tokens, which counts queries. They differ where a rank has some of a
+  /// sequence's queries and has fetched the keys that those may see (TileMap::keys).
+  std::int64_t keys = 0;
+  std::int64_t key_count() const { return keys > 0 ? keys : shape.tokens; }
   AttentionMath math;
   Visit visit = Visit::active;
   const DeviceTiles* tiles = nullptr;
@@ -90,7 +90,7 @@ struct AttentionForward {
   Tensor scale;           // in [H] f32: c_h (for dot filled with 1/sqrt(D) by the caller)
   Tensor threshold;       // in [H] f32: tau_h
   Tensor document_start;  // in, optional [B, T] i32: the first row of k that belongs to the query's document; rows before it are not visible
-  Tensor positions;       // in, optional [T] i32: index i of each query in its sequence, for length_beta; without it query t is token t
+  Tensor positions;       // in, optional [T] i32: index i of each query in its sequence, ascending, for length_beta; without it query t is token t
   Tensor z;               // out [B, H, T] f32 (1 for none and rms)
   Tensor active_tiles;    // out [B, H, query_tiles(tokens), bitmap_words(key_tiles(keys))] u32, whole words written
   Tensor counters;        // in/out, optional [H, kAttentionCounters] u64
