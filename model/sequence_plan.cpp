@@ -15,12 +15,13 @@ namespace tessera {
 namespace {
 
 using Layers = std::vector<std::shared_ptr<const TileMap>>;
+using Blocks = std::vector<std::vector<std::int32_t>>;  // of each rank
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 /// Neighbouring blocks, as many a part as divides evenly; the first parts have one more where it does not.
-std::vector<std::vector<std::int32_t>> even_parts(std::int64_t blocks, int parts) {
-  std::vector<std::vector<std::int32_t>> result(static_cast<std::size_t>(parts));
+Blocks even_parts(std::int64_t blocks, int parts) {
+  Blocks result(static_cast<std::size_t>(parts));
   std::int32_t next = 0;
   for (int p = 0; p < parts; ++p) {
     auto& part = result[static_cast<std::size_t>(p)];
@@ -31,7 +32,7 @@ std::vector<std::vector<std::int32_t>> even_parts(std::int64_t blocks, int parts
   return result;
 }
 
-std::vector<std::vector<std::int32_t>> zigzag_parts(std::int64_t blocks, int ranks) {
+Blocks zigzag_parts(std::int64_t blocks, int ranks) {
   auto parts = even_parts(blocks, 2 * ranks);
   for (int r = 0; r < ranks; ++r) {
     auto& first = parts[static_cast<std::size_t>(r)];
@@ -129,7 +130,7 @@ std::int64_t fetched_keys(const SequenceSplit& split, const Layers& layers) {
   return fetched;
 }
 
-std::vector<std::int64_t> loads_of(const std::vector<std::vector<std::int32_t>>& blocks, const std::vector<std::int64_t>& rows) {
+std::vector<std::int64_t> loads_of(const Blocks& blocks, const std::vector<std::int64_t>& rows) {
   std::vector<std::int64_t> loads;
   for (const auto& mine : blocks)
     loads.push_back(
@@ -137,32 +138,63 @@ std::vector<std::int64_t> loads_of(const std::vector<std::vector<std::int32_t>>&
   return loads;
 }
 
-/// Neighbouring blocks, each cut at the row nearest to its share of the tiles.
-std::vector<std::vector<std::int32_t>> runs_by_tiles(int ranks, const std::vector<std::int64_t>& rows) {
-  const std::int64_t total = std::accumulate(rows.begin(), rows.end(), std::int64_t{0});
-  std::vector<std::vector<std::int32_t>> runs(static_cast<std::size_t>(ranks));
-  std::size_t b = 0;
-  std::int64_t before = 0;  // tiles of the rows before b
-  for (std::size_t r = 0; r < runs.size(); ++r) {
-    const std::int64_t end = total * static_cast<std::int64_t>(r + 1);  // times ranks
-    const std::size_t last = rows.size() - (runs.size() - 1 - r);       // leaves a row for each rank to come
-    do {
-      before += rows[b];
-      runs[r].push_back(static_cast<std::int32_t>(b++));
-    } while (b < last && (r + 1 == runs.size() || (2 * before + rows[b]) * ranks <= 2 * end));
+/// Neighbouring blocks, cut so that every rank has between `least` and `least` + `spread` tiles; empty where there is no such cut.
+Blocks runs_between(std::int64_t least, std::int64_t spread, int ranks, const std::vector<std::int64_t>& rows) {
+  std::vector<std::int64_t> before = {0};  // tiles of the rows before
+  for (auto tiles : rows) before.push_back(before.back() + tiles);
+  const std::size_t ends = before.size();
+  // from[r][e]: where run r may begin that ends before row e, behind r runs that keep the bounds; the last of such, or -1.
+  std::vector<std::vector<std::int32_t>> from(static_cast<std::size_t>(ranks), std::vector<std::int32_t>(ends, -1));
+  std::vector<bool> reached(ends);
+  reached[0] = true;
+  for (auto& run : from) {
+    std::vector<bool> next(ends);
+    std::int32_t latest = -1;  // reached begin that leaves the run at least `least` tiles
+    for (std::size_t e = 1, begin = 0; e < ends; ++e) {
+      for (; begin < e && before[e] - before[begin] >= least; ++begin)
+        if (reached[begin]) latest = static_cast<std::int32_t>(begin);
+      if (latest < 0 || before[e] - before[static_cast<std::size_t>(latest)] > least + spread) continue;
+      run[e] = latest;
+      next[e] = true;
+    }
+    reached = std::move(next);
+  }
+  if (!reached.back()) return {};
+  Blocks runs(static_cast<std::size_t>(ranks));
+  auto end = static_cast<std::int32_t>(rows.size());
+  for (int r = ranks - 1; r >= 0; --r) {
+    const auto begin = from[static_cast<std::size_t>(r)][static_cast<std::size_t>(end)];
+    auto& run = runs[static_cast<std::size_t>(r)];
+    run.resize(static_cast<std::size_t>(end - begin));
+    std::iota(run.begin(), run.end(), begin);
+    end = begin;
   }
   return runs;
+}
+
+/// Neighbouring blocks, cut so that the tiles of two ranks differ by at most those of the largest row; empty where there is no such cut.
+Blocks runs_by_tiles(int ranks, const std::vector<std::int64_t>& rows) {
+  const std::int64_t largest = *std::max_element(rows.begin(), rows.end());
+  const std::int64_t even = std::accumulate(rows.begin(), rows.end(), std::int64_t{0}) / ranks;
+  // Every cut has its smallest share within a row below the even one: tried at the middle first.
+  constexpr int kTries = 16;
+  for (int n = 0; n <= kTries; ++n) {
+    const int sixteenths = kTries / 2 + (n % 2 == 0 ? n / 2 : -(n + 1) / 2);
+    const auto runs = runs_between(std::max<std::int64_t>(0, even - largest * sixteenths / kTries), largest, ranks, rows);
+    if (!runs.empty()) return runs;
+  }
+  return {};
 }
 
 /// Longest processing time first (Graham, 1969): the row with most tiles goes to the rank with fewest, so no two ranks ever differ by more than the
 /// largest row. Of equal ranks, the one with fewest blocks, then one that has a neighbouring block, then the first. Rows without tiles even out
 /// blocks.
-std::vector<std::vector<std::int32_t>> greedy(int ranks, const std::vector<std::int64_t>& rows) {
+Blocks greedy(int ranks, const std::vector<std::int64_t>& rows) {
   std::vector<std::int32_t> order(rows.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return rows[static_cast<std::size_t>(a)] > rows[static_cast<std::size_t>(b)]; });
 
-  std::vector<std::vector<std::int32_t>> blocks(static_cast<std::size_t>(ranks));
+  Blocks blocks(static_cast<std::size_t>(ranks));
   std::vector<std::int64_t> loads(static_cast<std::size_t>(ranks));
   std::vector<std::int32_t> owner(rows.size(), -1);
   for (const auto b : order) {
@@ -191,7 +223,8 @@ SequenceSplit balance(SequenceSplit split, int ranks, const Layers& layers) {
   const std::int64_t largest = *std::max_element(rows.begin(), rows.end());
   const auto even_blocks = static_cast<std::size_t>(ceil_div(split.block_count(), ranks));
 
-  std::vector<std::vector<std::vector<std::int32_t>>> candidates = {even_parts(split.block_count(), ranks), runs_by_tiles(ranks, rows)};
+  std::vector<Blocks> candidates = {even_parts(split.block_count(), ranks)};
+  if (auto runs = runs_by_tiles(ranks, rows); !runs.empty()) candidates.push_back(std::move(runs));
   if (split.block_count() >= 2 * ranks) candidates.push_back(zigzag_parts(split.block_count(), ranks));
   candidates.push_back(greedy(ranks, rows));
 

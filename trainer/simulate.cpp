@@ -207,7 +207,7 @@ Json simulate(const Config& config, const std::vector<int>& gpus, int sequence, 
     const int ranks = sequence > 0 ? sequence : config.parallel.sequence > 1 ? config.parallel.sequence : std::min(n, cluster.node_size);
     if (n % ranks != 0)
       throw ConfigError(fmt::format("--gpus {}: {} ranks share a sequence; expected a multiple of {}, as {} or {}, or --sequence that divides {}", n,
-                                    ranks, ranks, std::max(1, n / ranks) * ranks, (n / ranks + 1) * ranks, n));
+                                    ranks, ranks, std::max(1, n / ranks) * ranks, (std::max(1, n / ranks) + 1) * ranks, n));
     for (const SequenceLayout layout : kLayouts) {
       if (ranks == 1 && layout != SequenceLayout::contiguous) continue;
       auto it = known.find({ranks, layout});
