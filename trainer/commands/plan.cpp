@@ -80,8 +80,7 @@ void add_plan_command(CLI::App& app) {
   command->add_option("CONFIG.yaml", options->file, "YAML configuration")->type_name("")->required();
   auto* ranks = command->add_option("--ranks", options->ranks, "MPI ranks of the run")->type_name("N")->check(CLI::Range(1, 1 << 20));
   ranks->capture_default_str();
-  command
-      ->add_option("--sequence", options->sequence, "Only what this many ranks of a sequence would compute and send, whatever parallel.sequence is")
+  command->add_option("--sequence", options->sequence, "Only what this many ranks of a sequence would compute and send, or how fast (--simulate)")
       ->type_name("S")
       ->check(CLI::Range(1, 1024));
   command->add_option("--set", options->sets, "Set a key, after the file; the last one counts")->type_name("KEY=VALUE")->expected(1)->take_all();
