@@ -6,42 +6,17 @@
 #include <bit>
 #include <numeric>
 #include <stdexcept>
-#include <tuple>
 #include <utility>
 
 #include "model/pattern.h"
+#include "model/sequence_balance.h"
 
 namespace tessera {
 namespace {
 
 using Layers = std::vector<std::shared_ptr<const TileMap>>;
-using Blocks = std::vector<std::vector<std::int32_t>>;  // of each rank
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-/// Neighbouring blocks, as many a part as divides evenly; the first parts have one more where it does not.
-Blocks even_parts(std::int64_t blocks, int parts) {
-  Blocks result(static_cast<std::size_t>(parts));
-  std::int32_t next = 0;
-  for (int p = 0; p < parts; ++p) {
-    auto& part = result[static_cast<std::size_t>(p)];
-    part.resize(static_cast<std::size_t>(blocks / parts + (p < blocks % parts ? 1 : 0)));
-    std::iota(part.begin(), part.end(), next);
-    next += static_cast<std::int32_t>(part.size());
-  }
-  return result;
-}
-
-Blocks zigzag_parts(std::int64_t blocks, int ranks) {
-  auto parts = even_parts(blocks, 2 * ranks);
-  for (int r = 0; r < ranks; ++r) {
-    auto& first = parts[static_cast<std::size_t>(r)];
-    const auto& second = parts[static_cast<std::size_t>(2 * ranks - 1 - r)];
-    first.insert(first.end(), second.begin(), second.end());
-  }
-  parts.resize(static_cast<std::size_t>(ranks));
-  return parts;
-}
 
 /// Whether a query among the first `rows` of the tile sees a key. A visible key comes no later than its query, so the end of the sequence cuts rows
 /// only.
@@ -130,113 +105,10 @@ std::int64_t fetched_keys(const SequenceSplit& split, const Layers& layers) {
   return fetched;
 }
 
-std::vector<std::int64_t> loads_of(const Blocks& blocks, const std::vector<std::int64_t>& rows) {
-  std::vector<std::int64_t> loads;
-  for (const auto& mine : blocks)
-    loads.push_back(
-        std::accumulate(mine.begin(), mine.end(), std::int64_t{0}, [&](auto sum, auto b) { return sum + rows[static_cast<std::size_t>(b)]; }));
-  return loads;
-}
-
-/// Neighbouring blocks, cut so that every rank has between `least` and `least` + `spread` tiles; empty where there is no such cut.
-Blocks runs_between(std::int64_t least, std::int64_t spread, int ranks, const std::vector<std::int64_t>& rows) {
-  std::vector<std::int64_t> before = {0};  // tiles of the rows before
-  for (auto tiles : rows) before.push_back(before.back() + tiles);
-  const std::size_t ends = before.size();
-  // from[r][e]: where run r may begin that ends before row e, behind r runs that keep the bounds; the last of such, or -1.
-  std::vector<std::vector<std::int32_t>> from(static_cast<std::size_t>(ranks), std::vector<std::int32_t>(ends, -1));
-  std::vector<bool> reached(ends);
-  reached[0] = true;
-  for (auto& run : from) {
-    std::vector<bool> next(ends);
-    std::int32_t latest = -1;  // reached begin that leaves the run at least `least` tiles
-    for (std::size_t e = 1, begin = 0; e < ends; ++e) {
-      for (; begin < e && before[e] - before[begin] >= least; ++begin)
-        if (reached[begin]) latest = static_cast<std::int32_t>(begin);
-      if (latest < 0 || before[e] - before[static_cast<std::size_t>(latest)] > least + spread) continue;
-      run[e] = latest;
-      next[e] = true;
-    }
-    reached = std::move(next);
-  }
-  if (!reached.back()) return {};
-  Blocks runs(static_cast<std::size_t>(ranks));
-  auto end = static_cast<std::int32_t>(rows.size());
-  for (int r = ranks - 1; r >= 0; --r) {
-    const auto begin = from[static_cast<std::size_t>(r)][static_cast<std::size_t>(end)];
-    auto& run = runs[static_cast<std::size_t>(r)];
-    run.resize(static_cast<std::size_t>(end - begin));
-    std::iota(run.begin(), run.end(), begin);
-    end = begin;
-  }
-  return runs;
-}
-
-/// Neighbouring blocks, cut so that the tiles of two ranks differ by at most those of the largest row; empty where there is no such cut.
-Blocks runs_by_tiles(int ranks, const std::vector<std::int64_t>& rows) {
-  const std::int64_t largest = *std::max_element(rows.begin(), rows.end());
-  const std::int64_t even = std::accumulate(rows.begin(), rows.end(), std::int64_t{0}) / ranks;
-  // Every cut has its smallest share within a row below the even one: tried at the middle first.
-  constexpr int kTries = 16;
-  for (int n = 0; n <= kTries; ++n) {
-    const int sixteenths = kTries / 2 + (n % 2 == 0 ? n / 2 : -(n + 1) / 2);
-    const auto runs = runs_between(std::max<std::int64_t>(0, even - largest * sixteenths / kTries), largest, ranks, rows);
-    if (!runs.empty()) return runs;
-  }
-  return {};
-}
-
-/// Longest processing time first (Graham, 1969): the row with most tiles goes to the rank with fewest, so no two ranks ever differ by more than the
-/// largest row. Of equal ranks, the one with fewest blocks, then one that has a neighbouring block, then the first. Rows without tiles even out
-/// blocks.
-Blocks greedy(int ranks, const std::vector<std::int64_t>& rows) {
-  std::vector<std::int32_t> order(rows.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return rows[static_cast<std::size_t>(a)] > rows[static_cast<std::size_t>(b)]; });
-
-  Blocks blocks(static_cast<std::size_t>(ranks));
-  std::vector<std::int64_t> loads(static_cast<std::size_t>(ranks));
-  std::vector<std::int32_t> owner(rows.size(), -1);
-  for (const auto b : order) {
-    const std::int64_t tiles = rows[static_cast<std::size_t>(b)];
-    const auto neighbour = [&](int rank) {
-      return (b > 0 && owner[static_cast<std::size_t>(b) - 1] == rank) ||
-             (b + 1 < std::ssize(rows) && owner[static_cast<std::size_t>(b) + 1] == rank);
-    };
-    const auto key = [&](int rank) {
-      const auto r = static_cast<std::size_t>(rank);
-      return std::tuple(tiles == 0 ? 0 : loads[r], blocks[r].size(), !neighbour(rank));
-    };
-    int best = 0;
-    for (int r = 1; r < ranks; ++r)
-      if (key(r) < key(best)) best = r;
-    blocks[static_cast<std::size_t>(best)].push_back(b);
-    loads[static_cast<std::size_t>(best)] += tiles;
-    owner[static_cast<std::size_t>(b)] = best;
-  }
-  for (auto& mine : blocks) std::sort(mine.begin(), mine.end());
-  return blocks;
-}
-
 SequenceSplit balance(SequenceSplit split, int ranks, const Layers& layers) {
-  const auto rows = tiles_of_rows(split.tokens, split.block, layers);
-  const std::int64_t largest = *std::max_element(rows.begin(), rows.end());
-  const auto even_blocks = static_cast<std::size_t>(ceil_div(split.block_count(), ranks));
-
-  std::vector<Blocks> candidates = {even_parts(split.block_count(), ranks)};
-  if (auto runs = runs_by_tiles(ranks, rows); !runs.empty()) candidates.push_back(std::move(runs));
-  if (split.block_count() >= 2 * ranks) candidates.push_back(zigzag_parts(split.block_count(), ranks));
-  candidates.push_back(greedy(ranks, rows));
-
   std::int64_t fewest = -1;
-  for (std::size_t c = 0; c < candidates.size(); ++c) {
-    const auto loads = loads_of(candidates[c], rows);
-    const auto [low, high] = std::minmax_element(loads.begin(), loads.end());
-    const std::size_t most_blocks =
-        std::max_element(candidates[c].begin(), candidates[c].end(), [](auto& a, auto& b) { return a.size() < b.size(); })->size();
-    const bool last_resort = c + 1 == candidates.size();
-    if (!last_resort && (*high - *low > largest || most_blocks > even_blocks + even_blocks / 8)) continue;
-    SequenceSplit candidate{split.tokens, split.block, std::move(candidates[c])};
+  for (auto& blocks : balanced_blocks(ranks, tiles_of_rows(split.tokens, split.block, layers))) {
+    SequenceSplit candidate{split.tokens, split.block, std::move(blocks)};
     const std::int64_t fetched = fetched_keys(candidate, layers);
     if (fewest >= 0 && fetched >= fewest) continue;
     fewest = fetched;

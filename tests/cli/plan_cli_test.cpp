@@ -83,7 +83,7 @@ TEST(PlanSimulate, Errors) {
   expect_usage_error(run_tessera(simulate + " --gpus 12 --sequence 8"), "--gpus 12", "8 or 16");
   expect_usage_error(run_tessera(simulate + " --link-gbps 0"), "--link-gbps");
   expect_usage_error(run_tessera(simulate + " --latency-us nan"), "--latency-us");
-  expect_usage_error(run_tessera(simulate + " --rate gemm=5"), "nearest is gemm_tflops");
+  expect_usage_error(run_tessera(simulate + " --rate gemm_tflop=5"), "nearest is gemm_tflops");
   expect_usage_error(run_tessera(kTiny + " --set model.vocabulary=300 --simulate"), "device: cuda");
 }
 
