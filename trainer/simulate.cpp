@@ -43,9 +43,8 @@ double seconds(std::int64_t bytes, double gbps) { return 8 * static_cast<double>
 /// Seconds of an exchange for its slowest rank, of the groups of ranks wherever they lie in their nodes; without latency.
 double time_of(const Traffic& traffic, const SimulatedCluster& cluster) {
   const int ranks = static_cast<int>(traffic.size());
-  std::set<int> starts;
-  for (int g = 0; g < cluster.gpus / ranks && starts.insert(g * ranks % cluster.node_size).second; ++g) {
-  }
+  std::set<int> starts;  // places of first ranks in their nodes
+  for (int g = 0; g < std::min(cluster.gpus / ranks, cluster.node_size); ++g) starts.insert(g * ranks % cluster.node_size);
   double slowest = 0;
   for (const int start : starts) {
     for (int r = 0; r < ranks; ++r) {
