@@ -148,6 +148,7 @@ TEST(CudaOps, RecordedWorkRunsWhenReplayed) {
   const Doubles x = random_i32(kRows * kWidth, -3, 3, 1), dy = random_i32(kRows * kWidth, -3, 3, 2);  // whole numbers: every sum is exact
   const OnDevice dev_x(DType::bf16, {kRows, kWidth}, x), dev_dy(DType::bf16, {kRows, kWidth}, dy);
   const OnDevice dw(DType::f32, {kWidth, kWidth}, Doubles(kWidth * kWidth, 0)), dbias(DType::f32, {kWidth}, Doubles(kWidth, 0));
+  gpu().prepare(kRows, kWidth);
   const auto work = gpu().record([&] { gpu().linear_backward({.dy = dev_dy, .x = dev_x, .dw = dw, .dbias = dbias}); });
   ASSERT_NE(work, nullptr);
   EXPECT_EQ(dbias.doubles(), Doubles(kWidth, 0)) << "recording ran the work";
