@@ -151,7 +151,10 @@ void add_report_command(CLI::App& app) {
       "Examples:\n"
       "  tessera report configs/sweeps/tiny.yaml -o tiny.html\n"
       "  tessera report runs/mine runs/softmax -o report.html --figures figures");
-  command->callback([o] { report(*o); });
+  command->callback([o] {
+    while (o->figures.size() > 1 && o->figures.ends_with('/')) o->figures.pop_back();
+    report(*o);
+  });
 }
 
 }  // namespace tessera

@@ -41,7 +41,7 @@ std::vector<const HeadRow*> rows_with(const ReportRun& run, std::vector<std::vec
 Figure active_share_map(const ReportRun& run) {
   const auto rows = rows_with(run, &HeadRow::active_share);
   const int layers = run.config.model.layers, heads = run.config.model.heads;
-  const double row_height = std::clamp(420.0 / (layers * heads), 3.0, 26.0), left = 62, top = 10, gap = layers * heads <= 96 ? 3 : 1;
+  const double row_height = std::clamp(420.0 / (layers * heads), 2.0, 26.0), left = 62, top = 10, gap = layers * heads <= 96 ? 3 : 1;
   const auto columns = spread_over(rows.size(), kColumns);
   const double column = (kWidth - left - 110) / static_cast<double>(columns.size());
   const auto y_of = [&](int l, int h) { return top + (l * heads + h) * row_height + l * gap; };
