@@ -122,7 +122,7 @@ void report(const Options& o) {
 void add_report_command(CLI::App& app) {
   auto o = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand("report", "One page on runs or a sweep: losses, sparsity, tiles, thresholds, as figures and a table");
-  command->add_option("RUN... | SWEEP.yaml", o->inputs, "Run folders, or one sweep file")->type_name("")->required();
+  command->add_option("RUN|SWEEP.yaml", o->inputs, "Run folders, or one sweep file")->type_name("")->required();
   command->add_option("-o,--output", o->output, "The page to write")->type_name("FILE")->capture_default_str();
   command->add_option("--figures", o->figures, "Write every figure as SVG and its data as CSV into this folder too")->type_name("DIR");
   command->add_flag("--overwrite", o->overwrite, "Replace files that are there");

@@ -130,7 +130,9 @@ namespace {
 double sparsity_place(double sparsity) { return -std::log10(std::max(1e-6, 1 - sparsity)); }
 
 Plot::Axis sparsity_axis(double low, double high) {
-  const double width = std::max(0.3, high - low);
+  const double width = std::max(0.6, high - low), middle = (low + high) / 2;
+  low = middle - width / 2;
+  high = middle + width / 2;
   Plot::Axis axis{"edges that are zero (logarithmic in those that are not)", std::max(-0.02, low - 0.1 * width), high + 0.1 * width, {}};
   double last = -1;
   for (double power = 1; power > 1e-6; power /= 10)

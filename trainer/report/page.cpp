@@ -1,6 +1,7 @@
 #include "trainer/report/page.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 
 #include "trainer/progress.h"
@@ -79,7 +80,7 @@ std::string table(const Report& report) {
     columns.push_back(
         {fmt::format("tiles skipped, {}", size), fmt::format("1 - active / causal tiles of {0} x {0}, measured on validation text", size)});
   columns.push_back({"tokens/s", "median of the last half of the steps"});
-  columns.push_back({"memory a rank", "peak"});
+  columns.push_back({"memory a rank", "in use on the device, else as planned before the run; all of it is allocated at the start"});
   columns.push_back({"time a run", "of steps, without evaluation and checkpoints"});
   std::string out = "<table>\n<thead><tr>";
   for (std::size_t i = 0; i < columns.size(); ++i)
@@ -122,17 +123,23 @@ std::string table(const Report& report) {
 }
 
 std::string table_caption(const Report& report) {
-  const TileMeasurement* measured = nullptr;
-  for (const ReportRun& run : report.runs)
-    if (run.tiles) measured = &*run.tiles;
+  std::int64_t runs = 0, sequences = 0, fewest = 0, most = 0;
+  for (const ReportRun& run : report.runs) {
+    if (!run.tiles) continue;
+    sequences = std::max(sequences, run.tiles->sequences);
+    fewest = runs == 0 ? run.tiles->tokens : std::min(fewest, run.tiles->tokens);
+    most = std::max(most, run.tiles->tokens);
+    ++runs;
+  }
   std::string text = "Means over the finished runs of a variant; in italics: no run is finished, numbers so far. ";
-  text += measured ? fmt::format("Tiles skipped: of each run's newest checkpoint, on {} validation sequence{} of {} tokens, in fp32 on the CPU. ",
-                                 measured->sequences, measured->sequences == 1 ? "" : "s", measured->tokens)
-                   : "Tiles skipped were not measured. ";
-  text +=
-      "Losses compare only between runs on the same text and tokenizer. The share of a step that attention takes is not in the table: training does "
-      "not "
-      "time the parts of a step.";
+  if (runs == 0) {
+    text += "Tiles skipped were not measured. ";
+  } else {
+    text += fmt::format("Tiles skipped: of each run's newest checkpoint, on {} validation sequence{} of {} tokens, in fp32 on the CPU. ", sequences,
+                        sequences == 1 ? "" : "s", fewest == most ? fmt::format("{}", most) : fmt::format("{} to {}", fewest, most));
+  }
+  text += "Losses compare only between runs on the same text and tokenizer. ";
+  text += "The share of a step that attention takes is not in the table: training does not time the parts of a step.";
   return text;
 }
 
