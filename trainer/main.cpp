@@ -83,6 +83,7 @@ int main(int argc, char** argv) {
   tessera::add_eval_command(app);
   tessera::add_generate_command(app);
   tessera::add_compare_command(app);
+  tessera::add_report_command(app);
   tessera::add_inspect_command(app);
   tessera::add_sweep_command(app);
   tessera::add_export_command(app);

@@ -89,4 +89,43 @@ Json MetricsFile::last(const std::string& path) {
   return last;
 }
 
+std::optional<double> MetricsFile::number(const Json& row, const char* key) {
+  const auto found = row.find(key);
+  if (found == row.end() || !found->is_number()) return {};
+  return found->get<double>();
+}
+
+std::vector<Json> MetricsFile::rows(const std::string& path, std::vector<std::string>* notices) {
+  std::vector<Json> rows;
+  std::ifstream file(path);
+  std::int64_t number = 0, step = 0;
+  std::vector<std::int64_t> bad;
+  std::string problem;  // of the first bad line
+  for (std::string line; std::getline(file, line);) {
+    ++number;
+    Json row = Json::parse(line, nullptr, false);
+    std::string found;
+    if (!row.is_object()) {
+      if (file.eof()) break;
+      found = "not a JSON object";
+    } else if (!row.contains("step") || !row["step"].is_number_integer()) {
+      found = "no \"step\" that is a whole number";
+    } else if (row["step"].get<std::int64_t>() <= step) {
+      found = fmt::format("step {} after step {}", row["step"].get<std::int64_t>(), step);
+    }
+    if (found.empty()) {
+      step = row["step"].get<std::int64_t>();
+      rows.push_back(std::move(row));
+      continue;
+    }
+    if (bad.empty()) problem = found;
+    bad.push_back(number);
+  }
+  if (notices && bad.size() == 1) notices->push_back(fmt::format("{}:{}: {}; the line is left out", path, bad[0], problem));
+  if (notices && bad.size() > 1)
+    notices->push_back(
+        fmt::format("{}:{}: {}; the line is left out, and {} more, the last of them line {}", path, bad[0], problem, bad.size() - 1, bad.back()));
+  return rows;
+}
+
 }  // namespace tessera

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -58,6 +59,11 @@ class MetricsFile {
   static void cut(const std::string& path, std::int64_t step);
   /// The last whole row; null when there is none.
   static nlohmann::ordered_json last(const std::string& path);
+  /// row[key] where it is a number.
+  static std::optional<double> number(const nlohmann::ordered_json& row, const char* key);
+  /// The rows whose steps go up from line to line; none when there is no such file. `notices`, where given, gets one that names file, first line and
+  /// what is wrong with it when others are left out; a last line without its end is none, as a run that is at work, or was killed, leaves it.
+  static std::vector<nlohmann::ordered_json> rows(const std::string& path, std::vector<std::string>* notices = nullptr);
 
  private:
   std::string path_;

@@ -42,6 +42,7 @@ OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, const Options& 
     tokenizer = std::move(contents.tokenizer);
     config.parallel.share_gpu = true;  // nothing here is exchanged between GPUs
     set_batch(use, o);
+    if (o.tile > 0) config.model.attention.tile_query = config.model.attention.tile_key = o.tile;
     if (!o.visit.empty()) config.model.attention.visit = o.visit == "all" ? Visit::all : Visit::active;
   });
   choose_device(o.device, host);

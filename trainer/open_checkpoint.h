@@ -37,6 +37,7 @@ struct OpenCheckpoint {
     std::int64_t context = 0;
     /// Use::evaluate: sequences at once; 0: train.micro_batch, or fewer where `context` is longer than in training: about as many tokens.
     std::int64_t micro_batch = 0;
+    int tile = 0;  // Use::evaluate: queries and keys a tile of attention; 0: as configured
     /// Use::generate:
     std::int64_t cache_sequences = 0;  // whose keys and values are kept
     std::int64_t sequence_tokens = 0;  // of the longest text; 0 or more than the context: the context

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <fstream>
 #include <numeric>
 #include <stdexcept>
 
@@ -18,27 +17,11 @@ namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 namespace {
 
-std::optional<double> number(const Json& row, const char* key) {
-  const auto found = row.find(key);
-  if (found == row.end() || !found->is_number()) return {};
-  return found->get<double>();
-}
-
-std::vector<Json> rows_of(const std::string& path) {
-  std::vector<Json> rows;
-  std::ifstream file(path);
-  for (std::string line; std::getline(file, line);) {
-    Json row = Json::parse(line, nullptr, false);  // the last line of a run that is being written, or was killed, may be half a row
-    if (row.is_object() && row.contains("step")) rows.push_back(std::move(row));
-  }
-  return rows;
-}
-
 /// What the last 1/`part` of the rows have under `key`.
 std::vector<double> last_values(const std::vector<Json>& rows, const char* key, std::size_t part) {
   std::vector<double> values;
   for (std::size_t i = rows.size() - (rows.size() + part - 1) / part; i < rows.size(); ++i)
-    if (const auto value = number(rows[i], key)) values.push_back(*value);
+    if (const auto value = MetricsFile::number(rows[i], key)) values.push_back(*value);
   return values;
 }
 
@@ -66,7 +49,7 @@ RunSummary summarize_run(const std::string& path) {
     s.parameters = make_parameter_layout(s.config.model).count;
   }
 
-  const std::vector<Json> rows = rows_of(folder.metrics());
+  const std::vector<Json> rows = MetricsFile::rows(folder.metrics());
   const auto checkpoints = list_checkpoints(folder.checkpoints());
   const auto newest = std::find_if(checkpoints.rbegin(), checkpoints.rend(), [](const CheckpointEntry& c) { return c.complete; });
   const std::int64_t saved = newest == checkpoints.rend() ? -1 : newest->step;
@@ -77,23 +60,23 @@ RunSummary summarize_run(const std::string& path) {
 
   const Json& last = rows.back();
   s.step = last["step"].get<std::int64_t>();
-  s.tokens = static_cast<std::int64_t>(number(last, "tokens").value_or(0));
-  s.edge_sparsity = number(last, "edge_sparsity").value_or(0);
-  s.tile_skip_rate = number(last, "tile_skip_rate").value_or(0);
-  s.empty_rows = number(last, "empty_row_share").value_or(0);
+  s.tokens = static_cast<std::int64_t>(MetricsFile::number(last, "tokens").value_or(0));
+  s.edge_sparsity = MetricsFile::number(last, "edge_sparsity").value_or(0);
+  s.tile_skip_rate = MetricsFile::number(last, "tile_skip_rate").value_or(0);
+  s.empty_rows = MetricsFile::number(last, "empty_row_share").value_or(0);
   for (const Json& row : rows) {
-    s.seconds += number(row, "step_ms").value_or(0) / 1e3;
-    if (const auto bytes = number(row, "memory_bytes")) {
+    s.seconds += MetricsFile::number(row, "step_ms").value_or(0) / 1e3;
+    if (const auto bytes = MetricsFile::number(row, "memory_bytes")) {
       s.memory_bytes = bytes;
       s.memory_planned = false;
-    } else if (const auto planned = number(row, "planned_bytes"); planned && (!s.memory_bytes || s.memory_planned)) {
+    } else if (const auto planned = MetricsFile::number(row, "planned_bytes"); planned && (!s.memory_bytes || s.memory_planned)) {
       s.memory_bytes = planned;
       s.memory_planned = true;
     }
-    const auto loss = number(row, "validation_loss");
+    const auto loss = MetricsFile::number(row, "validation_loss");
     if (!loss) continue;
     s.validation_loss = loss;
-    s.bits_per_byte = number(row, "bits_per_byte");
+    s.bits_per_byte = MetricsFile::number(row, "bits_per_byte");
     if (!s.best_validation_loss || *loss < *s.best_validation_loss) {
       s.best_validation_loss = loss;
       s.best_step = row["step"].get<std::int64_t>();
@@ -108,7 +91,6 @@ RunSummary summarize_run(const std::string& path) {
   return s;
 }
 
-/// As the configuration writes it: "softmax", or score, gate and normalizer.
 std::string attention_name(const Config& config) {
   const Json a = Json::parse(to_json(config)).at("attention");
   const auto word = [&](const char* key) { return a.at(key).get<std::string>(); };

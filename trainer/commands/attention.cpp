@@ -17,6 +17,7 @@
 #include "trainer/commands/commands.h"
 #include "trainer/config.h"
 #include "trainer/device.h"
+#include "trainer/tile_bitmap.h"
 
 namespace tessera {
 
@@ -298,9 +299,7 @@ Output compute(const Input& in, const Config& config, Ops& ops, int layer) {
   download(bits, bitmap);
   out.query_tiles = map->query_tiles;
   out.key_tiles = map->key_tiles;
-  const std::int64_t words = bitmap_words(out.key_tiles);
-  for (std::int64_t row = 0; row < B * H * out.query_tiles; ++row)
-    for (std::int64_t tile = 0; tile < out.key_tiles; ++tile) out.tile_map.push_back((bits[row * words + tile / 32] >> (tile % 32)) & 1u);
+  out.tile_map = unpack_tiles(bits, B * H * out.query_tiles, out.key_tiles);
   return out;
 }
 

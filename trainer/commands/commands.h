@@ -26,6 +26,7 @@ void add_train_command(CLI::App& app);      // a run, alone or under mpirun
 void add_eval_command(CLI::App& app);       // loss of a checkpoint on a data split
 void add_generate_command(CLI::App& app);   // text from a checkpoint
 void add_compare_command(CLI::App& app);    // runs side by side
+void add_report_command(CLI::App& app);     // a page on runs or a sweep
 void add_inspect_command(CLI::App& app);    // what a file or folder is; checksums
 void add_sweep_command(CLI::App& app);      // many runs from one file
 void add_export_command(CLI::App& app);     // a checkpoint's weights for others

@@ -36,16 +36,17 @@ void SweepFolder::claim() const {
   if (!fs::exists(record())) write_file(record(), Json{{"sweep", own_path()}}.dump() + "\n");
 }
 
+bool key_counts(const std::string& path) {
+  for (const char* section : {"checkpoint.", "sample.", "log.", "parallel."})
+    if (path.starts_with(section)) return false;
+  return path != "run.dir" && path != "run.threads" && path != "run.peak_tflops" && path != "data.prefetch" && path != "train.max_nonfinite";
+}
+
 std::vector<std::string> sweep_changes(const Config& there, const Config& here) {
-  const auto counts = [](const std::string& path) {
-    for (const char* section : {"checkpoint.", "sample.", "log.", "parallel."})
-      if (path.starts_with(section)) return false;
-    return path != "run.dir" && path != "run.threads" && path != "run.peak_tflops" && path != "data.prefetch" && path != "train.max_nonfinite";
-  };
   std::vector<std::string> changes;
   for (const Key& key : schema()) {
     const Json before = key.write(there), now = key.write(here);
-    if (counts(key.path) && before != now) changes.push_back(fmt::format("{}: {} there, {} in the sweep", key.path, before.dump(), now.dump()));
+    if (key_counts(key.path) && before != now) changes.push_back(fmt::format("{}: {} there, {} in the sweep", key.path, before.dump(), now.dump()));
   }
   return changes;
 }
@@ -61,28 +62,35 @@ const char* name_of(RunState::Kind kind) {
   return "";
 }
 
+RunState state_of_run(const std::string& directory) {
+  using Kind = RunState::Kind;
+  RunState state;
+  state.summary = summarize_run(directory);
+  state.step = state.summary->step;
+  state.steps = state.summary->config.train.steps;
+  if (state.summary->finished) {
+    state.kind = Kind::finished;
+    return state;
+  }
+  if (state.step > 0) state.seconds_left = state.summary->seconds / static_cast<double>(state.step) * static_cast<double>(state.steps - state.step);
+  state.kind = folder_in_use(directory) ? Kind::running : state.step > 0 ? Kind::interrupted : Kind::waiting;
+  return state;
+}
+
 RunState state_of(const SweepFolder& folder, const SweepRun& run) {
   using Kind = RunState::Kind;
   RunState state;
   const std::string directory = folder.run(run.name);
   state.steps = run.config.train.steps;
-  if (fs::exists(RunFolder{directory}.config())) {
-    state.summary = summarize_run(directory);
-    state.step = state.summary->step;
-    state.steps = state.summary->config.train.steps;
-    if (state.step > 0) state.seconds_left = state.summary->seconds / static_cast<double>(state.step) * static_cast<double>(state.steps - state.step);
-    state.kind = state.step > 0 ? Kind::interrupted : Kind::waiting;
-  }
-  if (state.summary && state.summary->finished) {
-    state.kind = Kind::finished;
-  } else if (folder_in_use(directory) || folder_in_use(folder.timing(run.name))) {
+  if (fs::exists(RunFolder{directory}.config())) state = state_of_run(directory);
+  if (state.kind == Kind::finished || state.kind == Kind::running) return state;
+  if (folder_in_use(directory) || folder_in_use(folder.timing(run.name))) {
     state.kind = Kind::running;
   } else if (fs::exists(folder.failure(run.name))) {
     state.kind = Kind::failed;
     const Json failure = Json::parse(read_file(folder.failure(run.name)), nullptr, false);
     state.error = failure.is_object() ? failure.value("error", "") : "";
   }
-  if (state.kind == Kind::finished || state.kind == Kind::waiting) state.seconds_left = 0;
   return state;
 }
 

@@ -39,8 +39,11 @@ class SweepFolder {
   std::string own_path() const;  // of the sweep file, relative to the folder
 };
 
-/// The keys in which the configuration in a run folder differs from a variant's, as "key: VALUE there, VALUE in the sweep". Left out are those that
-/// change nothing in what a run computes and reports: where it is, threads, checkpoints, samples, logs.
+/// Whether a key has a part in what a run computes and reports. Left out are where it is, threads, checkpoints, samples, logs.
+bool key_counts(const std::string& path);
+
+/// The keys in which the configuration in a run folder differs from a variant's, as "key: VALUE there, VALUE in the sweep", of those that
+/// count.
 std::vector<std::string> sweep_changes(const Config& there, const Config& here);
 
 struct RunState {
@@ -52,7 +55,9 @@ struct RunState {
 };
 const char* name_of(RunState::Kind kind);
 
-/// From the run's folder. Throws as summarize_run().
+/// Of a run folder by itself. Throws as summarize_run().
+RunState state_of_run(const std::string& directory);
+/// From the run's folder and what the sweep wrote of it. Throws as summarize_run().
 RunState state_of(const SweepFolder& folder, const SweepRun& run);
 
 /// Whether a process on this host holds the lock of a run folder (FolderLock): a run is at work in it. Takes no lock.

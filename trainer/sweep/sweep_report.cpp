@@ -18,7 +18,7 @@ using Kind = RunState::Kind;
 
 Json or_null(const std::optional<double>& value) { return value ? Json(*value) : Json(nullptr); }
 
-/// The softmax variant that a variant is to be compared with: equal in all but attention.*, and there in as much as can be.
+/// The softmax variant that a variant is to be compared with: equal in all that counts but attention.*, and there in as much as can be.
 std::string twin_of(const std::vector<const SweepRun*>& variants, const SweepRun& run) {
   const SweepRun* best = nullptr;
   int least = 0;
@@ -27,7 +27,7 @@ std::string twin_of(const std::vector<const SweepRun*>& variants, const SweepRun
     int differs = 0;
     bool same = true;
     for (const Key& key : schema()) {
-      if (key.path.starts_with("run.") || key.write(other->config) == key.write(run.config)) continue;
+      if (key.path.starts_with("run.") || !key_counts(key.path) || key.write(other->config) == key.write(run.config)) continue;
       if (key.path.starts_with("attention."))
         ++differs;
       else
