@@ -143,7 +143,16 @@ struct AttentionDecode {
   Tensor scale;           // in [H] f32
   Tensor threshold;       // in [H] f32
   Tensor o;               // out [B, H, D]
+  Tensor workspace;       // f32, attention_decode_workspace(...) elements; the CPU wants none
 };
+
+/// Most parts that a GPU cuts a decoding query's list into, so that a single sequence keeps it busy.
+inline constexpr std::int64_t kDecodeParts = 64;
+
+/// Elements of f32 workspace that decoding wants on a GPU: of every part of every head a sum of D values, and three numbers.
+constexpr std::int64_t attention_decode_workspace(std::int64_t sequences, std::int64_t heads, std::int64_t head_size) {
+  return sequences * heads * kDecodeParts * (head_size + 3);
+}
 
 /// Elements of f32 workspace a backward call wants: four values a row of every query tile (on the GPU 1/z, delta, the offset of x and the
 /// document's start, 64 of each in turn) and two partial sums a query tile.

@@ -108,6 +108,7 @@ void Gpt::Impl::bind() {
   }
   ops.zero(plan[memory.counters]);
   cached.assign(static_cast<std::size_t>(options.cache), 0);
+  decoding = {};  // a recorded pass knows the old lists
   fill_tables();
 }
 

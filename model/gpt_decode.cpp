@@ -70,13 +70,17 @@ void Gpt::Impl::decode_pass(const Batch& batch, const CachePass& pass) {
     classify(0, N);
   };
   if (decoding.rows != N) {
-    decoding.rows = N;
+    decoding.rows = 0;  // until a pass of so many is done
     decoding.recorded.reset();
-    return work();
+    work();
+    decoding.rows = N;
+    return;
   }
-  if (!decoding.recorded && decoding.records) {
+  if (!decoding.recorded && decoding.records && !hooks.before_forward) {
+    decoding.rows = 0;  // should recording fail, the next pass is called again
     decoding.recorded = ops.record(work);
     decoding.records = decoding.recorded != nullptr;
+    decoding.rows = N;
   }
   decoding.recorded ? decoding.recorded->replay() : work();
 }
@@ -106,6 +110,7 @@ void Gpt::Impl::attend_to_cache(int layer, const CachePass& pass) const {
   a.scale = scale(layer);
   a.threshold = threshold(layer);
   a.o = rows(memory.blocks[layer].attention, C);
+  if (memory.decode_workspace >= 0) a.workspace = plan[memory.decode_workspace];
   ops.attention_decode(a);
 }
 

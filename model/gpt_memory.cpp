@@ -142,6 +142,7 @@ GptMemory::GptMemory(const ModelConfig& config, const ParameterLayout& layout, c
     cache = reserve(activations, "key/value cache", {L, S, 2 * H * T, D}, compute);
     cache_sequences = reserve(workspace, "cached sequences", {S}, DType::i32);
     cache_positions = reserve(workspace, "cached positions", {S}, DType::i32);
+    if (device == DeviceKind::cuda) decode_workspace = reserve(workspace, "attention of cached sequences", {attention_decode_workspace(S, H, D)});
   }
 }
 

@@ -85,6 +85,7 @@ struct GptMemory {
   MemoryPlan::Slot prompt_tokens, prompt_positions, prompt_document;  // i32: of a sequence [T], or tokens of each cached one
   MemoryPlan::Slot cache = -1;                                        // [L, S, 2, H, T, D] of the compute type: keys and values of S sequences
   MemoryPlan::Slot cache_sequences = -1, cache_positions = -1;        // [S] i32
+  MemoryPlan::Slot decode_workspace = -1;                             // on a GPU
 };
 
 }  // namespace tessera

@@ -238,7 +238,7 @@ class CudaOps final : public Ops {
   void move_rows(const MoveRows& a) override { cuda::move_rows(context(), a); }
   void look_up(const Tensor& out, const Tensor& table, const Tensor& index) override { cuda::look_up(context(), out, table, index); }
   void cache_append(const CacheAppend& a) override { cuda_cache_append(a, stream()); }
-  void attention_decode(const AttentionDecode& a) override { cuda_attention_decode(a, context(cuda_attention_decode_scratch(a)).scratch, stream()); }
+  void attention_decode(const AttentionDecode& a) override { cuda_attention_decode(a, stream()); }
 
   void add_sum(const Tensor& out, const Tensor& x) override { cuda::add_sum(context(kSumScratch), out, x); }
   void add_sum_of_squares(const Tensor& out, const Tensor& x) override { cuda::add_sum_of_squares(context(kSumScratch), out, x); }

@@ -18,19 +18,19 @@ struct Side {
 struct Args {
   Side to, from;
   const std::uint64_t* pieces;
-  int to_column, from_column, size, sequences;
+  int to_column, from_column, size;
 };
 
 /// A block a piece and sequence, a thread 16 bytes at a time.
 template <bool kAdd>
-__global__ void __launch_bounds__(kThreads) move_rows_kernel(Args a) {
+__global__ void __launch_bounds__(kThreads) move_rows_kernel(const __grid_constant__ Args a) {
   const std::uint64_t* piece = a.pieces + 3 * std::int64_t{blockIdx.x};
   const int b = static_cast<int>(blockIdx.y), chunks = a.size / 8;
   bf16* const to = a.to.data + static_cast<std::int64_t>(piece[a.to_column]) * a.to.unit + b * a.to.batch;
   const bf16* const from = a.from.data + static_cast<std::int64_t>(piece[a.from_column]) * a.from.unit + b * a.from.batch;
-  const int count = static_cast<int>(piece[2]) * chunks;
-  for (int n = static_cast<int>(threadIdx.x); n < count; n += kThreads) {
-    const int row = n / chunks, column = n % chunks * 8;
+  const std::int64_t count = static_cast<std::int64_t>(piece[2]) * chunks;
+  for (std::int64_t n = threadIdx.x; n < count; n += kThreads) {
+    const std::int64_t row = n / chunks, column = n % chunks * 8;
     const Piece<8> moved = load_piece(from + row * a.from.row + column);
     bf16* const at = to + row * a.to.row + column;
     if constexpr (kAdd) {
@@ -49,7 +49,7 @@ __global__ void look_up_kernel(std::int32_t* out, const std::int32_t* table, con
   const std::int64_t n = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (n >= count) return;
   const std::int32_t at = index[n];
-  out[n] = at >= 0 && at < size ? table[at] : -1;
+  out[n] = at >= 0 && at < size ? table[at] : INT32_MAX;  // as a document's start: nothing is visible
 }
 
 Side side(const char* name, const RowsView& v) {
@@ -73,7 +73,7 @@ void move_rows(const Context& c, const MoveRows& m) {
   a.to = side("to: address and strides must be multiples of 16 bytes", m.to);
   a.from = side("from: address and strides must be multiples of 16 bytes", m.from);
   a.to_column = m.reversed ? 1 : 0, a.from_column = m.reversed ? 0 : 1;
-  a.size = static_cast<int>(m.size), a.sequences = static_cast<int>(m.sequences);
+  a.size = static_cast<int>(m.size);
   const auto kernel = m.add ? move_rows_kernel<true> : move_rows_kernel<false>;
   kernel<<<dim3(static_cast<unsigned>(count), static_cast<unsigned>(m.sequences)), kThreads, 0, c.stream>>>(a);
   check_launch(kOp);

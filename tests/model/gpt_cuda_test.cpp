@@ -144,8 +144,8 @@ TEST_F(GptCuda, EvaluationAndGeneration) {
 /// Greedy text of sequences at different lengths, from the cache: at every token as near to the fp32 model on the same tokens as computing the whole
 /// text is. The tokens are the GPU's own choice; where recomputation would choose another, the two logits are nearly equal.
 TEST_F(GptCuda, GenerationWithACacheIsThatWithout) {
-  for (const auto& [name, config] : bf16_configs()) {
-    if (config.attention.document_mask) continue;  // one document anyway
+  for (auto [name, config] : bf16_configs()) {
+    config.attention.document_mask = false;  // one document anyway
     SCOPED_TRACE(name);
     Bf16Model fp32(config, make_cpu_ops());
     TestModel cached(config, {.micro_batch = 1, .training = false, .cache = 3}, 1, make_cuda_ops(0));
@@ -160,13 +160,13 @@ TEST_F(GptCuda, GenerationWithACacheIsThatWithout) {
     int differ = 0, tokens = 0;
     for (int step = 0; step < 70; ++step) {
       std::vector<Gpt::NextToken> next;
-      for (std::int64_t s = 0; s < 3; ++s) {
+      for (std::int64_t s = 0; s < (step / 9 % 2 ? 2 : 3); ++s) {  // one stops now and then, and goes on
         const auto likeliest = static_cast<std::int32_t>(std::max_element(logits[s].begin(), logits[s].end()) - logits[s].begin());
         text[s].push_back(likeliest);
         next.push_back({s, likeliest});
       }
       const auto made = cached.gpt.decode(next);
-      for (std::int64_t s = 0; s < 3; ++s) {
+      for (std::int64_t s = 0; s < static_cast<std::int64_t>(next.size()); ++s) {
         logits[s].assign(made.begin() + s * config.vocabulary, made.begin() + (s + 1) * config.vocabulary);
         const auto whole = cached.gpt.next_logits(text[s]);
         const auto choice = std::max_element(whole.begin(), whole.end()) - whole.begin();

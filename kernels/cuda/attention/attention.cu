@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/attention/attention.h"
 
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -69,6 +70,8 @@ Args arguments(const AttentionForward& f, bool hopper) {
   const auto* tiles = dynamic_cast<const CudaTiles*>(f.tiles);
   require(tiles != nullptr, "tiles must come from upload_tiles_cuda");
   const TileMap& map = tiles->host();
+  require(f.keys >= 0 && (map.keys == 0 || f.keys > 0), "lists over fetched keys want the number of those");
+  require(f.key_count() <= std::numeric_limits<std::int32_t>::max(), "more keys than an i32 can count");
   require(s.tokens <= map.tokens && f.key_count() <= map.key_count(), "more tokens than the tile map serves");
   require(static_cast<std::int64_t>(map.group_of_head.size()) == s.heads, "the tile map is made for another number of heads");
   require(f.math.length_beta <= 0 || f.math.score == Score::cosine, "length_beta goes with score cosine");

@@ -45,11 +45,10 @@ std::unique_ptr<DeviceTiles> upload_tiles_cuda(std::shared_ptr<const TileMap> ti
 void cuda_attention_forward(const AttentionForward& a, cudaStream_t stream, const CudaAttentionOptions& options = {});
 void cuda_attention_backward(const AttentionBackward& a, cudaStream_t stream, const CudaAttentionOptions& options = {});
 
-/// Generation, on any GPU of sm_80 and later. `scratch`: cuda_attention_decode_scratch() bytes, 16-byte aligned. A row's bits do not depend on the
-/// other sequences. They are not those of the forward pass, which rounds weights to bf16 before it multiplies values with them; this does not. A
-/// position beyond the cache is not found out on the host: nothing is stored for it.
-std::size_t cuda_attention_decode_scratch(const AttentionDecode& a);
-void cuda_attention_decode(const AttentionDecode& a, void* scratch, cudaStream_t stream);
+/// Generation, on any GPU of sm_80 and later. A row's bits do not depend on the other sequences. They are not those of the forward pass, which rounds
+/// weights to bf16 before it multiplies values with them; this does not. A sequence or a position that is not in the cache is not found out on the
+/// host: nothing is stored for it, and its output is NaN.
+void cuda_attention_decode(const AttentionDecode& a, cudaStream_t stream);
 void cuda_cache_append(const CacheAppend& a, cudaStream_t stream);
 
 }  // namespace tessera

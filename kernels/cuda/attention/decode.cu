@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/attention/attention.h"
-#include "kernels/cuda/attention/pipeline.cuh"
+#include "kernels/cuda/attention/gate.cuh"
 #include "kernels/cuda/attention/tiles.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/vector.cuh"
@@ -26,22 +26,20 @@ using cuda::require;
 using cuda::store_piece;
 using cuda::unpack;
 
-constexpr int kWarps = 4;       // of a block
-constexpr int kMostParts = 64;  // of a list, where one tile a warp is less
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr int kWarps = 4;  // of a block
 
 struct DecodeArgs {
   const bf16 *cache, *qkv;
   bf16* o;
-  int batch, heads;
+  int batch, heads, cached;                // sequences: of the call, and in the cache
   std::int64_t capacity, sequence_stride;  // elements of a sequence's cache
   const int *sequences, *positions, *document_start;
   const float *scale, *threshold;
   BandLists lists;  // bands of two query tiles
   const int* group_of_head;
   const std::uint64_t* masks;
-  int part_entries, parts;  // list entries of a part; parts of the longest list
-  float* partial;           // [batch, heads, parts, D + 3]: sum of a v; sum of a, top (softmax), visible keys
+  int parts;       // of the longest list
+  float* partial;  // [batch, heads, parts, D + 3]: sum of a v; sum of a, top (softmax), visible keys
   bool fidelity, normalize_sum, normalize_length;
   int power;  // 0: softmax
   float epsilon, length_alpha, length_beta;
@@ -51,15 +49,22 @@ struct DecodeArgs {
   }
 };
 
-/// Where the list of a query's tile begins and ends.
+/// The list of a query's tile, and how it is cut: a tile a warp, until the parts are many. A function of the list alone. A query that is not in the
+/// cache has an empty one.
 struct List {
-  std::int64_t begin, end;
-  int group;  // of the band's two tiles
-  __device__ __forceinline__ List(const DecodeArgs& a, int h, int position) {
+  std::int64_t begin = 0, end = 0;
+  int group = 0;  // of the band's two tiles
+  int part_entries = kWarps;
+  bool valid;
+  __device__ __forceinline__ List(const DecodeArgs& a, int h, int sequence, int position)
+      : valid(position >= 0 && position < a.capacity && sequence >= 0 && sequence < a.cached) {
+    if (!valid) return;
     const int tile = position / kTile;
     const std::int64_t at = static_cast<std::int64_t>(a.group_of_head[h]) * (a.lists.bands + 1) + tile / 2;
     begin = a.lists.offsets[at], end = a.lists.offsets[at + 1], group = tile % 2;
+    part_entries = kWarps * static_cast<int>((end - begin + kWarps * kDecodeParts - 1) / (kWarps * kDecodeParts));
   }
+  __device__ __forceinline__ int parts() const { return end > begin ? static_cast<int>((end - begin + part_entries - 1) / part_entries) : 0; }
 };
 
 /// 2^x with 0 for -infinity on both sides of a difference.
@@ -71,8 +76,8 @@ __global__ void __launch_bounds__(32 * kWarps) decode_kernel(const __grid_consta
   const int part = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, key_of_lane = lane / kLanes, column = lane % kLanes * 8;
   const int position = a.positions[b];
-  const List list(a, h, position);
-  const std::int64_t first = list.begin + static_cast<std::int64_t>(part) * a.part_entries, last = min(first + a.part_entries, list.end);
+  const List list(a, h, a.sequences[b], position);
+  const std::int64_t first = list.begin + static_cast<std::int64_t>(part) * list.part_entries, last = min(first + list.part_entries, list.end);
   if (first >= last) return;
 
   const float c = a.scale[h];
@@ -201,8 +206,8 @@ __global__ void __launch_bounds__(32 * kWarps) decode_kernel(const __grid_consta
 template <int D, bool Softmax>
 __global__ void __launch_bounds__(D) finish_kernel(const __grid_constant__ DecodeArgs a) {
   const int h = blockIdx.x, b = blockIdx.y, d = threadIdx.x;
-  const List list(a, h, a.positions[b]);
-  const int parts = static_cast<int>((list.end - list.begin + a.part_entries - 1) / a.part_entries);
+  const List list(a, h, a.sequences[b], a.positions[b]);
+  const int parts = list.parts();
   float highest = -INFINITY, sum = 0, total = 0;
   int seen = 0;
   if (Softmax) {
@@ -217,12 +222,13 @@ __global__ void __launch_bounds__(D) finish_kernel(const __grid_constant__ Decod
                   : a.normalize_sum    ? a.epsilon + total
                   : a.normalize_length ? powf(static_cast<float>(max(seen, 1)), a.length_alpha)
                                        : 1.f;
-  a.o[(static_cast<std::int64_t>(b) * a.heads + h) * D + d] = __float2bfloat16_rn((z > 0.f ? sum / z : 0.f) + 0.f);
+  a.o[(static_cast<std::int64_t>(b) * a.heads + h) * D + d] =
+      __float2bfloat16_rn(!list.valid ? __int_as_float(0x7fffffff) : (z > 0.f ? sum / z : 0.f) + 0.f);
 }
 
 /// k and v of token t of sequence b, 16 bytes a thread.
 __global__ void append_kernel(const bf16* qkv, bf16* cache, const int* sequences, const int* positions, int batch, int tokens, int heads, int size,
-                              std::int64_t capacity) {
+                              int cached, std::int64_t capacity) {
   const int pieces = size / 8;
   std::int64_t n = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (n >= static_cast<std::int64_t>(batch) * tokens * 2 * heads * pieces) return;
@@ -232,7 +238,7 @@ __global__ void append_kernel(const bf16* qkv, bf16* cache, const int* sequences
   n /= 2 * heads;
   const int b = static_cast<int>(n / tokens);
   const std::int64_t token = positions[b] + n % tokens;
-  if (token < 0 || token >= capacity) return;
+  if (token < 0 || token >= capacity || sequences[b] < 0 || sequences[b] >= cached) return;
   store_piece(cache + ((sequences[b] * 2ll * heads + part_head) * capacity + token) * size + piece * 8,
               load_piece(qkv + (n * 3 * heads + heads + part_head) * size + piece * 8));
 }
@@ -247,13 +253,6 @@ void launch_decode(const DecodeArgs& a, cudaStream_t stream) {
     decode_kernel<D, false><<<grid, 32 * kWarps, 0, stream>>>(a);
     finish_kernel<D, false><<<rows, D, 0, stream>>>(a);
   }
-}
-
-/// How lists are cut: a tile a warp at a time, until there are enough parts to fill a GPU with a single sequence. A function of the lists only.
-void cut_lists(const Bands& bands, int& part_entries, int& parts) {
-  const auto longest = std::max<std::int64_t>(bands.longest(), 1);
-  part_entries = kWarps * static_cast<int>((longest + kWarps * kMostParts - 1) / (kWarps * kMostParts));
-  parts = static_cast<int>((longest + part_entries - 1) / part_entries);
 }
 
 const CudaTiles& checked_tiles(const char* operation, const AttentionDecode& a) {
@@ -276,34 +275,29 @@ void check_cache(const char* operation, const KeyValueCache& c) {
 
 using namespace cuda_attention;
 
-std::size_t cuda_attention_decode_scratch(const AttentionDecode& a) {
-  int part_entries, parts;
-  cut_lists(checked_tiles("attention_decode", a).by_query(2), part_entries, parts);
-  return static_cast<std::size_t>(a.positions.numel() * a.cache.heads * parts * (a.cache.head_size + 3)) * sizeof(float);
-}
-
-void cuda_attention_decode(const AttentionDecode& a, void* scratch, cudaStream_t stream) {
+void cuda_attention_decode(const AttentionDecode& a, cudaStream_t stream) {
   constexpr const char* kOp = "attention_decode";
   const CudaTiles& tiles = checked_tiles(kOp, a);
   check_cache(kOp, a.cache);
   const std::int64_t B = a.positions.numel(), H = a.cache.heads, D = a.cache.head_size;
   require(D == 64 || D == 128, kOp, "the kernels have head sizes 64 and 128");
-  require(B <= 65535 && H <= 65535, kOp, "more than 65,535 sequences or heads");
+  require(B <= 65535 && H <= 65535, kOp, "there must be at most 65,535 sequences and heads");
   require(a.math.length_beta <= 0 || a.math.score == Score::cosine, kOp, "length_beta goes with score cosine");
   if (B == 0) return;
   DecodeArgs d{};
   d.cache = static_cast<const bf16*>(a.cache.data.data);
   d.qkv = static_cast<const bf16*>(cuda::bf16_elements(kOp, "qkv", a.qkv, B * 3 * H * D));
   d.o = static_cast<bf16*>(cuda::bf16_elements(kOp, "o", a.o, B * H * D));
-  d.batch = static_cast<int>(B), d.heads = static_cast<int>(H);
+  d.batch = static_cast<int>(B), d.heads = static_cast<int>(H), d.cached = static_cast<int>(a.cache.sequences);
   d.capacity = a.cache.capacity, d.sequence_stride = 2 * H * a.cache.capacity * D;
   d.sequences = elements<std::int32_t>(kOp, "sequences", a.sequences, B, 4);
   d.positions = elements<std::int32_t>(kOp, "positions", a.positions, B, 4);
   d.document_start = cuda::optional_elements<std::int32_t>(kOp, "document_start", a.document_start, B, 4);
   d.scale = elements<float>(kOp, "scale", a.scale, H, 4), d.threshold = elements<float>(kOp, "threshold", a.threshold, H, 4);
   d.lists = tiles.by_query(2).lists(), d.group_of_head = tiles.group_of_head(), d.masks = tiles.masks();
-  cut_lists(tiles.by_query(2), d.part_entries, d.parts);
-  d.partial = static_cast<float*>(scratch);
+  d.parts = static_cast<int>(std::clamp<std::int64_t>((tiles.by_query(2).longest() + kWarps - 1) / kWarps, 1, kDecodeParts));
+  require(a.workspace.dtype == DType::f32 && a.workspace.numel() >= attention_decode_workspace(B, H, D), kOp, "the workspace is too small");
+  d.partial = a.workspace.as<float>();
   d.fidelity = a.math.score == Score::fidelity, d.power = gate_power(a.math.gate);
   d.normalize_sum = a.math.normalizer == Normalizer::sum, d.normalize_length = a.math.normalizer == Normalizer::length;
   d.epsilon = a.math.epsilon, d.length_alpha = a.math.length_alpha, d.length_beta = a.math.length_beta;
@@ -315,15 +309,16 @@ void cuda_cache_append(const CacheAppend& a, cudaStream_t stream) {
   constexpr const char* kOp = "cache_append";
   check_cache(kOp, a.cache);
   const std::int64_t B = a.positions.numel(), H = a.cache.heads, D = a.cache.head_size;
-  require(B > 0 && a.qkv.numel() % (B * 3 * H * D) == 0, kOp, "qkv must be [B, T, 3, H, D]");
+  if (B == 0) return;
+  require(a.qkv.numel() % (B * 3 * H * D) == 0, kOp, "qkv must be [B, T, 3, H, D]");
   const std::int64_t tokens = a.qkv.numel() / (B * 3 * H * D), pieces = B * tokens * 2 * H * (D / 8);
   const auto* qkv = static_cast<const bf16*>(cuda::bf16_elements(kOp, "qkv", a.qkv, a.qkv.numel()));
   const auto* sequences = elements<std::int32_t>(kOp, "sequences", a.sequences, B, 4);
   const auto* positions = elements<std::int32_t>(kOp, "positions", a.positions, B, 4);
   if (pieces == 0) return;
-  append_kernel<<<static_cast<unsigned>((pieces + 255) / 256), 256, 0, stream>>>(qkv, static_cast<bf16*>(a.cache.data.data), sequences, positions,
-                                                                                 static_cast<int>(B), static_cast<int>(tokens), static_cast<int>(H),
-                                                                                 static_cast<int>(D), a.cache.capacity);
+  append_kernel<<<static_cast<unsigned>((pieces + 255) / 256), 256, 0, stream>>>(
+      qkv, static_cast<bf16*>(a.cache.data.data), sequences, positions, static_cast<int>(B), static_cast<int>(tokens), static_cast<int>(H),
+      static_cast<int>(D), static_cast<int>(a.cache.sequences), a.cache.capacity);
   check_launch(kOp);
 }
 

@@ -69,8 +69,9 @@ struct Cache {
     if (!start.empty()) a.document_start = {starts.get(), DType::i32, {rows}};
     a.scale = {scale.get(), DType::f32, {s.heads}}, a.threshold = {threshold.get(), DType::f32, {s.heads}};
     a.o = {o.get(), DType::bf16, {rows, s.heads, s.head_size}};
-    Device<float> scratch(cuda_attention_decode_scratch(a) / sizeof(float));
-    cuda_attention_decode(a, scratch.get(), nullptr);
+    Device<float> workspace(attention_decode_workspace(rows, s.heads, s.head_size));
+    a.workspace = {workspace.get(), DType::f32, {static_cast<std::int64_t>(workspace.size())}};
+    cuda_attention_decode(a, nullptr);
     TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
     return o.host();
   }
@@ -110,8 +111,9 @@ void compare(const Problem& p, std::int64_t capacity, std::int64_t stride, const
           ASSERT_NEAR(found, wanted, std::abs(wanted) / 256 + 2e-5 * largest)
               << what << " sequence " << tokens[r].first << " token " << tokens[r].second;
         }
-    const auto alone = cache.decode({tokens[0]});
-    ASSERT_EQ(std::memcmp(alone.data(), made.data(), H * D * sizeof(Bf16)), 0) << what << ": a row depends on the batch";
+    const auto alone = cache.decode({tokens.back()});
+    ASSERT_EQ(std::memcmp(alone.data(), made.data() + (tokens.size() - 1) * H * D, H * D * sizeof(Bf16)), 0)
+        << what << ": a row depends on the batch";
   }
 }
 
@@ -125,12 +127,13 @@ TEST(CudaAttentionDecode, IsTheDefinitionInEveryCombination) {
         for (const std::int64_t D : {64, 128}) {
           ++n;
           AttentionMath math;
-          math.score = score, math.gate = gate, math.normalizer = norm, math.length_alpha = n % 2 ? 1.0f : 0.5f;
+          math.score = score, math.gate = gate, math.normalizer = norm, math.length_alpha = n / 2 % 2 ? 1.0f : 0.5f;
           math.epsilon = 1e-2f;  // how much a row with a tiny sum may magnify rounding
           if (score == Score::cosine && n % 3 == 0 && gate != Gate::softmax) math.length_beta = 0.6f;
           const double tau = score == Score::fidelity ? 0.01 : score == Score::cosine ? 0.4 * int(n % 3) : 0.2;
-          const Problem p = make_problem({2, 2, 190, D}, math, patterns[n / 2 % 4], n % 5 < 2, tau, n);
-          compare(p, n % 2 ? 190 : 333, 7,
+          const unsigned mix = n * 2654435761u >> 16;  // what the cases do not count off: pattern, documents, room in the cache
+          const Problem p = make_problem({2, 2, 190, D}, math, patterns[mix % 4], mix / 4 % 2, tau, n);
+          compare(p, mix / 8 % 2 ? 190 : 333, 7,
                   "case " + std::to_string(n) + " gate " + std::to_string(int(gate)) + " score " + std::to_string(int(score)));
           if (::testing::Test::HasFatalFailure()) return;
         }
@@ -177,19 +180,60 @@ TEST(CudaAttentionDecode, AgreesWithTheForwardKernelOverALongContext) {
   }
 }
 
+TEST(CudaAttentionDecode, WhatIsNotInTheCacheIsNeitherReadNorWritten) {
+  NEEDS_GPU();
+  const Problem p = make_problem({2, 2, 100, 64}, {}, {is_causal}, false, 0.1, 1);
+  Cache cache(p, 100);
+  cache.append(0, 0, 100);
+  const auto before = cache.memory.host();
+  Device<Bf16> qkv(std::vector<Bf16>(cache.qkv.begin(), cache.qkv.begin() + 3 * cache.token())), o(3 * 2 * 64);
+  Device<std::int32_t> sequences(std::vector<std::int32_t>{2, 3, -1}), positions(std::vector<std::int32_t>{100, 5, 5});
+  const Tensor at{positions.get(), DType::i32, {3}}, of{sequences.get(), DType::i32, {3}};
+  cuda_cache_append({cache.cache, {qkv.get(), DType::bf16, {3, 1, 3, 128}}, of, at}, nullptr);
+  AttentionDecode a;
+  Device<float> workspace(attention_decode_workspace(3, 2, 64));
+  a.cache = cache.cache, a.math = p.in.math, a.tiles = cache.tiles.get(), a.qkv = {qkv.get(), DType::bf16, {3, 3, 2, 64}};
+  a.sequences = of, a.positions = at, a.o = {o.get(), DType::bf16, {3, 2, 64}};
+  a.scale = {cache.scale.get(), DType::f32, {2}}, a.threshold = {cache.threshold.get(), DType::f32, {2}};
+  a.workspace = {workspace.get(), DType::f32, {static_cast<std::int64_t>(workspace.size())}};
+  TESSERA_CUDA_CHECK(cudaMemset(o.get(), 0, 3 * 2 * 64 * sizeof(Bf16)));
+  cuda_attention_decode(a, nullptr);
+  TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
+  for (const Bf16 x : o.host()) ASSERT_TRUE(std::isnan(__bfloat162float(x)));
+  const auto after = cache.memory.host();
+  EXPECT_EQ(std::memcmp(before.data(), after.data(), before.size() * sizeof(Bf16)), 0);
+}
+
+/// A negative scale turns the order of scores round.
+TEST(CudaAttentionDecode, NegativeScale) {
+  NEEDS_GPU();
+  Problem p = make_problem({1, 2, 150, 64}, {.epsilon = 1e-2f}, {is_causal, windowed}, true, -0.5, 5);
+  for (double& c : p.in.scale) c = -c;
+  compare(p, 160, 11, "negative scale");
+}
+
 TEST(CudaAttentionDecode, RefusesWhatItCannotDo) {
   NEEDS_GPU();
   const Problem p = make_problem({1, 1, 64, 64}, {}, {is_causal}, false, 0.1, 1);
   Cache cache(p, 64);
+  const auto refuses = [&](AttentionDecode a, const std::string& what) {
+    try {
+      cuda_attention_decode(a, nullptr);
+      ADD_FAILURE() << "not refused: " << what;
+    } catch (const std::logic_error& e) {
+      EXPECT_NE(std::string(e.what()).find(what), std::string::npos) << e.what();
+    }
+  };
   AttentionDecode a;
   a.cache = cache.cache;
-  EXPECT_THROW(cuda_attention_decode(a, nullptr, nullptr), std::logic_error);  // no tiles
+  refuses(a, "upload_tiles_cuda");
   a.tiles = cache.tiles.get();
-  a.cache.capacity = 65;
-  EXPECT_THROW(cuda_attention_decode(a, nullptr, nullptr), std::logic_error);
+  a.cache.capacity = 65, a.cache.data.shape = {2 * 2 * 65 * 64};
+  refuses(a, "longer than the tile map");
   a.cache = cache.cache;
-  a.cache.head_size = 32;
-  EXPECT_THROW(cuda_attention_decode(a, nullptr, nullptr), std::logic_error);
+  a.cache.head_size = 32, a.cache.capacity = 64, a.cache.data.shape = {2 * 2 * 64 * 32};
+  a.positions = {cache.scale.get(), DType::i32, {1}};
+  refuses(a, "head sizes 64 and 128");
 }
 
 }  // namespace

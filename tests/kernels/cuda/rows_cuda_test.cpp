@@ -72,10 +72,10 @@ TEST(CudaRows, PiecesMoveBetweenStridesAndBack) {
 
 TEST(CudaRows, LookUpReadsATable) {
   TESSERA_NEEDS_GPU();
-  Device<std::int32_t> table(std::vector<std::int32_t>{5, 7, 11, 13}), index(std::vector<std::int32_t>{3, 0, 0, 2}), out(4);
+  Device<std::int32_t> table(std::vector<std::int32_t>{5, 7, 11, 13}), index(std::vector<std::int32_t>{3, 0, -1, 4}), out(4);
   gpu().look_up({out.get(), DType::i32, {4}}, {table.get(), DType::i32, {4}}, {index.get(), DType::i32, {4}});
   gpu().synchronize();
-  EXPECT_EQ(out.host(), (std::vector<std::int32_t>{13, 5, 5, 11}));
+  EXPECT_EQ(out.host(), (std::vector<std::int32_t>{13, 5, INT32_MAX, INT32_MAX}));  // outside: nothing visible, as a document's start
 }
 
 }  // namespace
