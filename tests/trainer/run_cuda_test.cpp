@@ -118,6 +118,31 @@ TEST_F(RunCudaTest, SameLossesOnSeveralRanks) {
   expect_near("cut", "r1", "loss", 0.02);
 }
 
+// Every output of the attention has the bits of one rank's, and so has the first loss but for the order of its sum; gradients of keys and values are
+// sums over ranks, rounded once more.
+TEST_F(RunCudaTest, SequencesSharedByRanksGiveTheLossesOfOne) {
+  const std::string longer = "--set model.context=320 --set train.tokens_per_step=1280 ";
+  int number = 0;
+  for (const std::string options : {"--set attention.gate=softmax ", "--set attention.gate=softmax --set 'attention.pattern={window: {size: 70}}' ",
+                                    "--set 'attention.pattern={any: [{global: {tokens: 5}}, {strided: {stride: 9, width: 3}}]}' "
+                                    "--set attention.document_mask=true --set attention.threshold.mode=fixed --set attention.epsilon=0.05 "}) {
+    const std::string one = fmt::format("one{}", ++number);
+    ASSERT_EQ(train(one, longer + options).code, 0);
+    for (const auto& [ranks, shared, layout, exchange] :
+         {std::tuple{2, 2, "contiguous", "needed"}, {4, 4, "balanced", "needed"}, {4, 2, "zigzag", "needed"}, {2, 2, "balanced", "heads"}}) {
+      const std::string name = fmt::format("{}_{}of{}_{}_{}", one, shared, ranks, layout, exchange);
+      const Result r = train(
+          name,
+          longer + options + fmt::format("--set parallel.sequence={} --set parallel.layout={} --set parallel.exchange={}", shared, layout, exchange),
+          ranks);
+      ASSERT_EQ(r.code, 0) << name << r;
+      expect_near(name, one, "loss", 0.02);
+      expect_near(name, one, "validation_loss", 0.02);
+      EXPECT_NEAR(metrics(name)[0]["loss"].get<double>(), metrics(one)[0]["loss"].get<double>(), 1e-5) << name;
+    }
+  }
+}
+
 TEST_F(RunCudaTest, ARankThatDiesTakesTheJobDown) {
   const Result r = train("a", "--set parallel.deadline=20", 2, "TESSERA_FAULT=kill@1:9");
   EXPECT_NE(r.code, 0) << r;
