@@ -5,10 +5,7 @@
 //   forward    pack, fetch | unpack, begin the next fetch, attention | ...
 //   backward   pack, fetch | unpack, begin the next fetch, attention, take the returns of the turn before, begin to return | ...
 
-#include <fmt/format.h>
-
 #include <algorithm>
-#include <optional>
 #include <stdexcept>
 
 #include "model/shared_attention_parts.h"
@@ -43,8 +40,7 @@ class NeededAttention final : public SharedAttention {
   }
 
   void bind(Ops& ops, const SequenceGroup& group) override {
-    if (!group.comm || std::ssize(group.members) != part_.ranks || group.members[static_cast<std::size_t>(part_.rank)] != group.comm->rank())
-      throw std::logic_error(fmt::format("shared attention: rank {} of {} and a group of {}", part_.rank, part_.ranks, group.members.size()));
+    check_group(part_, group);
     ops_ = &ops;
     group_ = group;
     lists_.upload(ops);

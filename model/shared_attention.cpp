@@ -40,8 +40,8 @@ std::unique_ptr<SharedAttention> make_shared_attention(const SequencePart& part,
     throw std::logic_error("shared attention: the part does not fit the split");
   switch (part.exchange) {
     case SequenceExchange::needed: return make_needed_attention(part, split, layers, shape, plan);
-    case SequenceExchange::heads: throw std::invalid_argument("exchange heads is not available yet; expected needed or auto");
-    case SequenceExchange::ring: throw std::invalid_argument("exchange ring is not available yet; expected needed or auto");
+    case SequenceExchange::heads: return make_heads_attention(part, split, layers, shape, plan);
+    case SequenceExchange::ring: throw std::invalid_argument("exchange ring is not available yet; expected needed, heads or auto");
     case SequenceExchange::automatic: break;
   }
   throw std::logic_error("shared attention: which exchange it is must be decided before");

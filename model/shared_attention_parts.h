@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <map>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -90,6 +91,16 @@ inline std::vector<Communicator::Part> parts_of(const SequenceGroup& group, cons
   return parts;
 }
 
+/// Throws std::logic_error unless the group is that of the part.
+inline void check_group(const SequencePart& part, const SequenceGroup& group) {
+  if (!group.comm || std::ssize(group.members) != part.ranks || group.members[static_cast<std::size_t>(part.rank)] != group.comm->rank())
+    throw std::logic_error("shared attention: rank " + std::to_string(part.rank) + " of " + std::to_string(part.ranks) + " and a group of " +
+                           std::to_string(group.members.size()));
+}
+
+std::unique_ptr<SharedAttention> make_heads_attention(const SequencePart& part, const SequenceSplit& split,
+                                                      const std::vector<std::shared_ptr<const TileMap>>& layers, const SharedAttention::Shape& shape,
+                                                      MemoryPlan& plan);
 std::unique_ptr<SharedAttention> make_needed_attention(const SequencePart& part, const SequenceSplit& split,
                                                        const std::vector<std::shared_ptr<const TileMap>>& layers, const SharedAttention::Shape& shape,
                                                        MemoryPlan& plan);

@@ -108,7 +108,7 @@ TEST_P(GptSequence, LossesAndGradientsOfOneRank) {
       }
 }
 
-INSTANTIATE_TEST_SUITE_P(Exchanges, GptSequence, ::testing::Values(SequenceExchange::needed), [](const auto& info) {
+INSTANTIATE_TEST_SUITE_P(Exchanges, GptSequence, ::testing::Values(SequenceExchange::needed, SequenceExchange::heads), [](const auto& info) {
   return info.param == SequenceExchange::needed ? "needed" : info.param == SequenceExchange::heads ? "heads" : "ring";
 });
 

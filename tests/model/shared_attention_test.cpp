@@ -228,10 +228,11 @@ Results on_rank(const Case& c, const Inputs& whole, const SequenceSplit& split, 
   call.a.forward.active_tiles = tensor(bitmap, {sizes.active_tiles});
   call.a.workspace = tensor(workspace, {sizes.workspace});
   shared->begin(c.documents ? tensor(in.document_start, {B * T}) : Tensor{});
+  const std::uint64_t before = comm.sent_bytes();  // starts of documents are no part of the attention's tensors
   shared->forward(0, call.a.forward);
-  sent.forward = comm.sent_bytes();
+  sent.forward = comm.sent_bytes() - before;
   shared->backward(0, call.a);
-  sent.backward = comm.sent_bytes() - sent.forward;
+  sent.backward = comm.sent_bytes() - before - sent.forward;
   EXPECT_TRUE(late.idle());
   if (c.exchange == SequenceExchange::needed) {  // z: by turns of heads, [B, heads of the turn, T]
     const std::int64_t turn = (H + c.stages - 1) / c.stages;
@@ -406,7 +407,7 @@ TEST_P(Shared, TilesThatAreNotSquareAndSequencesOfEveryLength) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(Exchanges, Shared, ::testing::Values(SequenceExchange::needed), [](const auto& info) {
+INSTANTIATE_TEST_SUITE_P(Exchanges, Shared, ::testing::Values(SequenceExchange::needed, SequenceExchange::heads), [](const auto& info) {
   return info.param == SequenceExchange::needed ? "needed" : info.param == SequenceExchange::heads ? "heads" : "ring";
 });
 
