@@ -15,10 +15,8 @@
 #include "model/sequence_bytes.h"
 
 namespace tessera {
-namespace {
 
-/// The tile lists of every layer; layers with equal patterns share them.
-HostTiles make_layer_tiles(const ModelConfig& config, std::int64_t tokens) {
+std::vector<std::shared_ptr<const TileMap>> make_layer_tiles(const ModelConfig& config, std::int64_t tokens) {
   const AttentionConfig& a = config.attention;
   std::map<std::vector<std::string>, std::shared_ptr<const TileMap>> by_patterns;
   HostTiles tiles;
@@ -31,6 +29,8 @@ HostTiles make_layer_tiles(const ModelConfig& config, std::int64_t tokens) {
   }
   return tiles;
 }
+
+namespace {
 
 /// What the kernels of a GPU are made for, beyond check_model().
 void check_cuda(const ModelConfig& m) {

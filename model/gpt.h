@@ -33,6 +33,9 @@ enum class Recompute {
   block       // everything inside a block: only its input is kept
 };
 
+/// The tile lists of every layer over a sequence of so many tokens; layers with equal patterns share them.
+std::vector<std::shared_ptr<const TileMap>> make_layer_tiles(const ModelConfig& config, std::int64_t tokens);
+
 class Gpt {
  public:
   struct Options {

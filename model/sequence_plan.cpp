@@ -6,10 +6,10 @@
 #include <bit>
 #include <numeric>
 #include <stdexcept>
-#include <tuple>
 #include <utility>
 
 #include "model/pattern.h"
+#include "model/sequence_balance.h"
 
 namespace tessera {
 namespace {
@@ -17,30 +17,6 @@ namespace {
 using Layers = std::vector<std::shared_ptr<const TileMap>>;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-/// Neighbouring blocks, as many a part as divides evenly; the first parts have one more where it does not.
-std::vector<std::vector<std::int32_t>> even_parts(std::int64_t blocks, int parts) {
-  std::vector<std::vector<std::int32_t>> result(static_cast<std::size_t>(parts));
-  std::int32_t next = 0;
-  for (int p = 0; p < parts; ++p) {
-    auto& part = result[static_cast<std::size_t>(p)];
-    part.resize(static_cast<std::size_t>(blocks / parts + (p < blocks % parts ? 1 : 0)));
-    std::iota(part.begin(), part.end(), next);
-    next += static_cast<std::int32_t>(part.size());
-  }
-  return result;
-}
-
-std::vector<std::vector<std::int32_t>> zigzag_parts(std::int64_t blocks, int ranks) {
-  auto parts = even_parts(blocks, 2 * ranks);
-  for (int r = 0; r < ranks; ++r) {
-    auto& first = parts[static_cast<std::size_t>(r)];
-    const auto& second = parts[static_cast<std::size_t>(2 * ranks - 1 - r)];
-    first.insert(first.end(), second.begin(), second.end());
-  }
-  parts.resize(static_cast<std::size_t>(ranks));
-  return parts;
-}
 
 /// Whether a query among the first `rows` of the tile sees a key. A visible key comes no later than its query, so the end of the sequence cuts rows
 /// only.
@@ -129,81 +105,10 @@ std::int64_t fetched_keys(const SequenceSplit& split, const Layers& layers) {
   return fetched;
 }
 
-std::vector<std::int64_t> loads_of(const std::vector<std::vector<std::int32_t>>& blocks, const std::vector<std::int64_t>& rows) {
-  std::vector<std::int64_t> loads;
-  for (const auto& mine : blocks)
-    loads.push_back(
-        std::accumulate(mine.begin(), mine.end(), std::int64_t{0}, [&](auto sum, auto b) { return sum + rows[static_cast<std::size_t>(b)]; }));
-  return loads;
-}
-
-/// Neighbouring blocks, each cut at the row nearest to its share of the tiles.
-std::vector<std::vector<std::int32_t>> runs_by_tiles(int ranks, const std::vector<std::int64_t>& rows) {
-  const std::int64_t total = std::accumulate(rows.begin(), rows.end(), std::int64_t{0});
-  std::vector<std::vector<std::int32_t>> runs(static_cast<std::size_t>(ranks));
-  std::size_t b = 0;
-  std::int64_t before = 0;  // tiles of the rows before b
-  for (std::size_t r = 0; r < runs.size(); ++r) {
-    const std::int64_t end = total * static_cast<std::int64_t>(r + 1);  // times ranks
-    const std::size_t last = rows.size() - (runs.size() - 1 - r);       // leaves a row for each rank to come
-    do {
-      before += rows[b];
-      runs[r].push_back(static_cast<std::int32_t>(b++));
-    } while (b < last && (r + 1 == runs.size() || (2 * before + rows[b]) * ranks <= 2 * end));
-  }
-  return runs;
-}
-
-/// Longest processing time first (Graham, 1969): the row with most tiles goes to the rank with fewest, so no two ranks ever differ by more than the
-/// largest row. Of equal ranks, the one with fewest blocks, then one that has a neighbouring block, then the first. Rows without tiles even out
-/// blocks.
-std::vector<std::vector<std::int32_t>> greedy(int ranks, const std::vector<std::int64_t>& rows) {
-  std::vector<std::int32_t> order(rows.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return rows[static_cast<std::size_t>(a)] > rows[static_cast<std::size_t>(b)]; });
-
-  std::vector<std::vector<std::int32_t>> blocks(static_cast<std::size_t>(ranks));
-  std::vector<std::int64_t> loads(static_cast<std::size_t>(ranks));
-  std::vector<std::int32_t> owner(rows.size(), -1);
-  for (const auto b : order) {
-    const std::int64_t tiles = rows[static_cast<std::size_t>(b)];
-    const auto neighbour = [&](int rank) {
-      return (b > 0 && owner[static_cast<std::size_t>(b) - 1] == rank) ||
-             (b + 1 < std::ssize(rows) && owner[static_cast<std::size_t>(b) + 1] == rank);
-    };
-    const auto key = [&](int rank) {
-      const auto r = static_cast<std::size_t>(rank);
-      return std::tuple(tiles == 0 ? 0 : loads[r], blocks[r].size(), !neighbour(rank));
-    };
-    int best = 0;
-    for (int r = 1; r < ranks; ++r)
-      if (key(r) < key(best)) best = r;
-    blocks[static_cast<std::size_t>(best)].push_back(b);
-    loads[static_cast<std::size_t>(best)] += tiles;
-    owner[static_cast<std::size_t>(b)] = best;
-  }
-  for (auto& mine : blocks) std::sort(mine.begin(), mine.end());
-  return blocks;
-}
-
 SequenceSplit balance(SequenceSplit split, int ranks, const Layers& layers) {
-  const auto rows = tiles_of_rows(split.tokens, split.block, layers);
-  const std::int64_t largest = *std::max_element(rows.begin(), rows.end());
-  const auto even_blocks = static_cast<std::size_t>(ceil_div(split.block_count(), ranks));
-
-  std::vector<std::vector<std::vector<std::int32_t>>> candidates = {even_parts(split.block_count(), ranks), runs_by_tiles(ranks, rows)};
-  if (split.block_count() >= 2 * ranks) candidates.push_back(zigzag_parts(split.block_count(), ranks));
-  candidates.push_back(greedy(ranks, rows));
-
   std::int64_t fewest = -1;
-  for (std::size_t c = 0; c < candidates.size(); ++c) {
-    const auto loads = loads_of(candidates[c], rows);
-    const auto [low, high] = std::minmax_element(loads.begin(), loads.end());
-    const std::size_t most_blocks =
-        std::max_element(candidates[c].begin(), candidates[c].end(), [](auto& a, auto& b) { return a.size() < b.size(); })->size();
-    const bool last_resort = c + 1 == candidates.size();
-    if (!last_resort && (*high - *low > largest || most_blocks > even_blocks + even_blocks / 8)) continue;
-    SequenceSplit candidate{split.tokens, split.block, std::move(candidates[c])};
+  for (auto& blocks : balanced_blocks(ranks, tiles_of_rows(split.tokens, split.block, layers))) {
+    SequenceSplit candidate{split.tokens, split.block, std::move(blocks)};
     const std::int64_t fetched = fetched_keys(candidate, layers);
     if (fewest >= 0 && fetched >= fewest) continue;
     fewest = fetched;

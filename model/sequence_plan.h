@@ -42,9 +42,9 @@ struct SequenceSplit {
 ///   zigzag      as contiguous over 2 x ranks parts, of which rank r has the parts r and 2 ranks - 1 - r
 ///   balanced    visible tiles of a rank, of all heads of all layers, differ from any other's by at most those of the largest row of blocks. Of the
 ///               splits that keep this bound, the one whose ranks fetch fewest keys among: contiguous; neighbouring blocks cut where the tiles
-///               balance; zigzag; and the longest row to the rank with fewest tiles (Graham, 1969), which always keeps it. The first three also may
-///               not give a rank more than 1/8 above its even share of blocks, since all but attention is paid by tokens. So a window, whose bytes
-///               are fewest among neighbours, stays with neighbours, and causal gets zigzag or what is nearest to it.
+///               balance; zigzag with some blocks moved until they do; and the longest row to the rank with fewest tiles (Graham, 1969), which
+///               always keeps it. The others also may not give a rank more than 1/8 above its even share of blocks, since all but attention is
+///               paid by tokens. So a window, whose bytes are fewest among neighbours, stays with neighbours, and causal gets zigzag.
 /// `layers` are the tile maps of the layers over the whole sequence (equal ones may be the same pointer), with equal tiles; only `balanced` reads
 /// their lists. Time grows with the listed tiles.
 /// Throws std::invalid_argument, saying which numbers would do, when there are fewer blocks than parts, and for maps that fit no such sequence.

@@ -7,6 +7,7 @@
 #include "data/tokenizer.h"
 #include "trainer/device.h"
 #include "trainer/open_data.h"
+#include "trainer/sequence_costs.h"
 #include "trainer/train_state.h"
 
 namespace tessera {
@@ -44,6 +45,8 @@ void find_vocabulary(Config& config, const std::optional<TrainingData>& data) {
 }
 
 }  // namespace
+
+void find_vocabulary(Config& config) { find_vocabulary(config, data_if_there(config)); }
 
 Json plan_run(Config& config, int ranks) {
   check_ranks(config, ranks);
@@ -91,6 +94,7 @@ Json plan_run(Config& config, int ranks) {
                              {"epochs", epochs(data->share(i), part.train.tokens)}});
     }
   }
+  if (config.parallel.sequence > 1) plan["sequence"] = plan_sequence(config, config.parallel.sequence);
   return plan;
 }
 

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "tests/cli/expect_usage_error.h"
 #include "tests/cli/run_tessera.h"
 
 namespace tessera {
@@ -14,19 +15,8 @@ namespace {
 using Json = nlohmann::json;
 
 const std::string kTiny = TESSERA_CONFIGS "/tiny.yaml";
-constexpr const char* kCommands[] = {"prepare", "tokenizer", "train", "eval", "generate", "compare", "inspect", "plan", "config", "attention", "bench"};
-
-bool has(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
-
-/// A usage error: exit code 2, nothing on stdout, "tessera: error: ..." on stderr with each of `parts`.
-template <class... Parts>
-void expect_usage_error(const Outcome& outcome, const Parts&... parts) {
-  EXPECT_EQ(outcome.code, 2) << outcome.err;
-  EXPECT_EQ(outcome.out, "");
-  EXPECT_TRUE(outcome.err.starts_with("tessera: error: ")) << outcome.err;
-  EXPECT_TRUE(outcome.err.ends_with("\n"));
-  for (const std::string& part : {std::string(parts)...}) EXPECT_TRUE(has(outcome.err, part)) << "expected: " << part << "\nfound: " << outcome.err;
-}
+constexpr const char* kCommands[] = {"prepare", "tokenizer", "train",  "eval",      "generate", "compare",
+                                     "inspect", "plan",      "config", "attention", "bench"};
 
 TEST(CommandLine, HelpNamesEveryCommand) {
   const Outcome help = run_tessera("--help");
@@ -58,7 +48,7 @@ TEST(CommandLine, OptionsOfTheContract) {
       {"generate",
        {"CHECKPOINT", "--prompt", "--prompts", "--tokens", "--temperature", "--top-k", "--top-p", "--samples", "--seed", "--recompute", "--json"}},
       {"inspect", {"PATH", "--verify"}},
-      {"plan", {"CONFIG", "--ranks", "--json"}},
+      {"plan", {"CONFIG", "--ranks", "--sequence", "--simulate", "--gpus", "--json"}},
       {"config", {"CONFIG", "--schema", "--set"}},
       {"attention", {"IN", "OUT", "--set", "--visit"}},
       {"bench", {"--json"}},

@@ -327,6 +327,31 @@ TEST(SequencePlan, AWindowIsAHalo) {
   }
 }
 
+// Windows leave the first rows with less, which zigzag does not even out: a few blocks are moved, and little more than with zigzag is fetched.
+TEST(SequencePlan, BalancedWithWindowsAndCausalLayersIsNearZigzag) {
+  const std::int64_t tokens = 8192;
+  const auto near = make_tile_map(config_of(window(512)), 0, kHeads, tokens, 32, 32), far = make_tile_map({}, 0, kHeads, tokens, 32, 32);
+  const Layers layers = {near, near, near, far};
+  const auto loads_and_keys = [&](SequenceLayout layout) {
+    const auto split = split_sequence(layout, tokens, 8, layers);
+    std::vector<std::int64_t> loads(8);
+    std::int64_t keys = 0;
+    for (const auto& map : layers) {
+      const auto plan = plan_needed(split, *map);
+      for (int r = 0; r < 8; ++r) {
+        loads[r] += kHeads * std::ssize(plan[r].lists->groups[0].query_entries);
+        keys += fetched_keys(plan[r], *map, tokens);
+      }
+    }
+    return std::pair(*std::max_element(loads.begin(), loads.end()) - *std::min_element(loads.begin(), loads.end()), keys);
+  };
+  const auto zigzag = loads_and_keys(SequenceLayout::zigzag), balanced = loads_and_keys(SequenceLayout::balanced);
+  const std::int64_t last_row = kHeads * (256 + 3 * 17);
+  EXPECT_GT(zigzag.first, last_row);
+  EXPECT_LE(balanced.first, last_row);
+  EXPECT_LE(static_cast<double>(balanced.second), 1.1 * static_cast<double>(zigzag.second));
+}
+
 // Contiguous parts of a causal sequence: rank r sees all keys before it.
 TEST(SequencePlan, CausalNeedsWhatComesBefore) {
   const std::int64_t tokens = 131072;

@@ -7,16 +7,14 @@
 #include <nlohmann/json.hpp>
 
 #include "trainer/commands/commands.h"
+#include "trainer/commands/plan.h"
 #include "trainer/config.h"
 #include "trainer/run_plan.h"
+#include "trainer/sequence_costs.h"
+#include "trainer/simulate.h"
 
 namespace tessera {
 
-namespace {
-
-using Json = nlohmann::ordered_json;
-
-/// 1234567 as "1,234,567".
 std::string grouped(std::int64_t n) {
   if (n < 1000) return std::to_string(n);
   return fmt::format("{},{:03}", grouped(n / 1000), n % 1000);
@@ -29,6 +27,11 @@ std::string human_bytes(double bytes) {
   return fmt::format("{:.{}f} {}", bytes, unit == 0 ? 0 : 1, units[unit]);
 }
 
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+/// What a run takes.
 std::string plan_text(const Json& plan) {
   std::string text;
   const auto row = [&](const std::string& name, const std::string& value, const std::string& note = "") {
@@ -65,24 +68,68 @@ void add_plan_command(CLI::App& app) {
   struct Options {
     std::string file;
     std::vector<std::string> sets;
-    int ranks = 1;
-    bool json = false;
+    int ranks = 1, sequence = 0;
+    bool json = false, simulate = false;
+    std::vector<int> gpus{8};
+    std::int64_t context = 0;
+    SimulatedCluster cluster;
+    std::vector<std::string> rates;
   };
   auto options = std::make_shared<Options>();
-  CLI::App* command = app.add_subcommand("plan", "Memory and work of a run, before it: parameters, bytes on each rank, FLOPs");
+  CLI::App* command = app.add_subcommand("plan", "Memory and work of a run, before it: parameters, bytes on each rank, FLOPs, messages");
   command->add_option("CONFIG.yaml", options->file, "YAML configuration")->type_name("")->required();
-  command->add_option("--ranks", options->ranks, "MPI ranks of the run")->type_name("N")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  auto* ranks = command->add_option("--ranks", options->ranks, "MPI ranks of the run")->type_name("N")->check(CLI::Range(1, 1 << 20));
+  ranks->capture_default_str();
+  command->add_option("--sequence", options->sequence, "Only what this many ranks of a sequence would compute and send, or how fast (--simulate)")
+      ->type_name("S")
+      ->check(CLI::Range(1, 1024));
   command->add_option("--set", options->sets, "Set a key, after the file; the last one counts")->type_name("KEY=VALUE")->expected(1)->take_all();
   command->add_flag("--json", options->json, "Print JSON");
+  auto* simulate_flag =
+      command->add_flag("--simulate", options->simulate, "Predict the time of a step on GPUs, for every layout and exchange")->excludes(ranks);
+  const auto simulated = [&](const char* name, auto& value, const char* meaning) {
+    return command->add_option(name, value, meaning)->needs(simulate_flag)->group("With --simulate");
+  };
+  simulated("--gpus", options->gpus, "Numbers of GPUs")->type_name("N,N,...")->delimiter(',')->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  simulated("--context", options->context, "Tokens a sequence, instead of model.context")->type_name("T")->check(CLI::Range(1, 1 << 20));
+  simulated("--node-size", options->cluster.node_size, "GPUs of a node")->type_name("N")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  const auto speed = number_in(1e-3, 1e9);
+  simulated("--link-gbps", options->cluster.link_gbps, "Gbit/s a GPU sends inside its node")->type_name("X")->check(speed)->capture_default_str();
+  simulated("--node-gbps", options->cluster.node_gbps, "Gbit/s a GPU sends to other nodes")->type_name("X")->check(speed)->capture_default_str();
+  simulated("--latency-us", options->cluster.latency_us, "Microseconds of a round of messages")
+      ->type_name("X")
+      ->check(number_in(0, 1e9))
+      ->capture_default_str();
+  simulated("--rate", options->rates, "Set a rate that the prediction prints among what it assumes")
+      ->type_name("NAME=VALUE")
+      ->expected(1)
+      ->take_all();
   command->footer(
       "Needs no data when model.vocabulary or data.tokenizer (bytes, gpt2, bpe:FILE) says the vocabulary.\n"
       "Example:\n"
-      "  tessera plan configs/quickstart.yaml --ranks 2 --set data.tokenizer=gpt2");
-  command->callback([options] {
-    Config config = load_config(options->file, options->sets);
+      "  tessera plan configs/quickstart.yaml --ranks 2 --set data.tokenizer=gpt2\n"
+      "  tessera plan configs/long-context.yaml --sequence 4\n"
+      "  tessera plan configs/long-context.yaml --simulate --gpus 8,64 --context 131072 --set data.tokenizer=gpt2");
+  command->callback([options, ranks] {
+    std::vector<std::string> sets = options->sets;
+    if (options->context > 0) sets.push_back(fmt::format("model.context={}", options->context));
+    Config config = load_config(options->file, sets);
     for (const auto& notice : config.notices) fmt::print(stderr, "tessera: note: {}\n", notice);
-    const Json plan = plan_run(config, options->ranks);
-    std::cout << (options->json ? plan.dump(2) + "\n" : plan_text(plan));
+    const auto print = [&](const Json& result, const auto& text) { std::cout << (options->json ? result.dump(2) + "\n" : text(result)); };
+    if (options->simulate) {
+      SimulatedRates rates;
+      for (const auto& rate : options->rates) set_rate(rates, rate);
+      find_vocabulary(config);
+      print(simulate(config, options->gpus, options->sequence, options->cluster, rates), simulation_text);
+    } else if (options->sequence > 0) {
+      if (ranks->count() > 0 && options->ranks % options->sequence != 0)
+        throw ConfigError(
+            fmt::format("--ranks {}: {} ranks share a sequence; expected a multiple of {}", options->ranks, options->sequence, options->sequence));
+      print({{"sequence", plan_sequence(config, options->sequence)}}, [](const Json& plan) { return sequence_text(plan["sequence"]); });
+    } else {
+      print(plan_run(config, options->ranks),
+            [](const Json& plan) { return plan_text(plan) + (plan.contains("sequence") ? sequence_text(plan["sequence"]) : ""); });
+    }
   });
 }
 
