@@ -203,6 +203,7 @@ void Gpt::bind(const SequenceGroup& group) { impl_->bind(group); }
 const ModelConfig& Gpt::config() const { return impl_->config; }
 const Gpt::Options& Gpt::options() const { return impl_->options; }
 std::vector<std::int32_t> Gpt::positions() const { return impl_->split.positions(impl_->options.sequence.rank); }
+const SequenceSplit& Gpt::split() const { return impl_->split; }
 const ParameterLayout& Gpt::layout() const { return impl_->layout; }
 Tensor Gpt::weights() const { return impl_->weights(); }
 Tensor Gpt::vectors() const { return impl_->vectors(); }

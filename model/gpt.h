@@ -68,6 +68,7 @@ class Gpt {
   const Options& options() const;  // complete: tokens, device and sequence.exchange are set
   /// Index in the sequence of each of this rank's tokens, ascending: 0, 1, ... unless ranks share sequences.
   std::vector<std::int32_t> positions() const;
+  const SequenceSplit& split() const;  // of a sequence over its ranks
   const ParameterLayout& layout() const;
   Tensor weights() const;    // flat [padded] of the compute type: every parameter, as matrix products read it
   Tensor vectors() const;    // f32 [count - decayed_count]: the parameters behind the matrices, as everything else reads them. A part of weights()

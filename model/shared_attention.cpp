@@ -41,7 +41,7 @@ std::unique_ptr<SharedAttention> make_shared_attention(const SequencePart& part,
   switch (part.exchange) {
     case SequenceExchange::needed: return make_needed_attention(part, split, layers, shape, plan);
     case SequenceExchange::heads: return make_heads_attention(part, split, layers, shape, plan);
-    case SequenceExchange::ring: throw std::invalid_argument("exchange ring is not available yet; expected needed, heads or auto");
+    case SequenceExchange::ring: return make_ring_attention(part, split, layers, shape, plan);
     case SequenceExchange::automatic: break;
   }
   throw std::logic_error("shared attention: which exchange it is must be decided before");

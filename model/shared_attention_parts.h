@@ -105,4 +105,8 @@ std::unique_ptr<SharedAttention> make_needed_attention(const SequencePart& part,
                                                        const std::vector<std::shared_ptr<const TileMap>>& layers, const SharedAttention::Shape& shape,
                                                        MemoryPlan& plan);
 
+std::unique_ptr<SharedAttention> make_ring_attention(const SequencePart& part, const SequenceSplit& split,
+                                                     const std::vector<std::shared_ptr<const TileMap>>& layers, const SharedAttention::Shape& shape,
+                                                     MemoryPlan& plan);
+
 }  // namespace tessera

@@ -108,9 +108,10 @@ TEST_P(GptSequence, LossesAndGradientsOfOneRank) {
       }
 }
 
-INSTANTIATE_TEST_SUITE_P(Exchanges, GptSequence, ::testing::Values(SequenceExchange::needed, SequenceExchange::heads), [](const auto& info) {
-  return info.param == SequenceExchange::needed ? "needed" : info.param == SequenceExchange::heads ? "heads" : "ring";
-});
+INSTANTIATE_TEST_SUITE_P(Exchanges, GptSequence, ::testing::Values(SequenceExchange::needed, SequenceExchange::heads, SequenceExchange::ring),
+                         [](const auto& info) {
+                           return info.param == SequenceExchange::needed ? "needed" : info.param == SequenceExchange::heads ? "heads" : "ring";
+                         });
 
 TEST(GptSequenceSetUp, ThePlanIsOfTheRanksOwnTokens) {
   ModelConfig m = longer(test::tiny_config());

@@ -407,9 +407,10 @@ TEST_P(Shared, TilesThatAreNotSquareAndSequencesOfEveryLength) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(Exchanges, Shared, ::testing::Values(SequenceExchange::needed, SequenceExchange::heads), [](const auto& info) {
-  return info.param == SequenceExchange::needed ? "needed" : info.param == SequenceExchange::heads ? "heads" : "ring";
-});
+INSTANTIATE_TEST_SUITE_P(Exchanges, Shared, ::testing::Values(SequenceExchange::needed, SequenceExchange::heads, SequenceExchange::ring),
+                         [](const auto& info) {
+                           return info.param == SequenceExchange::needed ? "needed" : info.param == SequenceExchange::heads ? "heads" : "ring";
+                         });
 
 /// With a window each rank needs the end of the part before its own, and no more however long the sequence is.
 TEST(SharedAttention, AWindowMovesAHaloWhateverTheLength) {
