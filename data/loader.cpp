@@ -8,6 +8,7 @@
 #include <deque>
 #include <exception>
 #include <mutex>
+#include <numeric>
 #include <span>
 #include <stdexcept>
 #include <thread>
@@ -16,48 +17,79 @@
 namespace tessera {
 namespace {
 
-HostBatch make_batch(std::int64_t batch, std::int64_t context) {
-  const auto size = static_cast<std::size_t>(batch * context);
-  HostBatch out{batch, context, {}, {}, {}, {}, 0};
+/// The tokens of a sequence that a batch holds, as stretches of neighbours.
+struct Places {
+  struct Stretch {
+    std::size_t first, count;
+  };
+  std::int64_t context;
+  std::vector<std::int32_t> all;
+  std::vector<Stretch> stretches;
+
+  Places(std::int64_t tokens, std::span<const std::int32_t> places) : context(tokens), all(places.begin(), places.end()) {
+    if (all.empty()) {
+      all.resize(static_cast<std::size_t>(context));
+      std::iota(all.begin(), all.end(), 0);
+    }
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      if (all[i] < 0 || all[i] >= context || (i > 0 && all[i] <= all[i - 1]))
+        throw std::invalid_argument(fmt::format("place {} of a sequence of {} tokens: places must lie in it and ascend", all[i], context));
+      if (i == 0 || all[i] != all[i - 1] + 1) stretches.push_back({static_cast<std::size_t>(all[i]), 0});
+      ++stretches.back().count;
+    }
+  }
+};
+
+HostBatch make_batch(std::int64_t batch, const Places& places) {
+  const std::size_t tokens = places.all.size(), size = static_cast<std::size_t>(batch) * tokens;
+  HostBatch out{batch, std::ssize(places.all), {}, {}, {}, {}, 0};
   for (auto* row : {&out.token, &out.target, &out.position, &out.document_start}) row->resize(size);
-  for (std::size_t i = 0; i < size; ++i) out.position[i] = static_cast<std::int32_t>(i % static_cast<std::size_t>(context));
+  for (std::size_t i = 0; i < size; ++i) out.position[i] = places.all[i % tokens];
   return out;
 }
 
-/// Fills row `row` with the sequence that starts at token `first`: tokens, the same ones a place further on as targets, and where each token's
-/// document starts. Where the split ends within the sequence, targets are -1 and tokens repeat the last one.
-void fill(HostBatch& out, std::int64_t row, TokenReader& reader, std::uint64_t first, std::vector<std::int32_t>& scratch) {
-  const auto context = static_cast<std::size_t>(out.tokens), offset = static_cast<std::size_t>(row) * context;
-  const std::size_t have = std::min<std::uint64_t>(context + 1, reader.size() - first);
-  scratch.resize(context + 1);
-  const std::span all = std::span(scratch);
-  reader.read(first, all.first(have));
-  std::ranges::fill(all.subspan(have), scratch[have - 1]);
-  std::ranges::copy(all.first(context), out.token.begin() + static_cast<std::ptrdiff_t>(offset));
-  const std::span targets = std::span(out.target).subspan(offset, context);
-  std::ranges::copy(all.subspan(1), targets.begin());
-  std::ranges::fill(targets.subspan(have - 1), -1);
-  out.target_tokens += have - 1;
+/// Fills row `row` with the places of the sequence that starts at token `first`: tokens, the next ones as targets, and where each token's document
+/// starts. Where the split ends within the sequence, targets are -1 and tokens repeat the last one.
+void fill(HostBatch& out, std::int64_t row, TokenReader& reader, std::uint64_t first, const Places& places, std::vector<std::int32_t>& scratch) {
+  const std::size_t have = std::min<std::uint64_t>(static_cast<std::uint64_t>(places.context) + 1, reader.size() - first);
+  std::size_t offset = static_cast<std::size_t>(row * out.tokens);
+  for (const auto& [begin, count] : places.stretches) {
+    const std::span tokens = std::span(out.token).subspan(offset, count), targets = std::span(out.target).subspan(offset, count),
+                    starts = std::span(out.document_start).subspan(offset, count);
+    offset += count;
+    // Of the stretch and the token after it, those that are there; beyond the end the last one stands for all.
+    const std::size_t from = std::min(begin, have - 1), real = std::min(count + 1, have - from), known = begin < have ? std::min(real, count) : 0;
+    scratch.resize(count + 1);
+    const std::span read = std::span(scratch);
+    reader.read(first + from, read.first(real));
+    std::ranges::fill(read.subspan(real), read[real - 1]);
+    std::ranges::copy(read.first(count), tokens.begin());
+    std::ranges::copy(read.subspan(1), targets.begin());
+    const std::size_t labelled = known == 0 ? 0 : real - 1;
+    std::ranges::fill(targets.subspan(labelled), -1);
+    out.target_tokens += labelled;
 
-  const std::span starts = std::span(out.document_start).subspan(offset, context);
-  const std::size_t real = std::min(have, context);
-  reader.read_document_starts(first, starts.first(real));
-  for (std::int32_t& start : starts) start = std::max(start, 0);
-  std::ranges::fill(starts.subspan(real), starts[real - 1]);
+    const std::size_t placed = std::max<std::size_t>(known, 1);
+    reader.read_document_starts(first + from, starts.first(placed));
+    for (std::int32_t& start : starts.first(placed)) start = std::max(start + static_cast<std::int32_t>(from), 0);
+    std::ranges::fill(starts.subspan(placed), starts[placed - 1]);
+  }
 }
 
 }  // namespace
 
-HostBatch read_sequences(TokenReader& reader, std::uint64_t first_sequence, std::int64_t count, std::int64_t context) {
+HostBatch read_sequences(TokenReader& reader, std::uint64_t first_sequence, std::int64_t count, std::int64_t context,
+                         std::span<const std::int32_t> places) {
   if (count < 1 || context < 1) throw std::invalid_argument("read_sequences: count and context must be at least 1");
   const std::uint64_t first = first_sequence * static_cast<std::uint64_t>(context);
   const std::uint64_t last = first + static_cast<std::uint64_t>((count - 1) * context);  // where the last sequence starts
   if (last >= reader.size())
     throw std::out_of_range(fmt::format("read_sequences: sequence {} of {} tokens starts beyond the end of the split, {} tokens",
                                         first_sequence + static_cast<std::uint64_t>(count - 1), context, reader.size()));
-  HostBatch out = make_batch(count, context);
+  const Places held(context, places);
+  HostBatch out = make_batch(count, held);
   std::vector<std::int32_t> scratch;
-  for (std::int64_t row = 0; row < count; ++row) fill(out, row, reader, first + static_cast<std::uint64_t>(row * context), scratch);
+  for (std::int64_t row = 0; row < count; ++row) fill(out, row, reader, first + static_cast<std::uint64_t>(row * context), held, scratch);
   return out;
 }
 
@@ -69,6 +101,7 @@ struct Loader::Impl {
   };
 
   LoaderOptions options;
+  Places places;
   Mixture mixture;
   std::vector<Part> parts;
 
@@ -82,7 +115,7 @@ struct Loader::Impl {
   std::thread thread;
 
   Impl(std::span<const double> weights, const LoaderOptions& o)
-      : options(o), mixture(weights, static_cast<std::uint64_t>(o.sequences_per_step), o.seed) {}
+      : options(o), places(o.context, o.places), mixture(weights, static_cast<std::uint64_t>(o.sequences_per_step), o.seed) {}
 
   void add(const DatasetInfo& info, const SplitInfo& split) {
     const std::size_t open_files = std::max<std::size_t>(1, static_cast<std::size_t>(options.open_files) / mixture.parts());
@@ -99,7 +132,7 @@ struct Loader::Impl {
   void fill_row(HostBatch& batch, std::int64_t row, std::uint64_t step, std::int64_t index) {
     const Mixture::Turn turn = mixture.turn(step, static_cast<std::uint64_t>(index));
     Part& part = parts[turn.part];
-    fill(batch, row, part.reader, part.sampler.first_token(turn.number), scratch);
+    fill(batch, row, part.reader, part.sampler.first_token(turn.number), places, scratch);
   }
   std::vector<std::int32_t> scratch;  // of the thread
 
@@ -129,7 +162,7 @@ struct Loader::Impl {
     std::unique_lock lock(mutex);
     changed.wait(lock, [&] { return stop || ready.size() < static_cast<std::size_t>(options.prefetch); });
     if (stop) return {};
-    if (spare.empty()) return make_batch(options.micro_batch, options.context);
+    if (spare.empty()) return make_batch(options.micro_batch, places);
     HostBatch out = std::move(spare.front());
     spare.pop_front();
     return out;

@@ -13,7 +13,8 @@
 
 namespace tessera {
 
-/// Host micro-batch, each [B, T]. position: 0 .. T-1. document_start: index in the sequence of the first token of the token's document, 0 when
+/// Host micro-batch, each [B, T]. Of whole sequences, or of the same places of each, in ascending order; indices are those of the whole sequence.
+/// position: 0 .. T-1, or the places. document_start: index in the sequence of the first token of the token's document, 0 when
 /// that lies before the sequence. target: the next token; -1 where there is none (read_sequences at the end of a split).
 struct HostBatch {
   std::int64_t batch = 0, tokens = 0;
@@ -26,6 +27,7 @@ struct LoaderOptions {
   std::int64_t micro_batch = 1;         // sequences a HostBatch
   std::int64_t sequences_per_step = 1;  // over all ranks; a multiple of micro_batch * ranks
   int rank = 0, ranks = 1;              // rank r takes sequences [r*S/ranks, (r+1)*S/ranks) of a step
+  std::vector<std::int32_t> places;     // read only these tokens of each sequence, ascending, 0 <= place < context; none: all of them
   std::uint64_t seed = 0;
   std::uint64_t first_step = 0;
   int prefetch = 4;      // HostBatches held ready
@@ -58,7 +60,8 @@ class Loader {
 
 /// Validation batches, in order, the same ones on any number of ranks: sequence i of the split starts at token i * context. Sequences
 /// 0 .. (reader.size() - 1) / context (rounded up) - 1 hold every target of the split once; in the last, targets beyond the end are -1.
-/// Throws std::out_of_range when a sequence starts beyond the end.
-HostBatch read_sequences(TokenReader& reader, std::uint64_t first_sequence, std::int64_t count, std::int64_t context);
+/// `places`: as LoaderOptions has it. Throws std::out_of_range when a sequence starts beyond the end.
+HostBatch read_sequences(TokenReader& reader, std::uint64_t first_sequence, std::int64_t count, std::int64_t context,
+                         std::span<const std::int32_t> places = {});
 
 }  // namespace tessera

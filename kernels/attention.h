@@ -76,6 +76,9 @@ class DeviceTiles {
   std::shared_ptr<const TileMap> host_;
 };
 
+/// Values of a query beside its D sums in AttentionForward::carry.
+constexpr std::int64_t kCarryExtra = 4;
+
 struct AttentionForward {
   AttentionShape shape;  // shape.tokens may be anything from 1 to tiles->host().tokens
   /// Rows of k, v, dk, dv, which are [B, H, keys, D]; 0: as many as shape.tokens, which counts queries. They differ where a rank has some of a
@@ -94,6 +97,12 @@ struct AttentionForward {
   Tensor z;               // out [B, H, T] f32 (1 for none and rms)
   Tensor active_tiles;    // out [B, H, query_tiles(tokens), bitmap_words(key_tiles(keys))] u32, whole words written
   Tensor counters;        // in/out, optional [H, kAttentionCounters] u64
+  /// Optional (Ops::has_attention_carry()): the keys come in parts, a call each, in any order, and what a query has summed up goes from call to call:
+  /// [B, H, T, D + kCarryExtra] f32, the sum of a v (softmax: of exp(x - top) v) and then the sum of a, top, and as i32 the edges seen and active.
+  /// Read unless carry_first; the call with carry_last writes o and z and counts empty rows, the others write the carry. No other call's o and z are
+  /// touched.
+  Tensor carry;
+  bool carry_first = true, carry_last = true;
 };
 
 /// Gradients, with do_i the gradient of o_i (for rms: of the un-normed sum):

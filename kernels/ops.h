@@ -211,6 +211,9 @@ class Ops {
   virtual void attention_forward(const AttentionForward& a) = 0;
   virtual void attention_backward(const AttentionBackward& a) = 0;
 
+  /// Whether AttentionForward::carry may be used: on the CPU, not yet on a GPU.
+  virtual bool has_attention_carry() const { return false; }
+
   // -- sequences over several ranks
   virtual void move_rows(const MoveRows& a) = 0;
   /// out[n] = table[index[n]], all i32; 0 <= index[n] < table.numel().

@@ -12,6 +12,7 @@
 
 #include "kernels/bf16.h"
 #include "model/gpt_impl.h"
+#include "model/sequence_bytes.h"
 
 namespace tessera {
 
@@ -57,11 +58,48 @@ Gpt::Options resolved(const ModelConfig& config, Gpt::Options o, const Ops& ops)
   require_positive(o.micro_batch, "the micro-batch");
   require_positive(o.tokens, "the length of a sequence");
   require_positive(o.shard_multiple, "the multiple of the flat buffers");
-  if (o.cache < 0) throw std::logic_error(fmt::format("Gpt: a cache of {} sequences", o.cache));
+  if (o.cache < 0 || (o.cache > 0 && o.sequence.ranks > 1))
+    throw std::logic_error(fmt::format("Gpt: a cache of {} sequences that {} ranks share", o.cache, o.sequence.ranks));
   if (config.positions == Positions::learned && o.tokens > config.context)
     throw std::invalid_argument(
         fmt::format("sequences of {} tokens, but positions are learned for model.context {} tokens", o.tokens, config.context));
   return o;
+}
+
+SequenceSplit split_of(const Gpt::Options& options, const HostTiles& tiles) {
+  const SequencePart& part = options.sequence;
+  if (part.rank < 0 || part.rank >= part.ranks) throw std::logic_error(fmt::format("Gpt: rank {} of {} of a sequence", part.rank, part.ranks));
+  if (part.ranks == 1) return {options.tokens, options.tokens, {{0}}};
+  return split_sequence(part.layout, options.tokens, part.ranks, tiles);
+}
+
+std::unique_ptr<SharedAttention> shared_attention(const ModelConfig& config, Gpt::Options& options, const SequenceSplit& split,
+                                                  const HostTiles& tiles, MemoryPlan& plan) {
+  SequencePart& part = options.sequence;
+  if (split.ranks() == 1) return nullptr;
+  const SharedAttention::Shape shape{.sequences = options.micro_batch,
+                                     .heads = config.heads,
+                                     .head_size = config.head_size(),
+                                     .device = *options.device,
+                                     .training = options.training,
+                                     .document_mask = config.attention.document_mask,
+                                     .positions = config.attention.threshold.mode == ThresholdMode::length};
+  if (part.exchange == SequenceExchange::automatic)
+    part.exchange = cheapest_exchange(
+        split, tiles, {shape.sequences, shape.heads, shape.head_size, static_cast<std::int64_t>(size_of(compute_type(shape.device)))});
+  return make_shared_attention(part, split, tiles, shape, plan);
+}
+
+GptMemory memory_of(const ModelConfig& config, const ParameterLayout& layout, const Gpt::Options& options, const SequenceSplit& split,
+                    const SharedAttention* shared, MemoryPlan& plan) {
+  const std::int64_t tokens = split.tokens_of(options.sequence.rank);
+  if (shared) return {config, layout, options, tokens, shared->sizes(), plan};
+  const std::int64_t B = options.micro_batch, H = config.heads, query = config.attention.tile_query, key = config.attention.tile_key;
+  SharedAttention::Sizes sizes;
+  sizes.z = B * H * tokens;
+  sizes.active_tiles = B * H * ((tokens + query - 1) / query) * bitmap_words((tokens + key - 1) / key);
+  sizes.workspace = attention_backward_workspace({B, H, tokens, config.head_size()}, config.attention.tile_query);
+  return {config, layout, options, tokens, sizes, plan};
 }
 
 }  // namespace
@@ -75,7 +113,9 @@ Gpt::Impl::Impl(const ModelConfig& c, Ops& o, MemoryPlan& p, const Options& give
       options(resolved(c, given, o)),
       layout(make_parameter_layout(c)),
       tiles(make_layer_tiles(c, options.tokens)),
-      memory(c, layout, options, p) {
+      split(split_of(options, tiles)),
+      shared(shared_attention(c, options, split, tiles, p)),
+      memory(memory_of(c, layout, options, split, shared.get(), p)) {
   const AttentionConfig& a = c.attention;
   math = {.score = a.score,
           .gate = a.gate,
@@ -85,21 +125,23 @@ Gpt::Impl::Impl(const ModelConfig& c, Ops& o, MemoryPlan& p, const Options& give
           .length_beta = a.threshold.mode == ThresholdMode::length && a.gate != Gate::softmax ? a.threshold.beta : 0.0f};
 
   const DeviceKind device = *options.device;
-  for (const auto& map : std::set(tiles.begin(), tiles.end())) plan.account(MemoryCategory::workspace, "tile lists", tiles_bytes(device, *map));
-  plan.account(MemoryCategory::workspace, "scratch", scratch_bytes(device, most_rows(options), widest()));
+  if (!shared)
+    for (const auto& map : std::set(tiles.begin(), tiles.end())) plan.account(MemoryCategory::workspace, "tile lists", tiles_bytes(device, *map));
+  plan.account(MemoryCategory::workspace, "scratch", scratch_bytes(device, most_rows(), widest()));
 }
 
-void Gpt::Impl::bind() {
+void Gpt::Impl::bind(const SequenceGroup& group) {
   if (ops.kind() != *options.device)
     throw std::logic_error(fmt::format("Gpt: planned for device {}, and bound on {}", name_of(*options.device), ops.device_name()));
   std::map<const TileMap*, std::shared_ptr<const DeviceTiles>> uploaded;
   device_tiles.clear();
-  for (const auto& map : tiles) {
+  if (shared) shared->bind(ops, group);
+  for (const auto& map : shared ? HostTiles{} : tiles) {
     auto& device = uploaded[map.get()];
     if (!device) device = ops.upload_tiles(map);
     device_tiles.push_back(device);
   }
-  ops.prepare(most_rows(options), widest());
+  ops.prepare(most_rows(), widest());
   w = slice_flat(layout, config.layers, weights(), vectors());
   if (options.training) {
     const Tensor gradients = plan[memory.gradients];
@@ -110,6 +152,7 @@ void Gpt::Impl::bind() {
   cached.assign(static_cast<std::size_t>(options.cache), 0);
   decoding = {};  // a recorded pass knows the old lists
   fill_tables();
+  bound = true;
 }
 
 void Gpt::Impl::fill_tables() {
@@ -136,14 +179,16 @@ void Gpt::Impl::fill_tables() {
 }
 
 void Gpt::Impl::begin(const Batch& batch) {
-  if (device_tiles.empty()) throw std::logic_error("Gpt: bind() comes before the first batch");
+  if (!bound) throw std::logic_error("Gpt: bind() comes before the first batch");
   const Shape& s = batch.tokens.shape;
-  if (s.rank != 2 || s[0] < 1 || s[0] > options.micro_batch || s[1] < 1 || s[1] > options.tokens)
-    throw std::logic_error(
-        fmt::format("Gpt: a batch {} for a model of at most {} sequences of {} tokens", s.str(), options.micro_batch, options.tokens));
+  const std::int64_t own = own_tokens();
+  if (s.rank != 2 || s[0] < 1 || s[0] > options.micro_batch || s[1] < (shared ? own : 1) || s[1] > own)
+    throw std::logic_error(fmt::format("Gpt: a batch {} for a model of at most {} sequences of {}{} tokens", s.str(), options.micro_batch, own,
+                                       shared ? " and no fewer" : ""));
   if (!batch.positions || (config.attention.document_mask && !batch.document_start))
     throw std::logic_error("Gpt: a batch without positions, or without document_start where attention.document_mask is on");
   B = s[0], T = s[1], N = B * T;
+  if (shared) shared->begin(config.attention.document_mask ? rows(batch.document_start) : Tensor{});
 }
 
 // -- Public -----------------------------------------------------------------------------------------------------------
@@ -151,10 +196,12 @@ void Gpt::Impl::begin(const Batch& batch) {
 Gpt::Gpt(const ModelConfig& config, Ops& ops, MemoryPlan& plan, const Options& options) : impl_(std::make_unique<Impl>(config, ops, plan, options)) {}
 Gpt::~Gpt() = default;
 
-void Gpt::bind() { impl_->bind(); }
+void Gpt::bind(const SequenceGroup& group) { impl_->bind(group); }
 
 const ModelConfig& Gpt::config() const { return impl_->config; }
 const Gpt::Options& Gpt::options() const { return impl_->options; }
+std::vector<std::int32_t> Gpt::positions() const { return impl_->split.positions(impl_->options.sequence.rank); }
+const SequenceSplit& Gpt::split() const { return impl_->split; }
 const ParameterLayout& Gpt::layout() const { return impl_->layout; }
 Tensor Gpt::weights() const { return impl_->weights(); }
 Tensor Gpt::vectors() const { return impl_->vectors(); }

@@ -13,10 +13,12 @@
 #include "kernels/ops.h"
 #include "model/config.h"
 #include "model/parameters.h"
+#include "model/shared_attention.h"
 
 namespace tessera {
 
-/// One micro-batch, device tensors, each [B, T] i32.
+/// One micro-batch, device tensors, each [B, T] i32. Where ranks share sequences, T are this rank's tokens of each, in ascending order, all of them;
+/// indices are those of the whole sequence.
 struct Batch {
   Tensor tokens;
   Tensor targets;         // -1: counts for nothing
@@ -43,6 +45,7 @@ class Gpt {
     int shard_multiple = 1;        // the flat buffers are padded to a multiple of this (ranks)
     Recompute recompute = Recompute::none;
     std::int64_t cache = 0;              // sequences of at most `tokens` whose keys and values are kept, for prefill() and decode()
+    SequencePart sequence{};             // whether, and how, ranks share sequences; `tokens` are those of a whole one. Then no cache, no generation
     std::optional<DeviceKind> device{};  // whose memory is planned; the Ops' own unless set (a plan without that device)
   };
 
@@ -57,11 +60,15 @@ class Gpt {
   Gpt(const ModelConfig& config, Ops& ops, MemoryPlan& plan, const Options& options);
   ~Gpt();
 
-  /// After plan.allocate(): tile lists go to the device, tables are filled, gradients and thresholds get their first values.
-  void bind();
+  /// After plan.allocate(): tile lists go to the device, tables are filled, gradients and thresholds get their first values. `group` are the ranks
+  /// that share sequences with this one; none needed where Options::sequence is one rank. Passes are then collective over the group.
+  void bind(const SequenceGroup& group = {});
 
   const ModelConfig& config() const;
-  const Options& options() const;  // complete: tokens and device are set
+  const Options& options() const;  // complete: tokens, device and sequence.exchange are set
+  /// Index in the sequence of each of this rank's tokens, ascending: 0, 1, ... unless ranks share sequences.
+  std::vector<std::int32_t> positions() const;
+  const SequenceSplit& split() const;  // of a sequence over its ranks
   const ParameterLayout& layout() const;
   Tensor weights() const;    // flat [padded] of the compute type: every parameter, as matrix products read it
   Tensor vectors() const;    // f32 [count - decayed_count]: the parameters behind the matrices, as everything else reads them. A part of weights()

@@ -68,7 +68,12 @@ void Gpt::Impl::attention_branch_backward(int layer, const Batch& batch) {
   a.dscale = g.scale;
   a.dthreshold = g.threshold;
   a.workspace = plan[memory.attention_workspace];
-  ops.attention_backward(a);
+  if (shared) {
+    ops.zero(d_qkv);
+    shared->backward(layer, a);
+  } else {
+    ops.attention_backward(a);
+  }
 
   if (transforms_qk()) ops.qk_transform_backward(qk_transform(layer, batch), d_qkv);
   if (again) norm_forward(2 * layer, NormInput::stream);

@@ -25,6 +25,7 @@ Tensor Gpt::Impl::upload(MemoryPlan::Slot slot, std::span<const std::int32_t> ho
 
 /// The trunk over one sequence, a document of its own from position 0.
 void Gpt::Impl::run_sequence(std::span<const std::int32_t> tokens, const CachePass* cache) {
+  if (shared) throw std::logic_error("Gpt: generation where ranks share sequences");
   std::vector<std::int32_t> positions(tokens.size());
   std::iota(positions.begin(), positions.end(), 0);
   const std::vector<std::int32_t> one_document(tokens.size(), 0);

@@ -47,13 +47,18 @@ AttentionForward Gpt::Impl::attention(int layer, const Batch& batch) const {
   a.shape = {B, H, T, D};
   a.math = math;
   a.visit = visit;
-  a.tiles = device_tiles[layer].get();
   a.q = packed_heads(qkv, 0, T, C, D);
   a.k = packed_heads(qkv, 1, T, C, D);
   a.v = packed_heads(qkv, 2, T, C, D);
   a.o = heads_of(plan[s.attention], T, C, D);
   a.scale = scale(layer);
   a.threshold = threshold(layer);
+  if (shared) {
+    a.z = plan[s.z];
+    a.active_tiles = plan[s.active_tiles];
+    return a;
+  }
+  a.tiles = device_tiles[layer].get();
   if (config.attention.document_mask) a.document_start = batch.document_start.view({B, T});
   a.z = plan[s.z].view({B, H, T});
   a.active_tiles = plan[s.active_tiles].view({B, H, query_tiles, bitmap_words(key_tiles)});
@@ -82,7 +87,10 @@ void Gpt::Impl::attention_branch(int layer, const Batch& batch, bool count, cons
   } else {
     AttentionForward a = attention(layer, batch);
     if (count) a.counters = plan[memory.counters].slice(layer * H * kAttentionCounters, H * kAttentionCounters).view({H, kAttentionCounters});
-    ops.attention_forward(a);
+    if (shared)
+      shared->forward(layer, a);
+    else
+      ops.attention_forward(a);
   }
 
   ops.linear_forward({.x = head_norm_forward(layer), .w = p.proj, .bias = p.proj_bias, .y = narrow(), .pre_activation = {}});

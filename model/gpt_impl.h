@@ -23,9 +23,12 @@ struct Gpt::Impl {
   Impl(const ModelConfig& config, Ops& ops, MemoryPlan& plan, const Options& options);
 
   // -- set-up (gpt.cpp)
-  void bind();
+  void bind(const SequenceGroup& group);
   void fill_tables();
   void begin(const Batch& batch);
+  std::int64_t own_tokens() const { return split.tokens_of(options.sequence.rank); }  // of a sequence
+  /// Rows that a pass has at most: those of micro_batch sequences, or a token of each cached sequence.
+  std::int64_t most_rows() const { return std::max(options.micro_batch * own_tokens(), options.cache); }
   Tensor weights() const { return plan[memory.weights]; }
   Tensor vectors() const { return memory.vectors < 0 ? vectors_of(layout, weights()) : plan[memory.vectors]; }
 
@@ -91,9 +94,11 @@ struct Gpt::Impl {
   const ModelConfig config;
   Ops& ops;
   MemoryPlan& plan;
-  const Options options;  // complete: tokens and device are set
+  Options options;  // complete: tokens, device and sequence.exchange are set
   const ParameterLayout layout;
-  const HostTiles tiles;
+  const HostTiles tiles;                          // of whole sequences
+  const SequenceSplit split;                      // of a sequence over its ranks
+  const std::unique_ptr<SharedAttention> shared;  // null for one rank
   const GptMemory memory;
   AttentionMath math;
 
@@ -103,6 +108,7 @@ struct Gpt::Impl {
   std::vector<std::shared_ptr<const DeviceTiles>> device_tiles;  // a layer; empty until bind()
   ModelTensors w, d;                                             // parameters and gradients by name
   Hooks hooks;
+  bool bound = false;
   Visit visit = config.attention.visit;
   std::vector<std::int64_t> cached;  // tokens of each sequence in the cache
   struct {

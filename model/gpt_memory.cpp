@@ -54,13 +54,14 @@ ModelTensors slice_flat(const ParameterLayout& layout, int layers, const Tensor&
   return m;
 }
 
-GptMemory::GptMemory(const ModelConfig& config, const ParameterLayout& layout, const Gpt::Options& options, MemoryPlan& plan) {
+GptMemory::GptMemory(const ModelConfig& config, const ParameterLayout& layout, const Gpt::Options& options, std::int64_t T,
+                     const SharedAttention::Sizes& sizes, MemoryPlan& plan) {
   using Slot = MemoryPlan::Slot;
   constexpr auto activations = MemoryCategory::activations, workspace = MemoryCategory::workspace;
   const AttentionConfig& attention = config.attention;
   const DeviceKind device = options.device.value();
   const DType compute = compute_type(device);
-  const std::int64_t B = options.micro_batch, T = options.tokens, S = options.cache, N = most_rows(options);
+  const std::int64_t B = options.micro_batch, S = options.cache, N = std::max(B * T, S);
   const std::int64_t L = config.layers, H = config.heads, C = config.width, D = config.head_size(), hidden = C * config.mlp_ratio;
   const std::int64_t padded = ceil_div(layout.count, options.shard_multiple) * options.shard_multiple;
 
@@ -73,14 +74,14 @@ GptMemory::GptMemory(const ModelConfig& config, const ParameterLayout& layout, c
   thresholds = reserve(MemoryCategory::parameters, "thresholds", {L, H});
   constant_scale = reserve(workspace, "constant scale", {H});
   counters = reserve(workspace, "attention counters", {L, H, kAttentionCounters}, DType::u64);
-  if (config.positions == Positions::rotary) rotary = reserve(workspace, "rotary table", {T, D / 2, 2});
+  if (config.positions == Positions::rotary) rotary = reserve(workspace, "rotary table", {options.tokens, D / 2, 2});
 
   narrow = reserve(workspace, "branch", {N, C}, compute);
   if (options.training) {
     wide = reserve(workspace, "ln_f.output, gradient of qkv, mlp.hidden", {N, std::max(3 * C, hidden)}, compute);
     d_stream = reserve(workspace, "gradient of the residual stream", {N, C}, compute);
     if (attention.head_norm()) d_heads = reserve(workspace, "gradient of attn.output", {N, C}, compute);
-    attention_workspace = reserve(workspace, "attention backward", {attention_backward_workspace({B, H, T, D}, attention.tile_query)});
+    attention_workspace = reserve(workspace, "attention backward", {sizes.workspace});
   }
 
   const auto activation = [&](std::string name, std::int64_t columns) { return reserve(activations, std::move(name), {N, columns}, compute); };
@@ -88,15 +89,14 @@ GptMemory::GptMemory(const ModelConfig& config, const ParameterLayout& layout, c
     const Slot mean = config.norm == NormKind::layernorm ? reserve(activations, name + ".mean", {N}) : -1;
     return NormSlots{stream, y, mean, reserve(activations, name + ".rstd", {N})};
   };
-  const std::int64_t query_tiles = ceil_div(T, attention.tile_query), key_tiles = ceil_div(T, attention.tile_key);
   const auto block = [&](const std::string& name, Slot passing) {  // passing: memory of what is not kept, or -1
     const auto output = [&](const char* of, std::int64_t columns) { return passing >= 0 ? passing : activation(name + of, columns); };
     BlockSlots b;
     b.qkv = activation(name + "attn.qkv", 3 * C);
     b.inverse_norm = attention.score != Score::dot ? reserve(activations, name + "attn.inverse_norm", {N, 2, H}) : -1;
     b.attention = activation(name + "attn.output", C);
-    b.z = reserve(activations, name + "attn.z", {B, H, T});
-    b.active_tiles = reserve(activations, name + "attn.active_tiles", {B, H, query_tiles, bitmap_words(key_tiles)}, DType::u32);
+    b.z = reserve(activations, name + "attn.z", {sizes.z});
+    b.active_tiles = reserve(activations, name + "attn.active_tiles", {sizes.active_tiles}, DType::u32);
     b.head_norm = attention.head_norm() ? output("attn.norm.output", C) : -1;
     b.head_rstd = attention.head_norm() ? reserve(activations, name + "attn.norm.rstd", {N, H}) : -1;
     b.hidden = activation(name + "mlp.hidden", hidden);

@@ -45,7 +45,7 @@ struct BlockSlots {
   MemoryPlan::Slot qkv;           // [N, 3C], after qk_transform
   MemoryPlan::Slot inverse_norm;  // [N, 2, H], cosine and fidelity
   MemoryPlan::Slot attention;     // [N, C], output of the attention
-  MemoryPlan::Slot z;             // [B, H, T]
+  MemoryPlan::Slot z;             // [B, H, T], or as SharedAttention has it
   MemoryPlan::Slot active_tiles;  // bitmap
   MemoryPlan::Slot head_norm;     // [N, C], normalizer rms
   MemoryPlan::Slot head_rstd;     // [N, H]
@@ -53,12 +53,11 @@ struct BlockSlots {
   MemoryPlan::Slot hidden_gelu;   // [N, 4C]
 };
 
-/// Rows that a pass has at most: micro_batch sequences of `tokens`, or a token of each cached sequence.
-inline std::int64_t most_rows(const Gpt::Options& o) { return std::max(o.micro_batch * o.tokens, o.cache); }
-
-/// Slots of a model of at most B sequences of at most T tokens, N = most_rows(). -1: not needed. `options` are complete: tokens and device are set.
+/// Slots of a model of at most B sequences of at most T tokens on this rank, N = B T rows, or one a cached sequence where that is more. -1: not
+/// needed. `options` are complete: tokens (of a whole sequence) and device are set. `attention`: what a layer's attention needs.
 struct GptMemory {
-  GptMemory(const ModelConfig& config, const ParameterLayout& layout, const Gpt::Options& options, MemoryPlan& plan);
+  GptMemory(const ModelConfig& config, const ParameterLayout& layout, const Gpt::Options& options, std::int64_t tokens,
+            const SharedAttention::Sizes& attention, MemoryPlan& plan);
 
   MemoryPlan::Slot weights;         // flat [padded] of the compute type
   MemoryPlan::Slot vectors = -1;    // f32 [count - decayed_count], where the compute type is another

@@ -119,6 +119,11 @@ SequenceSplit balance(SequenceSplit split, int ranks, const Layers& layers) {
 
 }  // namespace
 
+const char* name_of(SequenceExchange e) {
+  constexpr const char* kNames[] = {"needed", "ring", "heads", "auto"};
+  return kNames[static_cast<int>(e)];
+}
+
 std::int64_t SequenceSplit::tokens_of(int rank) const {
   const auto& mine = blocks.at(static_cast<std::size_t>(rank));
   const std::int64_t whole = static_cast<std::int64_t>(mine.size()) * block;

@@ -20,6 +20,7 @@ enum class SequenceLayout { contiguous, zigzag, balanced };
 
 /// How keys and values reach the queries of other ranks; automatic: whichever moves fewest bytes.
 enum class SequenceExchange { needed, ring, heads, automatic };
+const char* name_of(SequenceExchange e);  // "needed", ..., "auto"
 
 /// Which rank holds which blocks.
 struct SequenceSplit {

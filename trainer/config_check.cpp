@@ -199,8 +199,16 @@ class Resolver {
       cuda();
     else
       cpu();
-    if (c_.parallel.sequence != 1)
-      fail({"parallel.sequence"}, fmt::format("expected 1 for now (a sequence cannot be shared between ranks yet), found {}", c_.parallel.sequence));
+    shared_sequences();
+  }
+
+  void shared_sequences() {
+    if (c_.parallel.sequence == 1) return;
+    if (c_.sample.every > 0)
+      fail({"sample.every", "parallel.sequence"},
+           fmt::format("a text is made by one rank, which holds no whole sequence with parallel.sequence {}; expected sample.every 0, and tessera "
+                       "generate for texts",
+                       c_.parallel.sequence));
   }
 
   void cpu() {
@@ -251,7 +259,16 @@ void resolve_vocabulary(Config& config, std::int64_t vocabulary, const std::stri
   config.model.vocabulary_padded = Resolver::padded(vocabulary, config.vocabulary_multiple);
 }
 
-void check_ranks(const Config& config, int ranks) {
+void check_ranks(const Config& config, int job_ranks) {
+  const int shared = config.parallel.sequence;
+  if (job_ranks % shared != 0) {
+    std::string fitting;
+    for (int s = 1; s <= job_ranks; ++s)
+      if (job_ranks % s == 0) fitting += fmt::format("{}{}", fitting.empty() ? "" : ", ", s);
+    throw ConfigError(fmt::format("parallel.sequence {}: {} ranks do not make groups of {}. What would do: {} ranks, or parallel.sequence {}", shared,
+                                  job_ranks, shared, neighbours(job_ranks, shared), fitting));
+  }
+  const int ranks = job_ranks / shared;  // that see different sequences
   const std::int64_t sequences = config.train.tokens_per_step / config.model.context;
   const std::int64_t micro = config.train.micro_batch;
   if (sequences % (micro * ranks) == 0) return;
@@ -261,13 +278,14 @@ void check_ranks(const Config& config, int ranks) {
       if (n % d == 0) text += fmt::format("{}{}", text.empty() ? "" : ", ", d);
     return text;
   };
+  const std::string what_they_are = shared == 1 ? "ranks" : fmt::format("groups of {} ranks", shared);
   const std::string what =
-      fmt::format("train.tokens_per_step {} is {} sequences of model.context {}, which {} ranks x train.micro_batch {} do not divide",
-                  config.train.tokens_per_step, sequences, config.model.context, ranks, micro);
-  const std::string by_ranks = fmt::format("with train.micro_batch {}: {} ranks", micro, list(sequences / micro, 1024));
+      fmt::format("train.tokens_per_step {} is {} sequences of model.context {}, which {} {} x train.micro_batch {} do not divide",
+                  config.train.tokens_per_step, sequences, config.model.context, ranks, what_they_are, micro);
+  const std::string by_ranks = fmt::format("with train.micro_batch {}: {} {}", micro, list(sequences / micro, 1024), what_they_are);
   const std::string by_micro = sequences % ranks == 0
-                                   ? fmt::format("with {} ranks: train.micro_batch {}", ranks, list(sequences / ranks, 1024))
-                                   : fmt::format("with {0} ranks and train.micro_batch {1}: train.tokens_per_step {2}", ranks, micro,
+                                   ? fmt::format("with {} {}: train.micro_batch {}", ranks, what_they_are, list(sequences / ranks, 1024))
+                                   : fmt::format("with {0} {1} and train.micro_batch {2}: train.tokens_per_step {3}", ranks, what_they_are, micro,
                                                  neighbours(config.train.tokens_per_step, config.model.context * micro * ranks));
   throw ConfigError(fmt::format("{}. What would do: {}; {}", what, by_ranks, by_micro));
 }

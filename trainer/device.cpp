@@ -29,7 +29,9 @@ int own_gpu(const ParallelConfig& parallel, Communicator& host) {
 }
 #endif
 
-std::unique_ptr<Communicator> make_own(const ParallelConfig& parallel, Communicator& host, Ops& ops) {
+}  // namespace
+
+std::unique_ptr<Communicator> make_device_communicator(const ParallelConfig& parallel, Communicator& host, Ops& ops) {
   if (ops.kind() == DeviceKind::cpu) return nullptr;
   // Alone, every collective is one in place, which this one leaves alone; the launcher's would copy through the host.
   if (host.size() == 1) return make_single_communicator();
@@ -40,8 +42,6 @@ std::unique_ptr<Communicator> make_own(const ParallelConfig& parallel, Communica
   throw std::logic_error("operations of a device that this build does not have");
 #endif
 }
-
-}  // namespace
 
 std::string device_problem(const std::string& device) {
   if (device_kind(device) == DeviceKind::cpu) return "";
@@ -87,7 +87,7 @@ std::unique_ptr<Ops> make_ops(const std::string& device, int threads, const Para
 }
 
 Device::Device(const std::string& device, int threads, const ParallelConfig& parallel, Communicator& host)
-    : ops_(make_ops(device, threads, parallel, host)), own_(make_own(parallel, host, *ops_)), comm_(own_ ? *own_ : host) {}
+    : ops_(make_ops(device, threads, parallel, host)), own_(make_device_communicator(parallel, host, *ops_)), comm_(own_ ? *own_ : host) {}
 
 std::size_t device_memory_used(Ops& ops) {
 #ifdef TESSERA_HAS_CUDA

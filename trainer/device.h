@@ -24,6 +24,10 @@ std::unique_ptr<Ops> make_ops(const std::string& device, int threads = 0);
 /// The same on every rank of `host`, a GPU each unless parallel.share_gpu. All ranks throw, or none. Collective.
 std::unique_ptr<Ops> make_ops(const std::string& device, int threads, const ParallelConfig& parallel, Communicator& host);
 
+/// Collectives for memory of `ops` between the ranks of `host`, which both must live longer; nullptr on the CPU, where `host` itself does.
+/// Collective.
+std::unique_ptr<Communicator> make_device_communicator(const ParallelConfig& parallel, Communicator& host, Ops& ops);
+
 /// What ranks that train together compute with. Host values (agreement, texts, sums of a few numbers) stay with the host's communicator.
 class Device {
  public:

@@ -10,6 +10,7 @@
 #include <limits>
 #include <numbers>
 #include <stdexcept>
+#include <utility>
 
 #include "trainer/collective.h"
 
@@ -42,11 +43,12 @@ Evaluation mixed(std::span<const Evaluation> parts, std::span<const double> shar
   return all;
 }
 
-Evaluator::Evaluator(const DatasetInfo& info, const SplitInfo& split, const Tokenizer& tokenizer, std::int64_t context, std::int64_t micro_batch)
-    : reader_(info, split), micro_batch_(micro_batch) {
+Evaluator::Evaluator(const DatasetInfo& info, const SplitInfo& split, const Tokenizer& tokenizer, std::int64_t context, std::int64_t micro_batch,
+                     std::vector<std::int32_t> places)
+    : reader_(info, split), micro_batch_(micro_batch), places_(std::move(places)) {
   const auto tokens = static_cast<std::int64_t>(split.tokens);
-  context_ = std::clamp<std::int64_t>(tokens - 1, 1, context);
-  sequences_ = tokens < 2 ? 0 : (tokens - 1) / context_;
+  context_ = places_.empty() ? std::clamp<std::int64_t>(tokens - 1, 1, context) : context;
+  sequences_ = tokens < 2 ? 0 : std::max<std::int64_t>(1, (tokens - 1) / context_);
   for (std::int64_t t = 0; t < tokenizer.vocabulary(); ++t) {
     std::string text;
     tokenizer.decode(static_cast<std::uint32_t>(t), text);
@@ -71,17 +73,18 @@ void Evaluator::compare_skipping(Gpt& model, Ops& ops, const Batch& batch, std::
   ops.download(skipped.data(), model.losses().slice(0, static_cast<std::int64_t>(losses.size())));
   for (std::size_t i = 0; i < losses.size(); ++i) {
     if (std::bit_cast<std::uint32_t>(losses[i]) == std::bit_cast<std::uint32_t>(skipped[i])) continue;
-    const auto at = static_cast<std::int64_t>(i);
+    const auto at = static_cast<std::int64_t>(i), own = places_.empty() ? context_ : std::ssize(places_);
     throw std::runtime_error(
-        fmt::format("skipping changed a loss: sequence {}, token {}: {:.9g} with every tile visited, {:.9g} with the active ones",
-                    first + at / context_, at % context_, losses[i], skipped[i]));
+        fmt::format("skipping changed a loss: sequence {}, token {}: {:.9g} with every tile visited, {:.9g} with the active ones", first + at / own,
+                    places_.empty() ? at % own : places_[static_cast<std::size_t>(at % own)], losses[i], skipped[i]));
   }
   if (counters_now() != counters)
     throw std::runtime_error(
         fmt::format("skipping changed the counts of edges and tiles, in the micro-batch of sequence {} (the losses are the same)", first));
 }
 
-Evaluation Evaluator::run(Gpt& model, Ops& ops, Communicator& host, const BatchBuffer& buffer, std::int64_t batches, Skipping skipping) {
+Evaluation Evaluator::run(Gpt& model, Ops& ops, Communicator& host, const RankLayout& ranks, const BatchBuffer& buffer, std::int64_t batches,
+                          Skipping skipping) {
   const auto start = std::chrono::steady_clock::now();
   const std::int64_t count = batches > 0 ? std::min(batches, this->batches()) : this->batches();
   const std::int64_t sequences = std::min(sequences_, count * micro_batch_);
@@ -92,9 +95,9 @@ Evaluation Evaluator::run(Gpt& model, Ops& ops, Communicator& host, const BatchB
   std::uint64_t compared = 0;
   model.zero_counters();
   std::vector<float> losses;
-  for (std::int64_t b = count * host.rank() / host.size(); b < count * (host.rank() + 1) / host.size(); ++b) {
+  for (std::int64_t b = count * ranks.group / ranks.groups; b < count * (ranks.group + 1) / ranks.groups; ++b) {
     const std::int64_t first = b * micro_batch_;
-    const HostBatch batch = read_sequences(reader_, first, std::min(micro_batch_, sequences - first), context_);
+    const HostBatch batch = read_sequences(reader_, first, std::min(micro_batch_, sequences - first), context_, places_);
     const Batch on_device = buffer.upload(ops, batch);
     model.forward(on_device);
     losses.resize(batch.target.size());
@@ -114,7 +117,7 @@ Evaluation Evaluator::run(Gpt& model, Ops& ops, Communicator& host, const BatchB
       sum[2] += token_bytes_.at(static_cast<std::size_t>(batch.target[i]));
     }
   }
-  all_reduce_sum(host, sums);  // each sequence is one rank's, and the others add zeros: exact
+  all_reduce_sum(host, sums);  // where each sequence is one rank's, the others add zeros: exact
 
   Evaluation e;
   e.sequences = sequences;

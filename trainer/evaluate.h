@@ -1,6 +1,7 @@
 #pragma once
 // Loss on held-out text. The unit of work is a micro-batch of consecutive sequences, the same ones on any number of ranks; sums of per-token losses
-// are taken per sequence in double and added in the order of the sequences, so that any number of ranks gives the same number.
+// are taken per sequence in double and added in the order of the sequences, so that any number of ranks gives the same number: to the bit where no
+// ranks share sequences.
 
 #include <cstdint>
 #include <span>
@@ -12,6 +13,7 @@
 #include "kernels/comm/communicator.h"
 #include "model/gpt.h"
 #include "trainer/metrics.h"
+#include "trainer/rank_layout.h"
 #include "trainer/train_state.h"
 
 namespace tessera {
@@ -37,14 +39,16 @@ enum class Skipping { as_configured, compare };
 /// Evaluates one split. Holds the reader and the byte length of every token, so it can be used again during a run.
 class Evaluator {
  public:
-  /// Sequences have `context` tokens, or the whole split's when that is shorter.
-  Evaluator(const DatasetInfo& info, const SplitInfo& split, const Tokenizer& tokenizer, std::int64_t context, std::int64_t micro_batch);
+  /// Sequences have `context` tokens, or the whole split's when that is shorter. `places`: which of them this rank computes, where ranks share
+  /// sequences (Gpt::positions()); sequences then have `context` tokens always, the last of them without targets in a shorter split.
+  Evaluator(const DatasetInfo& info, const SplitInfo& split, const Tokenizer& tokenizer, std::int64_t context, std::int64_t micro_batch,
+            std::vector<std::int32_t> places = {});
 
   /// Micro-batches that the split holds: 0 when it has no two tokens.
   std::int64_t batches() const { return (sequences_ + micro_batch_ - 1) / micro_batch_; }
   /// The first `batches` micro-batches (0: all). The model's counters are zero afterwards. Each rank computes on its own device; `host` adds up what
   /// they found. Skipping::compare throws std::runtime_error at the first loss or counter whose bits differ, naming its place. Collective.
-  Evaluation run(Gpt& model, Ops& ops, Communicator& host, const BatchBuffer& buffer, std::int64_t batches,
+  Evaluation run(Gpt& model, Ops& ops, Communicator& host, const RankLayout& ranks, const BatchBuffer& buffer, std::int64_t batches,
                  Skipping skipping = Skipping::as_configured);
 
  private:
@@ -53,6 +57,7 @@ class Evaluator {
   TokenReader reader_;
   std::vector<std::uint32_t> token_bytes_;
   std::int64_t context_, micro_batch_, sequences_;
+  std::vector<std::int32_t> places_;
 };
 
 }  // namespace tessera

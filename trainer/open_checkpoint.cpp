@@ -40,29 +40,35 @@ OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, const Options& 
     info = std::move(contents.info);
     config = std::move(contents.config);
     tokenizer = std::move(contents.tokenizer);
-    config.parallel.share_gpu = true;  // nothing here is exchanged between GPUs
+    config.parallel.share_gpu = true;
+    if (host.size() % o.sequence != 0)
+      throw ConfigError(fmt::format("--sequence {}: {} rank{} do not make groups of {}; expected a divisor of {}", o.sequence, host.size(),
+                                    host.size() == 1 ? "" : "s", o.sequence, host.size()));
     set_batch(use, o);
     if (o.tile > 0) config.model.attention.tile_query = config.model.attention.tile_key = o.tile;
     if (!o.visit.empty()) config.model.attention.visit = o.visit == "all" ? Visit::all : Visit::active;
   });
   choose_device(o.device, host);
   ops = make_ops(config.device, o.threads, config.parallel, host);
+  ranks = lay_out_ranks(host, o.sequence);
+  if (o.sequence > 1) comm = make_device_communicator(config.parallel, host, *ops);
   agree(host, [&] {
     Gpt::Options options;
     options.micro_batch = micro_batch;
     options.tokens = context;
     options.training = false;
+    options.sequence = {o.sequence, ranks.place, config.parallel.layout, config.parallel.exchange};
     if (use == Use::generate) {
       options.cache = o.cache_sequences;
       if (o.sequence_tokens > 0) options.tokens = std::min(o.sequence_tokens, config.model.context);
     }
     model = std::make_unique<Gpt>(config.model, *ops, plan, options);
-    if (use == Use::evaluate) batch = std::make_unique<BatchBuffer>(plan, micro_batch, context);
+    if (use == Use::evaluate) batch = std::make_unique<BatchBuffer>(plan, micro_batch, std::ssize(model->positions()));
   });
   if (host.size() > 1) check_memory(host, *ops, plan.total_bytes());  // alone, allocate() itself looks
   agree(host, [&] {
     plan.allocate(*ops);
-    model->bind();
+    model->bind({comm ? comm.get() : &host, ranks.members});
     load_model(info.directory, *model, *ops);
   });
 }

@@ -11,6 +11,7 @@
 #include "model/gpt.h"
 #include "trainer/checkpoint.h"
 #include "trainer/config.h"
+#include "trainer/rank_layout.h"
 #include "trainer/train_state.h"
 
 namespace tessera {
@@ -38,6 +39,8 @@ struct OpenCheckpoint {
     /// Use::evaluate: sequences at once; 0: train.micro_batch, or fewer where `context` is longer than in training: about as many tokens.
     std::int64_t micro_batch = 0;
     int tile = 0;  // Use::evaluate: queries and keys a tile of attention; 0: as configured
+    /// Use::evaluate: so many ranks share each sequence, with exchange and layout as in the configuration. They divide the ranks.
+    int sequence = 1;
     /// Use::generate:
     std::int64_t cache_sequences = 0;  // whose keys and values are kept
     std::int64_t sequence_tokens = 0;  // of the longest text; 0 or more than the context: the context
@@ -51,9 +54,11 @@ struct OpenCheckpoint {
   Config config;
   std::unique_ptr<Tokenizer> tokenizer;
   std::unique_ptr<Ops> ops;
+  RankLayout ranks;                    // what they evaluate
+  std::unique_ptr<Communicator> comm;  // of ops, where ranks share sequences and the host's will not do
   MemoryPlan plan;
   std::unique_ptr<Gpt> model;
-  std::unique_ptr<BatchBuffer> batch;  // Use::evaluate: [micro_batch, context]
+  std::unique_ptr<BatchBuffer> batch;  // Use::evaluate: [micro_batch, this rank's tokens of the context]
   std::int64_t micro_batch = 0, context = 0;
 
  private:

@@ -27,19 +27,6 @@ namespace {
 constexpr double kGiB = 1 << 30;
 constexpr std::int64_t kProbe = 1000;  // elements a rank
 
-std::string host_name() {
-  char name[256] = "";
-  gethostname(name, sizeof name - 1);
-  return *name ? name : "localhost";
-}
-
-/// One word; the same for all containers of a host.
-std::string machine() {
-  std::string boot;
-  std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
-  return boot.empty() ? "unknown" : boot;
-}
-
 /// Ranks that the launcher says it started; 0 when it says nothing.
 int launched_ranks() {
   for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"})
@@ -137,6 +124,18 @@ void check_device(const PreflightRequest& r) {
 }
 
 }  // namespace
+
+std::string host_name() {
+  char name[256] = "";
+  gethostname(name, sizeof name - 1);
+  return *name ? name : "localhost";
+}
+
+std::string machine() {
+  std::string boot;
+  std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
+  return boot.empty() ? "unknown" : boot;
+}
 
 std::string launch_problem(int launched, int found, double sum) {
   if (launched > 0 && launched != found) {

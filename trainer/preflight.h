@@ -27,6 +27,11 @@ void preflight(const PreflightRequest& request);
 /// Its look at memory alone, for those who are about to allocate `planned_bytes` on each rank. Collective.
 void check_memory(Communicator& host, Ops& ops, std::size_t planned_bytes);
 
+/// The name of this host.
+std::string host_name();
+/// Of the machine, one word: the same for all containers of a host.
+std::string machine();
+
 // Its parts that need no other rank; "" when all is well.
 
 /// `launched` as the launcher's variables state it (0: not stated), `found` as MPI counts, `sum` of a one from each rank.

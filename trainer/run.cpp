@@ -24,6 +24,7 @@
 #include "trainer/open_data.h"
 #include "trainer/preflight.h"
 #include "trainer/progress.h"
+#include "trainer/rank_layout.h"
 #include "trainer/run_folder.h"
 #include "trainer/schedule.h"
 #include "trainer/signals.h"
@@ -43,6 +44,7 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 struct StepReport {
   double loss = 0, lr = 0, grad_norm = 0, seconds = 0, data_wait = 0;
   std::int64_t targets = 0;
+  std::uint64_t exchanged = 0;  // bytes that ranks of a sequence sent each other
   bool skipped = false;
 };
 
@@ -82,6 +84,7 @@ class Trainer {
   std::int64_t saved_ = -1;      // step of the newest checkpoint
   std::int64_t proven_ = -1;     // of the newest one after which a step was finite
   std::int64_t sequences_per_step_ = 0;
+  RankLayout ranks_;
 
   TrainingData data_;
   std::string tokenizer_file_;  // rank 0: its contents
@@ -140,14 +143,15 @@ void Trainer::prepare() {
   for (const std::string& notice : start_.notices) console_.say("note: {}", notice);
   for (const std::string& notice : warm.notices) console_.say("note: {}", notice);
 
+  ranks_ = lay_out_ranks(comm_, config_.parallel.sequence);
   const int threads = threads_for_rank(comm_, config_.run.threads);
   device_ = std::make_unique<Device>(config_.device, threads, config_.parallel, comm_);
   Ops& ops = device_->ops();
-  agree(comm_, [&] { state_ = std::make_unique<TrainState>(config_, ops, rank, ranks); });
+  agree(comm_, [&] { state_ = std::make_unique<TrainState>(config_, ops, rank, ranks, ranks_.place); });
   preflight({comm_, device_->comm(), ops, state_->plan.total_bytes()});
   agree(comm_, [&] {
     state_->plan.allocate(ops);
-    state_->bind(ops, device_->comm());
+    state_->bind(ops, device_->comm(), ranks_.members);
     step_ = std::make_unique<TrainStep>(*state_, ops, device_->comm());
     if (start_.checkpoint.empty()) {
       state_->initialize(config_.run.seed);
@@ -164,16 +168,17 @@ void Trainer::prepare() {
     o.context = config_.model.context;
     o.micro_batch = config_.train.micro_batch;
     o.sequences_per_step = sequences_per_step_;
-    o.rank = rank;
-    o.ranks = ranks;
+    o.rank = ranks_.group;
+    o.ranks = ranks_.groups;
+    if (config_.parallel.sequence > 1) o.places = state_->model.positions();
     o.seed = config_.run.seed;
     o.first_step = static_cast<std::uint64_t>(position_.step);
     o.prefetch = config_.data.prefetch;
     loader_ = std::make_unique<Loader>(data_.parts, o);
     for (const MixPart& part : data_.parts)
-      evaluators_.emplace_back(part.data, part.data.validation, *tokenizer_, config_.model.context, config_.train.micro_batch);
+      evaluators_.emplace_back(part.data, part.data.validation, *tokenizer_, config_.model.context, config_.train.micro_batch, o.places);
   });
-  micro_batches_.resize(static_cast<std::size_t>(sequences_per_step_ / ranks / config_.train.micro_batch));
+  micro_batches_.resize(static_cast<std::size_t>(sequences_per_step_ / ranks_.groups / config_.train.micro_batch));
   peak_flops_ = ranks * (config_.run.peak_tflops > 0 ? config_.run.peak_tflops * 1e12 : ops.peak_flops());
 
   agree(comm_, [&] {
@@ -188,6 +193,11 @@ void Trainer::prepare() {
   console_.say("model     {} parameters: {} layers, {} heads of {}, width {}, context {}, vocabulary {}", format_count(state_->model.layout().count),
                m.layers, m.heads, m.head_size(), m.width, m.context, m.vocabulary);
   console_.say("device    {}, {} rank{}, {} a rank", ops.device_name(), ranks, ranks == 1 ? "" : "s", format_bytes(planned_bytes()));
+  if (config_.parallel.sequence > 1) {
+    const auto most = comm_.max(state_->batch.shape()[1]), least = -comm_.max(-state_->batch.shape()[1]);
+    console_.say("sequence  {} ranks share each: exchange {}, {} tokens a rank", config_.parallel.sequence,
+                 name_of(state_->model.options().sequence.exchange), most == least ? std::to_string(most) : fmt::format("{} to {}", least, most));
+  }
   for (std::size_t i = 0; i < data_.parts.size(); ++i) {
     const DatasetInfo& part = data_.parts[i].data;
     const Sampler sampler(part.train.tokens, m.context, sequences_per_step_, config_.run.seed);
@@ -287,7 +297,12 @@ StepReport Trainer::step(std::int64_t t) {
     const float nan = std::numeric_limits<float>::quiet_NaN();
     device_->ops().upload(state_->model.gradients().slice(0, 1), &nan);  // what is added to it stays so
   }
+  const std::uint64_t sent_before = device_->comm().sent_bytes();
   TrainStep::Sums sums = step_->gradients(micro_batches_, static_cast<float>(scale));
+  if (config_.parallel.sequence > 1) {
+    report.exchanged = device_->comm().sent_bytes() - sent_before;
+    all_reduce_sum(comm_, {&report.exchanged, 1});
+  }
   report.loss = sums.loss * scale;
   report.grad_norm = sums.grad_norm;
   report.lr = learning_rate(config_.optimizer, config_.train.steps, t);
@@ -366,7 +381,8 @@ void Trainer::evaluate(Json& row) {
   for (std::size_t i = 0; i < evaluators_.size(); ++i) {
     shares.push_back(data_.share(i));
     parts.emplace_back();
-    if (evaluators_[i].batches() > 0) parts[i] = evaluators_[i].run(state_->model, device_->ops(), comm_, state_->batch, config_.eval.batches);
+    if (evaluators_[i].batches() > 0)
+      parts[i] = evaluators_[i].run(state_->model, device_->ops(), comm_, ranks_, state_->batch, config_.eval.batches);
   }
   const Evaluation e = mixed(parts, shares);
   row["validation_loss"] = e.loss;
@@ -407,6 +423,7 @@ void Trainer::log(std::int64_t t, const StepReport& r, const AttentionCounts& co
   row["tile"] = {a.tile_query, a.tile_key};
   row["empty_row_share"] = shares.empty_rows;
   row["data_wait_share"] = std::min(1.0, r.data_wait / r.seconds);
+  if (config_.parallel.sequence > 1) row["exchange_bytes"] = r.exchanged;
   row["skipped"] = r.skipped;
   row["skipped_total"] = position_.skipped;
   if (t == first_step_ + 1) {

@@ -2,6 +2,7 @@
 
 #include <fmt/core.h>
 
+#include <memory>
 #include <optional>
 
 #include "data/tokenizer.h"
@@ -52,9 +53,15 @@ Json plan_run(Config& config, int ranks) {
   check_ranks(config, ranks);
   const auto data = data_if_there(config);
   find_vocabulary(config, data);
-  // Reserves, and allocates nothing: any operations will do. Every rank's slices are equal.
+  // Reserves, and allocates nothing: any operations will do. Every rank's slices are equal, and of those that share sequences one has most tokens.
   const auto ops = make_cpu_ops(1);
-  const TrainState state(config, *ops, 0, ranks);
+  auto planned = std::make_unique<const TrainState>(config, *ops, 0, ranks);
+  const SequenceSplit split = planned->model.split();
+  int place = 0;
+  for (int r = 1; r < split.ranks(); ++r)
+    if (split.tokens_of(r) > split.tokens_of(place)) place = r;
+  if (place > 0) planned = std::make_unique<const TrainState>(config, *ops, 0, ranks, place);
+  const TrainState& state = *planned;
 
   const ParameterLayout& layout = state.model.layout();
   const Gpt::Flops flops = state.model.flops_per_token();
@@ -75,7 +82,8 @@ Json plan_run(Config& config, int ranks) {
       {"checkpoint_bytes", 3 * layout.count * static_cast<std::int64_t>(sizeof(float))},  // parameters and the two moments
       {"flops_per_token", {{"dense_equivalent", flops.dense + flops.attention_causal}, {"pattern_visible", flops.dense + flops.attention_visible}}},
       {"tokens_per_step", config.train.tokens_per_step},
-      {"micro_batches_per_step_and_rank", config.train.tokens_per_step / (config.model.context * config.train.micro_batch * ranks)},
+      {"micro_batches_per_step_and_rank",
+       config.train.tokens_per_step / (config.model.context * config.train.micro_batch * (ranks / config.parallel.sequence))},
       {"steps", config.train.steps},
       {"tokens", tokens},
       {"flops",

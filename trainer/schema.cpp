@@ -321,7 +321,7 @@ std::vector<Key> make_schema() {
       integer("log.every", FIELD(log.every), 1, kSteps, "Steps between console lines; metrics.jsonl has every step."),
       integer("log.heads_every", FIELD(log.heads_every), 0, kSteps, "Steps between rows with the active-edge share by layer and head. 0: none."),
 
-      integer("parallel.sequence", FIELD(parallel.sequence), 1, 1024, "Ranks that share one sequence. 1 for now."),
+      integer("parallel.sequence", FIELD(parallel.sequence), 1, 1024, "Ranks that share one sequence. They divide the ranks of the job."),
       choice<SequenceExchange>(
           "parallel.exchange", FIELD(parallel.exchange),
           {{"needed", SequenceExchange::needed},

@@ -69,12 +69,6 @@ SequenceCosts sequence_costs(const Config& config, const std::vector<std::shared
   return costs;
 }
 
-std::string name_of(SequenceExchange exchange) {
-  Config c;
-  c.parallel.exchange = exchange;
-  return find_key("parallel.exchange")->write(c).get<std::string>();
-}
-
 std::string name_of(SequenceLayout layout) {
   Config c;
   c.parallel.layout = layout;

@@ -38,8 +38,7 @@ struct SequenceCosts {
 /// std::invalid_argument when the sequence cannot be split so (split_sequence).
 SequenceCosts sequence_costs(const Config& config, const std::vector<std::shared_ptr<const TileMap>>& layers, int ranks, SequenceLayout layout);
 
-/// "needed", "ring", "heads", "auto"; "contiguous", "zigzag", "balanced".
-std::string name_of(SequenceExchange exchange);
+/// "contiguous", "zigzag", "balanced".
 std::string name_of(SequenceLayout layout);
 
 /// As `tessera plan --json` prints it under "sequence": "ranks", "layout", "exchange" (auto: the cheapest), "bytes" of each exchange over all layers,

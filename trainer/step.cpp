@@ -4,7 +4,8 @@
 
 namespace tessera {
 
-TrainStep::TrainStep(TrainState& state, Ops& ops, Communicator& comm) : state_(state), ops_(ops), comm_(comm) {
+TrainStep::TrainStep(TrainState& state, Ops& ops, Communicator& comm)
+    : state_(state), ops_(ops), comm_(comm), records_(state.model.options().sequence.ranks == 1) {
   Gpt::Hooks hooks;
   hooks.before_forward = [this](int block) { state_.optimizer.await(block); };
   hooks.after_backward = [this](int block) {

@@ -51,7 +51,7 @@ class TrainStep {
   };
   Pass last_pass_;                          // put together last
   std::unique_ptr<RecordedWork> recorded_;  // of last_pass_
-  bool records_ = true;                     // as far as is known
+  bool records_;                            // as far as is known; exchanges between ranks cannot be recorded
 };
 
 }  // namespace tessera

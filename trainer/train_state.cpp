@@ -7,13 +7,14 @@
 namespace tessera {
 namespace {
 
-Gpt::Options training_options(const Config& config, int ranks) {
+Gpt::Options training_options(const Config& config, int ranks, int place) {
   Gpt::Options o;
   o.micro_batch = config.train.micro_batch;
   o.tokens = config.model.context;
   o.training = true;
   o.shard_multiple = ShardedAdamW::padding_multiple(ranks);
   o.recompute = config.train.recompute;
+  o.sequence = {config.parallel.sequence, place, config.parallel.layout, config.parallel.exchange};
   o.device = device_kind(config.device);
   return o;
 }
@@ -40,14 +41,14 @@ Batch BatchBuffer::upload(Ops& ops, const HostBatch& host) const {
   return {put(token_, host.token), put(target_, host.target), put(position_, host.position), put(document_start_, host.document_start)};
 }
 
-TrainState::TrainState(const Config& config, Ops& ops, int rank, int ranks)
-    : model(config.model, ops, plan, training_options(config, ranks)),
+TrainState::TrainState(const Config& config, Ops& ops, int rank, int ranks, int place)
+    : model(config.model, ops, plan, training_options(config, ranks, place)),
       optimizer(model.layout(), rank, ranks, plan, compute_type(device_kind(config.device)), bucket_elements(config)),
-      batch(plan, config.train.micro_batch, config.model.context),
+      batch(plan, config.train.micro_batch, std::ssize(model.positions())),
       sums(plan.reserve(MemoryCategory::workspace, "sums", DType::f64, {2})) {}
 
-void TrainState::bind(Ops& ops, Communicator& comm) {
-  model.bind();
+void TrainState::bind(Ops& ops, Communicator& comm, const std::vector<int>& members) {
+  model.bind({&comm, members});
   optimizer.bind(ops, comm, {model.weights(), model.vectors(), model.gradients()});
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "data/loader.h"
 #include "kernels/comm/communicator.h"
@@ -30,11 +31,13 @@ class BatchBuffer {
 };
 
 struct TrainState {
-  /// Of the memory of config.device, which `ops` must be of before bind().
-  TrainState(const Config& config, Ops& ops, int rank, int ranks);
+  /// Of the memory of config.device, which `ops` must be of before bind(). `place`: of this rank among the parallel.sequence ranks that share
+  /// sequences.
+  TrainState(const Config& config, Ops& ops, int rank, int ranks, int place = 0);
 
-  /// After plan.allocate(): binds model and optimizer. `comm` moves memory of `ops`; both must live longer.
-  void bind(Ops& ops, Communicator& comm);
+  /// After plan.allocate(): binds model and optimizer. `comm` moves memory of `ops`; both must live longer. `members`: the ranks that share sequences
+  /// with this one, by place.
+  void bind(Ops& ops, Communicator& comm, const std::vector<int>& members = {});
   /// First values of all parameters: Gpt::initialize(), and the optimizer's master.
   void initialize(std::uint64_t seed);
   /// Elements of the flat parameters from `first` on, in the model and in the optimizer's master.

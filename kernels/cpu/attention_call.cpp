@@ -61,6 +61,9 @@ AttentionCall::AttentionCall(const char* operation, const AttentionForward& a)
   positions = optional_elements<std::int32_t>(operation, "positions", a.positions, tokens);
   z = elements<float>(operation, "z", a.z, batch * heads * tokens);
   active_tiles = elements<std::uint32_t>(operation, "active_tiles", a.active_tiles, batch * heads * query_tiles * words);
+  carry = optional_elements<float>(operation, "carry", a.carry, batch * heads * tokens * (size + kCarryExtra));
+  carry_first = a.carry_first;
+  carry_last = a.carry_last;
   counters = optional_elements<std::uint64_t>(operation, "counters", a.counters, heads * kAttentionCounters);
 }
 

@@ -54,6 +54,8 @@ struct AttentionCall {
   float* z;
   std::uint32_t* active_tiles;
   std::uint64_t* counters;  // or null
+  float* carry;             // or null
+  bool carry_first, carry_last;
 
   std::span<const TileEntry> query_list(std::int64_t head, std::int64_t query_tile) const { return cpu::query_list(*map, head, query_tile); }
   std::span<const TileEntry> key_list(std::int64_t head, std::int64_t key_tile) const;
@@ -76,6 +78,10 @@ struct AttentionCall {
   }
   bool is_active(std::int64_t b, std::int64_t h, std::int64_t query_tile, std::int64_t key_tile) const {
     return (bitmap(b, h, query_tile)[key_tile / 32] >> (key_tile % 32)) & 1u;
+  }
+  /// What query `first` of a head and those after it carry from call to call.
+  float* carry_of(std::int64_t b, std::int64_t h, std::int64_t first) const {
+    return carry + ((b * heads + h) * tokens + first) * (size + kCarryExtra);
   }
   float* z_of(std::int64_t b, std::int64_t h, std::int64_t query_tile) const { return z + (b * heads + h) * tokens + query_tile * tile_query; }
 };

@@ -18,6 +18,7 @@ Counts query_tile(const AttentionCall& call, std::int64_t b, std::int64_t h, std
   const std::int64_t first = at * call.tile_query, queries = std::min(call.tile_query, call.tokens - first);
   s.begin(call.q.at(b, h, first), call.q.token, queries);
   for (std::int64_t i = 0; i < queries; ++i) s.tau[i] = call.tau(h, first + i);
+  if (call.carry && !call.carry_first) s.resume(call.carry_of(b, h, first), queries);
   std::uint32_t* bitmap = call.bitmap(b, h, at);
   std::fill_n(bitmap, call.words, 0u);
 
@@ -36,6 +37,10 @@ Counts query_tile(const AttentionCall& call, std::int64_t b, std::int64_t h, std
     if (edges.active > 0) bitmap[entry.tile / 32] |= 1u << (entry.tile % 32);
   }
 
+  if (call.carry && !call.carry_last) {
+    s.suspend(call.carry_of(b, h, first), queries);
+    return counts;
+  }
   float* z = call.z_of(b, h, at);
   for (std::int64_t i = 0; i < queries; ++i) {
     z[i] = finish_row(call.math, i, call.o.at(b, h, first + i), s);

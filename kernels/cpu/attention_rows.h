@@ -9,6 +9,7 @@
 // function of its own keys alone, not of the other queries in the block.
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "kernels/cpu/attention_call.h"
@@ -47,6 +48,26 @@ struct RowsScratch {
     std::fill_n(top, lanes, kMinusInfinity);
     std::fill_n(active, lanes, 0);
     std::fill_n(seen, lanes, 0);
+  }
+
+  // From one call to the next (AttentionForward::carry).
+  void suspend(float* carry, std::int64_t queries) const {
+    for (std::int64_t i = 0; i < queries; ++i, carry += size + kCarryExtra) {
+      std::copy_n(sum + i * size, size, carry);
+      carry[size] = total[i];
+      carry[size + 1] = top[i];
+      std::memcpy(carry + size + 2, seen + i, sizeof(float));
+      std::memcpy(carry + size + 3, active + i, sizeof(float));
+    }
+  }
+  void resume(const float* carry, std::int64_t queries) {
+    for (std::int64_t i = 0; i < queries; ++i, carry += size + kCarryExtra) {
+      std::copy_n(carry, size, sum + i * size);
+      total[i] = carry[size];
+      top[i] = carry[size + 1];
+      std::memcpy(seen + i, carry + size + 2, sizeof(float));
+      std::memcpy(active + i, carry + size + 3, sizeof(float));
+    }
   }
 };
 

@@ -68,6 +68,54 @@ TEST_F(LoaderTest, EqualsDirectComputation) {
   EXPECT_GE(loader.take_wait_seconds(), 0.0);
 }
 
+TEST_F(LoaderTest, PlacesOfASequenceAreThoseOfTheWhole) {
+  auto o = options();
+  Loader whole(info, info.train, o);
+  o.places = {0, 1, 2, 9, 20, 21, 48, 49};
+  Loader part(info, info.train, o);
+  const auto n = static_cast<std::int64_t>(o.places.size());
+  for (int micro = 0; micro < 20; ++micro) {
+    const HostBatch &all = whole.next(), &some = part.next();
+    ASSERT_EQ(some.tokens, n);
+    ASSERT_EQ(some.target_tokens, static_cast<std::uint64_t>(2 * n));
+    for (std::int64_t row = 0; row < 2; ++row)
+      for (std::int64_t i = 0; i < n; ++i) {
+        const auto at = static_cast<std::size_t>(row * n + i),
+                   from = static_cast<std::size_t>(row * kContext + o.places[static_cast<std::size_t>(i)]);
+        ASSERT_EQ(some.token[at], all.token[from]);
+        ASSERT_EQ(some.target[at], all.target[from]);
+        ASSERT_EQ(some.position[at], all.position[from]);
+        ASSERT_EQ(some.document_start[at], all.document_start[from]);
+      }
+  }
+  for (const std::vector<std::int32_t>& wrong : {std::vector<std::int32_t>{-1}, {kContext}, {3, 3}, {4, 3}}) {
+    o.places = wrong;
+    EXPECT_THROW(Loader(info, info.train, o), std::invalid_argument);
+  }
+}
+
+TEST_F(LoaderTest, PlacesOfASequenceThatTheSplitEndsIn) {
+  TokenReader reader(info, info.train);
+  const std::uint64_t last = (reader.size() - 1) / kContext;  // its targets may end with the sequence before
+  for (std::uint64_t sequence = last - 1; sequence * kContext < reader.size(); ++sequence) {
+    const HostBatch all = read_sequences(reader, sequence, 1, kContext);
+    std::uint64_t targets = 0;
+    for (std::int32_t first = 0; first < kContext; first += 7) {  // every stretch: before, across and beyond the end
+      std::vector<std::int32_t> places;
+      for (std::int32_t p = first; p < std::min<std::int32_t>(kContext, first + 7); ++p) places.push_back(p);
+      const HostBatch some = read_sequences(reader, sequence, 1, kContext, places);
+      targets += some.target_tokens;
+      for (std::size_t i = 0; i < places.size(); ++i) {
+        const auto from = static_cast<std::size_t>(places[i]);
+        ASSERT_EQ(some.token[i], all.token[from]);
+        ASSERT_EQ(some.target[i], all.target[from]);
+        ASSERT_EQ(some.document_start[i], all.document_start[from]);
+      }
+    }
+    EXPECT_EQ(targets, all.target_tokens);
+  }
+}
+
 TEST_F(LoaderTest, TheSameGlobalBatchesOnAnyNumberOfRanksAndAfterResuming) {
   constexpr int kSteps = 7;
   const auto global = [&](int ranks, std::int64_t micro_batch, std::uint64_t first_step) {

@@ -70,16 +70,29 @@ inline Sequences random_sequences(const ModelConfig& m, std::int64_t B, std::int
   return s;
 }
 
+/// The tokens at these positions of each sequence.
+inline Sequences part_of(const Sequences& s, const std::vector<std::int32_t>& positions) {
+  Sequences part{s.B, std::ssize(positions), {}, {}, {}};
+  for (std::int64_t b = 0; b < s.B; ++b)
+    for (const std::int32_t t : positions) {
+      const auto at = static_cast<std::size_t>(b * s.T + t);
+      part.tokens.push_back(s.tokens[at]);
+      part.targets.push_back(s.targets[at]);
+      part.document_start.push_back(s.document_start[at]);
+    }
+  return part;
+}
+
 class TestModel {
  public:
   explicit TestModel(const ModelConfig& config, Gpt::Options options = {.micro_batch = 3}, unsigned seed = 1,
-                     std::unique_ptr<Ops> device = make_cpu_ops(1))
+                     std::unique_ptr<Ops> device = make_cpu_ops(1), const SequenceGroup& group = {})
       : ops(std::move(device)), gpt(config, *ops, plan, options) {
     const std::int64_t n = options.micro_batch * (options.tokens ? options.tokens : config.context);
     for (auto* slot : {&tokens_, &targets_, &positions_, &document_start_})
       *slot = plan.reserve(MemoryCategory::activations, "batch", DType::i32, {n});
     plan.allocate(*ops);
-    gpt.bind();
+    gpt.bind(group);
     fill(seed);
   }
 
@@ -110,7 +123,8 @@ class TestModel {
 
   Batch upload(const Sequences& s) {
     std::vector<std::int32_t> positions;
-    for (std::int64_t i = 0; i < s.B * s.T; ++i) positions.push_back(static_cast<std::int32_t>(i % s.T));
+    const auto places = gpt.positions();
+    for (std::int64_t i = 0; i < s.B * s.T; ++i) positions.push_back(places[static_cast<std::size_t>(i % s.T)]);
     const auto put = [&](MemoryPlan::Slot slot, const std::vector<std::int32_t>& host) {
       const Tensor t = plan[slot].view({s.B, s.T});
       ops->upload(t, host.data());

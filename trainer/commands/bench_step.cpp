@@ -211,6 +211,7 @@ void profile(const Config& c, Ops& ops) {
 void run(const Options& o) {
   std::vector<std::string> sets = o.sets;
   if (!o.device.empty()) sets.push_back("device=" + o.device);
+  sets.push_back("parallel.sequence=1");  // one process: whole sequences
   Config c = load_config(o.file, sets);
   resolve_vocabulary(c, vocabulary_for_bench(c), "tessera bench step");
   check_ranks(c, 1);

@@ -6,6 +6,7 @@
 #include <iostream>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "data/files.h"
 #include "trainer/collective.h"
@@ -116,7 +117,8 @@ void eval(const Options& o, Communicator& comm) {
                       open.info.dataset.tokenizer_hash.substr(0, 12), open.info.directory));
     for (const MixPart& part : data.parts) {
       const SplitInfo& split = o.split == "train" ? part.data.train : part.data.validation;
-      evaluators.emplace_back(part.data, split, *open.tokenizer, open.context, open.micro_batch);
+      evaluators.emplace_back(part.data, split, *open.tokenizer, open.context, open.micro_batch,
+                              o.open.sequence > 1 ? open.model->positions() : std::vector<std::int32_t>{});
       if (evaluators.back().batches() == 0) throw ConfigError(fmt::format("{}: split {} holds no text to evaluate", part.data.directory, o.split));
     }
   });
@@ -126,7 +128,7 @@ void eval(const Options& o, Communicator& comm) {
   std::vector<Json> results;
   std::vector<double> shares;
   for (std::size_t i = 0; i < evaluators.size(); ++i) {
-    found.push_back(evaluators[i].run(*open.model, *open.ops, comm, *open.batch, o.batches, skipping));
+    found.push_back(evaluators[i].run(*open.model, *open.ops, comm, open.ranks, *open.batch, o.batches, skipping));
     results.push_back(to_json(found.back(), open, data.parts[i].data, o.split));
     shares.push_back(data.share(i));
   }
@@ -165,6 +167,10 @@ void add_eval_command(CLI::App& app) {
   command->add_option("--micro-batch", o->open.micro_batch, "Sequences at once (default: train.micro_batch, or as many fewer as --context is longer)")
       ->type_name("N")
       ->check(CLI::Range(1, 1 << 20));
+  command->add_option("--sequence", o->open.sequence, "Ranks that share each sequence, where one cannot hold it")
+      ->type_name("N")
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str();
   command
       ->add_option("--visit", o->open.visit,
                    "Attention tiles to compute (default: as in training). all: both ways, to prove that skipping changes no bit of any loss")

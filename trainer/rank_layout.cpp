@@ -1,0 +1,31 @@
+#include "trainer/rank_layout.h"
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+
+#include "trainer/collective.h"
+#include "trainer/preflight.h"
+
+namespace tessera {
+
+RankLayout layout_of(const std::vector<std::string>& machines, int rank, int sequence) {
+  const int ranks = static_cast<int>(machines.size());
+  if (sequence < 1 || ranks % sequence != 0 || rank < 0 || rank >= ranks) throw std::logic_error("ranks that do not make groups of a sequence");
+  std::vector<int> order(machines.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::ranges::stable_sort(order, {}, [&](int r) { return std::ranges::find(machines, machines[static_cast<std::size_t>(r)]) - machines.begin(); });
+  const int at = static_cast<int>(std::ranges::find(order, rank) - order.begin());
+  RankLayout layout;
+  layout.groups = ranks / sequence;
+  layout.group = at / sequence;
+  layout.place = at % sequence;
+  layout.members.assign(order.begin() + layout.group * sequence, order.begin() + (layout.group + 1) * sequence);
+  return layout;
+}
+
+RankLayout lay_out_ranks(Communicator& host, int sequence) {
+  return layout_of(all_gather(host, host_name() + " " + machine()), host.rank(), sequence);
+}
+
+}  // namespace tessera

@@ -1,0 +1,24 @@
+#pragma once
+// What the ranks of a job are to each other: parallel.sequence ranks share each sequence, and such groups see different sequences.
+
+#include <string>
+#include <vector>
+
+#include "kernels/comm/communicator.h"
+
+namespace tessera {
+
+struct RankLayout {
+  int groups = 1, group = 0;    // data parallelism: sequences are dealt to groups
+  int place = 0;                // in the group: which part of each sequence
+  std::vector<int> members{0};  // ranks of the group in the job, by place
+};
+
+/// Groups are of `sequence` neighbours, of one machine as far as possible: ranks in the order of the machines, which come in that of their first
+/// ranks. `machines`: of each rank, any text that tells them apart. sequence divides the ranks (check_ranks).
+RankLayout layout_of(const std::vector<std::string>& machines, int rank, int sequence);
+
+/// The same, after asking every rank for its machine. Collective.
+RankLayout lay_out_ranks(Communicator& host, int sequence);
+
+}  // namespace tessera
