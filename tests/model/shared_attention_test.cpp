@@ -154,23 +154,9 @@ Results alone(const Case& c, Inputs in) {
 
 /// A communicator whose exchanges happen when they are waited for, with what was to be sent when they were begun; until then NaN stands where they
 /// will write. So nothing may be used too early, nor written too early.
-class Late final : public Communicator {
+class Late final : public testing::Forwarding {
  public:
-  explicit Late(Communicator& now) : now_(now) {}
-  int rank() const override { return now_.rank(); }
-  int size() const override { return now_.size(); }
-  int local_rank() const override { return now_.local_rank(); }
-  int local_size() const override { return now_.local_size(); }
-  void all_reduce_sum(const Tensor& x) override { now_.all_reduce_sum(x); }
-  void reduce_scatter_sum(const Tensor& in, const Tensor& out) override { now_.reduce_scatter_sum(in, out); }
-  void all_gather(const Tensor& in, const Tensor& out) override { now_.all_gather(in, out); }
-  void broadcast(const Tensor& x, int root) override { now_.broadcast(x, root); }
-  void barrier() override { now_.barrier(); }
-  std::int64_t max(std::int64_t value) override { return now_.max(value); }
-  std::string broadcast(const std::string& text, int root) override { return now_.broadcast(text, root); }
-  std::unique_ptr<Communicator> split(int color, int key) override { return now_.split(color, key); }
-  void abort(int code, const std::string& message) override { now_.abort(code, message); }
-
+  using Forwarding::Forwarding;
   Ticket begin_exchange(const Tensor& in, std::span<const Part> send, const Tensor& out, std::span<const Part> receive) override {
     const char* bytes = static_cast<const char*>(in.data);
     jobs_[++last_] = {{bytes, bytes + in.bytes()}, in, out, {send.begin(), send.end()}, {receive.begin(), receive.end()}};
@@ -180,7 +166,7 @@ class Late final : public Communicator {
   void wait(Ticket begun) override {
     Job job = std::move(jobs_.at(begun));
     jobs_.erase(begun);
-    now_.exchange({job.bytes.data(), job.in.dtype, job.in.shape}, job.send, job.out, job.receive);
+    to_.exchange({job.bytes.data(), job.in.dtype, job.in.shape}, job.send, job.out, job.receive);
   }
   bool idle() const { return jobs_.empty(); }
 
@@ -190,7 +176,6 @@ class Late final : public Communicator {
     Tensor in, out;
     std::vector<Part> send, receive;
   };
-  Communicator& now_;
   std::map<Ticket, Job> jobs_;
   Ticket last_ = 0;
 };

@@ -163,7 +163,7 @@ TEST(ConfigErrors, CrossChecks) {
   expect_error(error_of("device: cuda\nmodel: {heads: 1, width: 192}"), "a head size of 192", "model.heads 3");
   expect_error(error_of("device: cuda\nmodel: {heads: 1, width: 96}"), "a head size of 96", "model.heads 1 with model.width 64 or 128");
   expect_error(error_of("device: cuda\nmodel: {vocabulary_multiple: 1}"), "model.vocabulary_multiple", "expected a multiple of 8, found 1");
-  expect_error(error_of("parallel: {sequence: 2}\nsample: {every: 5}"), "x.yaml:2:10: sample.every", "holds no whole sequence",
+  expect_error(error_of("parallel: {sequence: 2}\nsample: {every: 5}"), "x.yaml:2:17: sample.every", "holds no whole sequence",
                "expected sample.every 0");
   expect_error(error_of("attention: {score: dot, threshold: {mode: length}}"), "attention.threshold.mode: mode length",
                "expected attention.score cosine");

@@ -23,34 +23,19 @@ void expect_line(const std::string& text, std::initializer_list<const char*> par
 }
 
 /// A communicator that does as `comm`, and adds `error` to sums, `gather_error` to what is gathered.
-class Wrong final : public Communicator {
+class Wrong final : public testing::Forwarding {
  public:
-  Wrong(Communicator& comm, float error, float gather_error = 0) : comm_(comm), error_(error), gather_error_(gather_error) {}
-  int rank() const override { return comm_.rank(); }
-  int size() const override { return comm_.size(); }
-  int local_rank() const override { return comm_.local_rank(); }
-  int local_size() const override { return comm_.local_size(); }
+  Wrong(Communicator& comm, float error, float gather_error = 0) : Forwarding(comm), error_(error), gather_error_(gather_error) {}
   void all_reduce_sum(const Tensor& x) override {
-    comm_.all_reduce_sum(x);
+    to_.all_reduce_sum(x);
     if (x.dtype == DType::f32) x.as<float>()[x.numel() - 1] += error_;
   }
-  void reduce_scatter_sum(const Tensor& in, const Tensor& out) override { comm_.reduce_scatter_sum(in, out); }
   void all_gather(const Tensor& in, const Tensor& out) override {
-    comm_.all_gather(in, out);
+    to_.all_gather(in, out);
     if (out.dtype == DType::f32) out.as<float>()[0] += gather_error_;
   }
-  Ticket begin_exchange(const Tensor& in, std::span<const Part> send, const Tensor& out, std::span<const Part> receive) override {
-    return comm_.begin_exchange(in, send, out, receive);
-  }
-  void broadcast(const Tensor& x, int root) override { comm_.broadcast(x, root); }
-  void barrier() override { comm_.barrier(); }
-  std::int64_t max(std::int64_t value) override { return comm_.max(value); }
-  std::string broadcast(const std::string& text, int root) override { return comm_.broadcast(text, root); }
-  std::unique_ptr<Communicator> split(int color, int key) override { return comm_.split(color, key); }
-  void abort(int, const std::string& message) override { FAIL() << message; }
 
  private:
-  Communicator& comm_;
   float error_, gather_error_;
 };
 

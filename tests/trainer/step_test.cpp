@@ -21,33 +21,16 @@ namespace fs = std::filesystem;
 
 /// What is begun has the tensors as they are then, and happens when it is waited for; until then what is to be written is NaN. So nothing may be
 /// begun too early, nor used too early.
-class Deferred final : public Communicator {
+class Deferred final : public testing::Forwarding {
  public:
-  explicit Deferred(Communicator& now) : now_(now) {}
-  int rank() const override { return now_.rank(); }
-  int size() const override { return now_.size(); }
-  int local_rank() const override { return now_.local_rank(); }
-  int local_size() const override { return now_.local_size(); }
-  void all_reduce_sum(const Tensor& x) override { now_.all_reduce_sum(x); }
-  void reduce_scatter_sum(const Tensor& in, const Tensor& out) override { now_.reduce_scatter_sum(in, out); }
-  void all_gather(const Tensor& in, const Tensor& out) override { now_.all_gather(in, out); }
-  Ticket begin_exchange(const Tensor& in, std::span<const Part> send, const Tensor& out, std::span<const Part> receive) override {
-    return now_.begin_exchange(in, send, out, receive);
-  }
-  void broadcast(const Tensor& x, int root) override { now_.broadcast(x, root); }
-  void barrier() override { now_.barrier(); }
-  std::int64_t max(std::int64_t value) override { return now_.max(value); }
-  std::string broadcast(const std::string& text, int root) override { return now_.broadcast(text, root); }
-  std::unique_ptr<Communicator> split(int color, int key) override { return now_.split(color, key); }
-  void abort(int code, const std::string& message) override { now_.abort(code, message); }
-
+  using Forwarding::Forwarding;
   Ticket begin_reduce_scatter_sum(const Tensor& in, const Tensor& out) override { return begin(true, in, out, in); }
   Ticket begin_all_gather(const Tensor& in, const Tensor& out) override { return begin(false, in, out, out); }
   void wait(Ticket begun) override {
     Job job = std::move(jobs_.at(begun));
     jobs_.erase(begun);
     const Tensor in(job.in.data(), job.type, job.shape);
-    job.reduces ? now_.reduce_scatter_sum(in, job.out) : now_.all_gather(in, job.out);
+    job.reduces ? to_.reduce_scatter_sum(in, job.out) : to_.all_gather(in, job.out);
   }
   std::size_t begun() const { return static_cast<std::size_t>(next_); }
   bool waiting() const { return !jobs_.empty(); }
@@ -66,7 +49,6 @@ class Deferred final : public Communicator {
     std::memset(whole.data, 0xff, whole.bytes());
     return next_++;
   }
-  Communicator& now_;
   std::map<Ticket, Job> jobs_;
   Ticket next_ = 0;
 };

@@ -20,6 +20,31 @@
 
 namespace tessera::testing {
 
+/// Does as another communicator, in all that a test does not change.
+class Forwarding : public Communicator {
+ public:
+  explicit Forwarding(Communicator& to) : to_(to) {}
+  int rank() const override { return to_.rank(); }
+  int size() const override { return to_.size(); }
+  int local_rank() const override { return to_.local_rank(); }
+  int local_size() const override { return to_.local_size(); }
+  void all_reduce_sum(const Tensor& x) override { to_.all_reduce_sum(x); }
+  void reduce_scatter_sum(const Tensor& in, const Tensor& out) override { to_.reduce_scatter_sum(in, out); }
+  void all_gather(const Tensor& in, const Tensor& out) override { to_.all_gather(in, out); }
+  Ticket begin_exchange(const Tensor& in, std::span<const Part> send, const Tensor& out, std::span<const Part> receive) override {
+    return to_.begin_exchange(in, send, out, receive);
+  }
+  void broadcast(const Tensor& x, int root) override { to_.broadcast(x, root); }
+  void barrier() override { to_.barrier(); }
+  std::int64_t max(std::int64_t value) override { return to_.max(value); }
+  std::string broadcast(const std::string& text, int root) override { return to_.broadcast(text, root); }
+  std::unique_ptr<Communicator> split(int color, int key) override { return to_.split(color, key); }
+  void abort(int code, const std::string& message) override { to_.abort(code, message); }
+
+ protected:
+  Communicator& to_;
+};
+
 class ThreadRanks {
  public:
   /// Runs work(communicator) once on each of `size` ranks and waits.
