@@ -1,5 +1,6 @@
 #include "trainer/sequence_costs.h"
 
+#include <algorithm>
 #include <map>
 #include <utility>
 
@@ -42,6 +43,12 @@ LayerCosts layer_costs(const SequenceSplit& split, const TileMap& map, const Exc
   return costs;
 }
 
+std::int64_t forward_total(const ExchangeBytes& bytes, int ranks) {
+  std::int64_t total = 0;
+  for (int r = 0; r < ranks; ++r) total += bytes.forward_sent(r);
+  return total;
+}
+
 Json json_of(const ExchangeBytes& bytes, int rank) {
   return {{"forward_sent", bytes.forward_sent(rank)},
           {"forward_received", bytes.forward_received(rank)},
@@ -82,6 +89,8 @@ Json plan_sequence(const Config& config, int ranks) {
   if (exchange == SequenceExchange::heads) bytes_of_heads(costs.split, costs.shape);  // throws where it cannot be
   if (exchange == SequenceExchange::automatic) exchange = cheapest_exchange(costs.split, maps, costs.shape);
 
+  // A block that is computed again fetches again. The last one is not.
+  const auto computed_again = [&](int layer) { return config.train.recompute == Recompute::block && layer + 1 < config.model.layers; };
   Json totals = Json::object(), layers = Json::array();
   for (const LayerCosts& layer : costs.layers) {
     Json rows = Json::array();
@@ -95,7 +104,8 @@ Json plan_sequence(const Config& config, int ranks) {
     for (auto e : kExchanges) {
       Json& total = totals[name_of(e)];
       if (const ExchangeBytes* bytes = layer.bytes(e))
-        total = (total.is_null() ? 0 : total.get<std::int64_t>()) + bytes->total() * static_cast<std::int64_t>(layer.layers.size());
+        total = (total.is_null() ? 0 : total.get<std::int64_t>()) + bytes->total() * static_cast<std::int64_t>(layer.layers.size()) +
+                forward_total(*bytes, ranks) * std::ranges::count_if(layer.layers, computed_again);
     }
     layers.push_back({{"layers", layer.layers}, {"ranks", std::move(rows)}});
   }
@@ -107,6 +117,7 @@ Json plan_sequence(const Config& config, int ranks) {
           {"micro_batch", config.train.micro_batch},
           {"element_bytes", costs.shape.element},
           {"block_tokens", costs.split.block},
+          {"layers_computed_again", config.train.recompute == Recompute::block ? config.model.layers - 1 : 0},
           {"bytes", std::move(totals)},
           {"layers", std::move(layers)}};
 }

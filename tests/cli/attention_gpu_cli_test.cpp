@@ -80,12 +80,9 @@ TEST_F(AttentionOnGpu, AgreesWithTheCpu) {
   TESSERA_NEEDS_GPU();
   for (const std::uint64_t head_size : {64, 128}) {
     write_input(head_size);
-    // Rows with hardly an active edge are divided by almost nothing, and rounding is all that is left of their gradients: epsilon, or for rms a
-    // threshold that leaves every row many edges.
     for (const std::string options :
          {"--set attention.epsilon=0.05", "--set attention.score=dot --set attention.gate=relu --set attention.normalizer=length",
-          "--set attention.score=dot --set attention.gate=softmax",
-          "--set attention.normalizer=rms --set attention.threshold.init=-0.9 --document-mask",
+          "--set attention.score=dot --set attention.gate=softmax", "--set attention.normalizer=rms --document-mask",
           "--visit all --set 'attention.pattern={window: {size: 70}}' --set attention.epsilon=0.05"}) {
       SCOPED_TRACE(options + ", head size " + std::to_string(head_size));
       for (const char* device : {"cpu", "cuda"}) {
@@ -93,7 +90,8 @@ TEST_F(AttentionOnGpu, AgreesWithTheCpu) {
         ASSERT_EQ(outcome.code, 0) << outcome.err;
       }
       std::vector<std::string> names = {"o", "dq", "dk", "dv", "z"};
-      if (options.find("rms") != std::string::npos) names.push_back("dgain");
+      const bool rms = options.find("rms") != std::string::npos;
+      if (rms) names.push_back("dgain");
       for (const std::string& name : names) {
         const auto expected = read("cpu", name), found = read("cuda", name);
         ASSERT_EQ(found.size(), expected.size());
@@ -102,8 +100,9 @@ TEST_F(AttentionOnGpu, AgreesWithTheCpu) {
           error += std::pow(static_cast<double>(found[n]) - static_cast<double>(expected[n]), 2);
           size += std::pow(static_cast<double>(expected[n]), 2);
         }
-        // bf16 has 8 bits: unit vectors are off by 2^-9 each, scores of 8 by as much of 8, squared gates by twice that.
-        EXPECT_LT(std::sqrt(error / size), 0.03) << name;
+        // bf16 has 8 bits: unit vectors are off by 2^-9 each, scores of 8 by as much of 8, squared gates by twice that. Normalizer rms divides a row
+        // with hardly an active edge by its own small size, so that there the error of a gate counts in full; no epsilon bounds it.
+        EXPECT_LT(std::sqrt(error / size), rms ? 0.06 : 0.03) << name;
       }
       const auto cpu = Hdf5File::open(folder + "/cpu.h5"), cuda = Hdf5File::open(folder + "/cuda.h5");
       for (const char* name : {"visible_edges", "visible_tiles"}) EXPECT_EQ(cuda.read<std::uint64_t>(name), cpu.read<std::uint64_t>(name)) << name;

@@ -41,7 +41,7 @@ TEST_F(ReportRuns, TilesAreThoseThatTheModelCounts) {
     const OpenCheckpoint open("runs/a", OpenCheckpoint::Use::evaluate, o, *alone);
     const TrainingData data = open_training_data(open.config.data);
     Evaluator evaluator(data.first(), data.first().validation, *open.tokenizer, open.context, 1);
-    const Evaluation e = evaluator.run(*open.model, *open.ops, *alone, *open.batch, 3);
+    const Evaluation e = evaluator.run(*open.model, *open.ops, *alone, open.ranks, *open.batch, 3);
     const AttentionCounts counts(open.config.model, e.counters, e.sequences, e.sequence_tokens);
     EXPECT_NEAR(m.skip_rate[size], counts.all().tile_skip_rate, 1e-12) << kTileSizes[size];
     EXPECT_NEAR(m.edge_sparsity, counts.all().edge_sparsity, 1e-3) << kTileSizes[size];  // sums in another order: an edge may be on the brink

@@ -55,7 +55,8 @@ std::string sequence_text(const Json& sequence) {
     }
   }
   text += text_table(table);
-  text += "sent by all ranks in all layers, forward + backward:";
+  const int again = sequence["layers_computed_again"].get<int>();
+  text += fmt::format("sent by all ranks in all layers, forward + backward{}:", again > 0 ? fmt::format(", {} layers forward twice", again) : "");
   for (const char* e : exchanges) {
     const Json& bytes = sequence["bytes"][e];
     text += fmt::format(" {} {}{}", e, bytes.is_null() ? "not possible (the ranks do not divide the heads)" : human_bytes(bytes.get<double>()),
