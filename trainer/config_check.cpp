@@ -203,7 +203,11 @@ class Resolver {
   }
 
   void shared_sequences() {
-    if (c_.parallel.sequence == 1) return;
+    if (c_.parallel.sequence == 1) {
+      if (c_.parallel.exchange != ParallelConfig().exchange) c_.notices.push_back("parallel.exchange has no effect with parallel.sequence 1");
+      if (c_.parallel.layout != ParallelConfig().layout) c_.notices.push_back("parallel.layout has no effect with parallel.sequence 1");
+      return;
+    }
     if (c_.sample.every > 0)
       fail({"sample.every", "parallel.sequence"},
            fmt::format("a text is made by one rank, which holds no whole sequence with parallel.sequence {}; expected sample.every 0, and tessera "

@@ -197,6 +197,8 @@ TEST(Config, AGpuNeedsNoGpuToBeConfigured) {
   EXPECT_EQ(load_config("", {"device=cuda", "model.heads=4"}).model.head_size(), 128);
   // On the cpu, what only GPUs heed is said to have no effect, unless it is the default.
   EXPECT_EQ(load_config("", {"parallel.share_gpu=true", "parallel.deadline=10"}).notices.size(), 2u);
+  EXPECT_EQ(load_config("", {"parallel.exchange=ring", "parallel.layout=zigzag"}).notices.size(), 2u);
+  EXPECT_TRUE(load_config("", {"parallel.exchange=ring", "parallel.layout=zigzag", "parallel.sequence=2", "sample.every=0"}).notices.empty());
   EXPECT_TRUE(load_config("", {"parallel.share_gpu=false", "parallel.deadline=300", "parallel.bucket_mib=1"}).notices.empty());
 }
 
