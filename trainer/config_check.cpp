@@ -208,6 +208,14 @@ class Resolver {
       if (c_.parallel.layout != ParallelConfig().layout) c_.notices.push_back("parallel.layout has no effect with parallel.sequence 1");
       return;
     }
+    if (c_.parallel.exchange == SequenceExchange::ring && c_.device == "cuda")
+      fail({"parallel.exchange", "device"}, "exchange ring is not there on GPUs yet; expected auto, needed or heads");
+    if (c_.parallel.exchange == SequenceExchange::heads && c_.model.heads % c_.parallel.sequence != 0)
+      fail({"parallel.exchange", "parallel.sequence", "model.heads"},
+           fmt::format(
+               "exchange heads deals {} heads to {} ranks, which does not come out even; expected a parallel.sequence that divides the heads, or "
+               "another exchange",
+               c_.model.heads, c_.parallel.sequence));
     if (c_.sample.every > 0)
       fail({"sample.every", "parallel.sequence"},
            fmt::format("a text is made by one rank, which holds no whole sequence with parallel.sequence {}; expected sample.every 0, and tessera "

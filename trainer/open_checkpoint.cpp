@@ -40,7 +40,10 @@ OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, const Options& 
     info = std::move(contents.info);
     config = std::move(contents.config);
     tokenizer = std::move(contents.tokenizer);
-    config.parallel.share_gpu = true;
+    if (o.sequence == 1) config.parallel.share_gpu = true;  // nothing is exchanged between GPUs
+    // How ranks share a sequence here has nothing to do with how they did in training.
+    config.parallel.exchange = ParallelConfig().exchange;
+    config.parallel.layout = ParallelConfig().layout;
     if (host.size() % o.sequence != 0)
       throw ConfigError(fmt::format("--sequence {}: {} rank{} do not make groups of {}; expected a divisor of {}", o.sequence, host.size(),
                                     host.size() == 1 ? "" : "s", o.sequence, host.size()));

@@ -39,7 +39,7 @@ struct OpenCheckpoint {
     /// Use::evaluate: sequences at once; 0: train.micro_batch, or fewer where `context` is longer than in training: about as many tokens.
     std::int64_t micro_batch = 0;
     int tile = 0;  // Use::evaluate: queries and keys a tile of attention; 0: as configured
-    /// Use::evaluate: so many ranks share each sequence, with exchange and layout as in the configuration. They divide the ranks.
+    /// Use::evaluate: so many ranks share each sequence, with the default exchange and layout. They divide the ranks.
     int sequence = 1;
     /// Use::generate:
     std::int64_t cache_sequences = 0;  // whose keys and values are kept

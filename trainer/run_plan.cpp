@@ -53,14 +53,13 @@ Json plan_run(Config& config, int ranks) {
   check_ranks(config, ranks);
   const auto data = data_if_there(config);
   find_vocabulary(config, data);
-  // Reserves, and allocates nothing: any operations will do. Every rank's slices are equal, and of those that share sequences one has most tokens.
+  // Reserves, and allocates nothing: any operations will do. Every rank's slices are equal; of those that share sequences, the one that needs most.
   const auto ops = make_cpu_ops(1);
   auto planned = std::make_unique<const TrainState>(config, *ops, 0, ranks);
-  const SequenceSplit split = planned->model.split();
-  int place = 0;
-  for (int r = 1; r < split.ranks(); ++r)
-    if (split.tokens_of(r) > split.tokens_of(place)) place = r;
-  if (place > 0) planned = std::make_unique<const TrainState>(config, *ops, 0, ranks, place);
+  for (int place = 1; place < config.parallel.sequence; ++place) {
+    auto other = std::make_unique<const TrainState>(config, *ops, 0, ranks, place);
+    if (other->plan.total_bytes() > planned->plan.total_bytes()) planned = std::move(other);
+  }
   const TrainState& state = *planned;
 
   const ParameterLayout& layout = state.model.layout();

@@ -114,7 +114,9 @@ void add_plan_command(CLI::App& app) {
     std::vector<std::string> sets = options->sets;
     if (options->context > 0) sets.push_back(fmt::format("model.context={}", options->context));
     Config config = load_config(options->file, sets);
-    for (const auto& notice : config.notices) fmt::print(stderr, "tessera: note: {}\n", notice);
+    for (const auto& notice : config.notices)  // --sequence and --simulate use what has no effect on the run itself
+      if ((options->sequence == 0 && !options->simulate) || notice.find("parallel.sequence 1") == std::string::npos)
+        fmt::print(stderr, "tessera: note: {}\n", notice);
     const auto print = [&](const Json& result, const auto& text) { std::cout << (options->json ? result.dump(2) + "\n" : text(result)); };
     if (options->simulate) {
       SimulatedRates rates;
