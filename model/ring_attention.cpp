@@ -181,9 +181,7 @@ class RingAttention final : public SharedAttention {
   }
 
   const LayerPlan& plan_of(int layer, const AttentionForward& own) const {
-    const bool packed = own.k.token == 3 * H_ * D_ && own.k.head == D_ && own.v.token == own.k.token && own.v.head == D_;
-    if (!ops_ || own.shape.heads != H_ || own.shape.tokens != tokens_ || own.shape.batch > shape_.sequences || !packed)
-      throw std::logic_error("shared attention: not bound, or a call of another shape than planned");
+    check_call(ops_ != nullptr, own, shape_, tokens_);
     return plans_[layers_.at(static_cast<std::size_t>(layer))];
   }
 

@@ -98,6 +98,14 @@ inline void check_group(const SequencePart& part, const SequenceGroup& group) {
                            std::to_string(group.members.size()));
 }
 
+/// Throws std::logic_error unless the exchange is bound and the call is of the planned heads and tokens, k and v parts of a packed projection.
+inline void check_call(bool bound, const AttentionForward& own, const SharedAttention::Shape& shape, std::int64_t tokens) {
+  const std::int64_t D = shape.head_size;
+  const bool packed = own.k.token == 3 * shape.heads * D && own.k.head == D && own.v.token == own.k.token && own.v.head == D;
+  if (!bound || own.shape.heads != shape.heads || own.shape.tokens != tokens || own.shape.batch > shape.sequences || !packed)
+    throw std::logic_error("shared attention: not bound, or a call of another shape than planned");
+}
+
 std::unique_ptr<SharedAttention> make_heads_attention(const SequencePart& part, const SequenceSplit& split,
                                                       const std::vector<std::shared_ptr<const TileMap>>& layers, const SharedAttention::Shape& shape,
                                                       MemoryPlan& plan);
