@@ -24,6 +24,7 @@ struct ThresholdConfig {
   double target_edge_sparsity = 0.95;
   double anneal = 0.4;       // share of the run over which the wanted density falls geometrically ...
   double anneal_from = 0.5;  // ... from this density to 1 - target_edge_sparsity
+  double head_spread = 1.0;  // the first head of a layer ends with this many times the density of the last (head_target in trainer/schedule.h)
   float rate = 0.05f;        // controller gain: tau += rate * clamp(ln(measured/wanted), -1, 1)
   float beta = 0.5f;         // mode length
 };

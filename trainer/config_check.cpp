@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "trainer/schedule.h"
 #include "trainer/schema_values.h"
 
 namespace tessera {
@@ -144,6 +145,10 @@ class Resolver {
     if (a.score == Score::fidelity && uses_init && !(a.threshold.init >= 0 && a.threshold.init < 1))
       fail({"attention.threshold.init", "attention.score"},
            fmt::format("score fidelity is a squared cosine: expected a threshold >= 0 and < 1, found {}", a.threshold.init));
+    if (const double densest = head_target(a.threshold, c_.model.heads, 0); a.threshold.mode == ThresholdMode::controlled && densest > 1)
+      fail({"attention.threshold.head_spread", "attention.threshold.target_edge_sparsity"},
+           fmt::format("the first of {} heads would need {:.2f} times the edges there are: expected a smaller spread or a higher target",
+                       c_.model.heads, densest));
   }
 
   /// Each pattern's tile lists are held in memory, an entry a tile and direction.

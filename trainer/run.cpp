@@ -333,24 +333,24 @@ void Trainer::update_thresholds(std::int64_t t, const AttentionCounts& counts) {
   u.rate = range.rate;
   u.low = range.low;
   u.high = range.high;
-  u.wanted_density = wanted_density(a.threshold, config_.train.steps, t);
+  const auto wanted = [&](int h) { return wanted_density(a.threshold, head_target(a.threshold, heads, h), config_.train.steps, t); };
+  u.wanted_density = wanted(0);
   // A head that a static pattern lets see less than is wanted could never reach it, and its threshold would sink all the while, to be climbed
   // again later. It is asked for what it can see.
   const auto visible = [&](int r) { return static_cast<double>(counts.at(r / heads, r % heads, kVisibleEdges)) / u.causal_edges; };
-  bool capped = false;
-  for (int r = 0; r < rows; ++r) capped = capped || visible(r) < u.wanted_density;
-  if (!capped) {
+  bool alike = a.threshold.head_spread == 1;
+  for (int r = 0; r < rows; ++r) alike = alike && visible(r) >= u.wanted_density;
+  if (alike) {
     u.threshold = thresholds.view({rows});
     u.counters = counters.view({rows, kAttentionCounters});
     device_->ops().update_thresholds(u);
     return;
   }
-  const double wanted = u.wanted_density;
   for (int r = 0; r < rows; ++r) {
     if (visible(r) == 0) continue;  // a block mask may hide everything from a head
     u.threshold = thresholds.slice(r, 1);
     u.counters = counters.slice(static_cast<std::int64_t>(r) * kAttentionCounters, kAttentionCounters).view({1, kAttentionCounters});
-    u.wanted_density = std::min(wanted, visible(r));
+    u.wanted_density = std::min(wanted(r % heads), visible(r));
     device_->ops().update_thresholds(u);
   }
 }

@@ -18,8 +18,14 @@ double learning_rate(const OptimizerConfig& c, std::int64_t steps, std::int64_t 
   return c.lr * (c.final_lr + (1.0 - c.final_lr) * left);
 }
 
-double wanted_density(const ThresholdConfig& c, std::int64_t steps, std::int64_t t) {
-  const double target = 1.0 - c.target_edge_sparsity;
+double head_target(const ThresholdConfig& c, int heads, int head) {
+  const auto weight = [&](int h) { return heads > 1 ? std::pow(c.head_spread, -static_cast<double>(h) / (heads - 1)) : 1.0; };
+  double sum = 0;
+  for (int h = 0; h < heads; ++h) sum += weight(h);
+  return (1.0 - c.target_edge_sparsity) * weight(head) * heads / sum;
+}
+
+double wanted_density(const ThresholdConfig& c, double target, std::int64_t steps, std::int64_t t) {
   const double length = c.anneal * static_cast<double>(steps);
   const double progress = length > 0 ? std::min(1.0, static_cast<double>(t) / length) : 1.0;
   return std::pow(c.anneal_from, 1.0 - progress) * std::pow(target, progress);

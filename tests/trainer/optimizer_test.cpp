@@ -360,16 +360,25 @@ TEST(Schedule, ARunAllWarmUp) {
 
 TEST(Schedule, WantedDensityFallsGeometrically) {
   ThresholdConfig c;
-  c.target_edge_sparsity = 0.92;
   c.anneal = 0.4;
   c.anneal_from = 0.5;
-  EXPECT_NEAR(wanted_density(c, 1000, 200), std::sqrt(0.5 * 0.08), 1e-12);  // half way: the geometric mean
-  EXPECT_NEAR(wanted_density(c, 1000, 400), 0.08, 1e-12);
-  EXPECT_NEAR(wanted_density(c, 1000, 1000), 0.08, 1e-12);
-  const double ratio = wanted_density(c, 1000, 2) / wanted_density(c, 1000, 1);
-  for (int t = 2; t < 400; ++t) EXPECT_NEAR(wanted_density(c, 1000, t + 1) / wanted_density(c, 1000, t), ratio, 1e-12);
+  EXPECT_NEAR(wanted_density(c, 0.08, 1000, 200), std::sqrt(0.5 * 0.08), 1e-12);  // half way: the geometric mean
+  EXPECT_NEAR(wanted_density(c, 0.08, 1000, 400), 0.08, 1e-12);
+  EXPECT_NEAR(wanted_density(c, 0.08, 1000, 1000), 0.08, 1e-12);
+  const double ratio = wanted_density(c, 0.08, 1000, 2) / wanted_density(c, 0.08, 1000, 1);
+  for (int t = 2; t < 400; ++t) EXPECT_NEAR(wanted_density(c, 0.08, 1000, t + 1) / wanted_density(c, 0.08, 1000, t), ratio, 1e-12);
   c.anneal = 0;
-  EXPECT_NEAR(wanted_density(c, 1000, 1), 0.08, 1e-12);
+  EXPECT_NEAR(wanted_density(c, 0.08, 1000, 1), 0.08, 1e-12);
+}
+
+TEST(Schedule, HeadTargetsFallGeometricallyAndMeetTheTarget) {
+  ThresholdConfig c;
+  c.target_edge_sparsity = 0.9;
+  for (int h = 0; h < 5; ++h) EXPECT_DOUBLE_EQ(head_target(c, 5, h), 1 - 0.9);
+  EXPECT_DOUBLE_EQ(head_target(c, 1, 0), 1 - 0.9);
+  c.head_spread = 16;  // 1, 1/2, 1/4, 1/8, 1/16 of the first
+  for (int h = 0; h < 5; ++h) EXPECT_NEAR(head_target(c, 5, h), 0.1 * 5 / 1.9375 / (1 << h), 1e-12) << h;
+  EXPECT_NEAR(head_target(c, 1, 0), 0.1, 1e-12);
 }
 
 TEST(Schedule, ThresholdRangesHoldEveryUsefulThreshold) {
