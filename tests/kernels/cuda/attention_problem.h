@@ -1,14 +1,19 @@
 #pragma once
-// Random problems for the CUDA attention: inputs in bf16, patterns, documents.
+// Random problems for the CUDA attention: inputs in bf16, patterns, documents, parts of them.
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "../attention_reference.h"
 #include "device.h"
+#include "kernels/cuda/attention/attention.h"
 
 namespace tessera::cuda_test {
 
@@ -72,6 +77,57 @@ inline std::vector<Bf16> rounded(const std::vector<double>& v) {
   std::vector<Bf16> out(v.size());
   for (std::size_t n = 0; n < v.size(); ++n) out[n] = __float2bfloat16_rn(static_cast<float>(v[n]));
   return out;
+}
+
+inline std::vector<CudaAttentionPath> paths() {
+  if (cuda_attention_has_hopper_path()) return {CudaAttentionPath::portable, CudaAttentionPath::hopper};
+  return {CudaAttentionPath::portable};
+}
+inline const char* name_of(CudaAttentionPath p) { return p == CudaAttentionPath::portable ? "portable" : "hopper"; }
+
+inline std::string describe(const AttentionMath& m, const AttentionShape& s, CudaAttentionPath path) {
+  const char *scores[] = {"dot", "cosine", "fidelity"}, *gates[] = {"relu", "relu2", "relu4", "softmax"}, *norms[] = {"none", "length", "sum", "rms"};
+  return std::string(name_of(path)) + " " + scores[int(m.score)] + " " + gates[int(m.gate)] + " " + norms[int(m.normalizer)] +
+         " D=" + std::to_string(s.head_size) + " T=" + std::to_string(s.tokens);
+}
+
+template <class T>
+inline bool same_bits(const std::vector<T>& x, const std::vector<T>& y) {
+  return x.size() == y.size() && std::memcmp(x.data(), y.data(), x.size() * sizeof(T)) == 0;
+}
+/// What query tiles `queries` see of the key tiles `keys`, which lie in a compact buffer; both ascend. Tile by tile from the whole map's lists.
+inline std::shared_ptr<TileMap> part_of(const TileMap& whole, const std::vector<int>& queries, const std::vector<int>& keys) {
+  const auto rows = [&](const std::vector<int>& tiles) {
+    std::int64_t n = 0;
+    for (int t : tiles) n += std::min<std::int64_t>(64, whole.tokens - 64ll * t);
+    return n;
+  };
+  auto map = std::make_shared<TileMap>(whole);
+  map->tokens = rows(queries), map->keys = rows(keys);
+  map->query_tiles = static_cast<std::int64_t>(queries.size()), map->key_tiles = static_cast<std::int64_t>(keys.size());
+  for (std::size_t g = 0; g < whole.groups.size(); ++g) {
+    const TileGroup& from = whole.groups[g];
+    TileGroup& to = map->groups[g];
+    to = {};
+    std::vector<std::vector<TileEntry>> by_key(keys.size());
+    for (std::size_t a = 0; a < queries.size(); ++a) {
+      to.query_offsets.push_back(static_cast<std::int64_t>(to.query_entries.size()));
+      for (std::int64_t n = from.query_offsets[queries[a]]; n < from.query_offsets[queries[a] + 1]; ++n) {
+        const TileEntry e = from.query_entries[n];
+        const auto place = std::lower_bound(keys.begin(), keys.end(), e.tile) - keys.begin();
+        if (place == std::ssize(keys) || keys[place] != e.tile) continue;
+        to.query_entries.push_back({static_cast<std::int32_t>(place), e.mask});
+        by_key[place].push_back({static_cast<std::int32_t>(a), e.mask});
+      }
+    }
+    to.query_offsets.push_back(static_cast<std::int64_t>(to.query_entries.size()));
+    for (const auto& list : by_key) {
+      to.key_offsets.push_back(static_cast<std::int64_t>(to.key_entries.size()));
+      to.key_entries.insert(to.key_entries.end(), list.begin(), list.end());
+    }
+    to.key_offsets.push_back(static_cast<std::int64_t>(to.key_entries.size()));
+  }
+  return map;
 }
 
 inline bool windowed(std::int64_t i, std::int64_t j) { return i - j < 70; }
