@@ -196,7 +196,7 @@ class Bf16Ops final : public Ops {
     AttentionForward f = a;
     const std::int64_t T = a.shape.tokens, keys = a.key_count();
     f.q = c.in(a.q, T), f.k = c.in(a.k, keys), f.v = c.in(a.v, keys);
-    if (!a.carry || a.carry_last) f.o = c.out(a.o, T);
+    f.o = a.carry && !a.carry_last ? f.q : c.out(a.o, T);  // before the last part o is not touched
     cpu_->attention_forward(f);
   }
   void attention_backward(const AttentionBackward& a) override {
