@@ -13,6 +13,7 @@ TEST_P(SharedBf16, OneRanksResultsUpToRounding) {
   for (const AttentionMath& math : kinds_of_math())
     for (const int ranks : {2, 4, 8}) {
       Case c;
+      c.kind = DeviceKind::cuda;
       c.device = make_bf16_ops;
       c.math = math;
       c.patterns = families()[n % 9].patterns;
@@ -33,6 +34,7 @@ INSTANTIATE_TEST_SUITE_P(Exchanges, SharedBf16, ::testing::Values(SequenceExchan
 TEST(SharedBf16Sums, AreRoundedOnce) {
   for (const auto& [exchange, most] : {std::pair{SequenceExchange::needed, 1.2}, {SequenceExchange::ring, 1.01}}) {
     Case c;
+    c.kind = DeviceKind::cuda;
     c.device = make_bf16_ops;
     c.patterns = {any({global(16), window(12)})};
     c.tokens = 512;

@@ -8,6 +8,7 @@ namespace {
 
 Case gpu_case(SequenceExchange exchange, int ranks) {
   Case c;
+  c.kind = DeviceKind::cuda;
   c.device = [] { return make_cuda_ops(0); };
   c.exchange = exchange;
   c.ranks = ranks;
