@@ -256,8 +256,8 @@ void check(const AttentionCase& c, int parts) {
   EXPECT_EQ(sum.counters, all.counters);
 }
 
-TEST(AttentionKeys, PartsOfASequenceGiveItsRowsAndGradientsThatAddUp) {
-  const std::pair<int, int> tiles[] = {{16, 16}, {8, 24}, {32, 8}, {8, 8}, {24, 40}, {16, 16}};
+template <class Body>
+void for_each_case(Body body) {
   int n = 0;
   for (const auto& [score, gate, normalizer, beta] : {std::tuple{Score::cosine, Gate::relu2, Normalizer::sum, 0.0f},
                                                       {Score::cosine, Gate::relu2, Normalizer::length, 0.4f},
@@ -268,47 +268,43 @@ TEST(AttentionKeys, PartsOfASequenceGiveItsRowsAndGradientsThatAddUp) {
         auto c = case_of(score, gate, normalizer, beta);
         c.shape.tokens = documents ? 131 : 96;
         c.pattern = pattern.visible;
-        std::tie(c.tile_query, c.tile_key) = tiles[n % std::size(tiles)];
-        c.seed = 100 + n++;
         if (documents) c.document_start = random_documents(c.shape, 50, 3);
         SCOPED_TRACE(name_of(c.math) + " " + pattern.name + (documents ? " documents" : ""));
-        check(c, 1 + n % 4);
+        body(c, n++);
       }
 }
 
+TEST(AttentionKeys, PartsOfASequenceGiveItsRowsAndGradientsThatAddUp) {
+  const std::pair<int, int> tiles[] = {{16, 16}, {8, 24}, {32, 8}, {8, 8}, {24, 40}, {16, 16}};
+  for_each_case([&](AttentionCase c, int n) {
+    std::tie(c.tile_query, c.tile_key) = tiles[n % std::size(tiles)];
+    c.seed = 100 + n;
+    check(c, 1 + (n + 1) % 4);
+  });
+}
+
 TEST(AttentionKeys, KeysInPartsGiveTheBitsOfOneCall) {
-  int n = 0;
-  for (const auto& [score, gate, normalizer, beta] : {std::tuple{Score::cosine, Gate::relu2, Normalizer::sum, 0.0f},
-                                                      {Score::cosine, Gate::relu2, Normalizer::length, 0.4f},
-                                                      {Score::dot, Gate::softmax, Normalizer::none, 0.0f},
-                                                      {Score::fidelity, Gate::relu, Normalizer::rms, 0.0f}})
-    for (const auto& pattern : kPatterns)
-      for (const bool documents : {false, true}) {
-        auto c = case_of(score, gate, normalizer, beta);
-        c.shape.tokens = documents ? 131 : 96;
-        c.pattern = pattern.visible;
-        c.seed = 200 + n;
-        if (documents) c.document_start = random_documents(c.shape, 50, 3);
-        SCOPED_TRACE(name_of(c.math) + " " + pattern.name + (documents ? " documents" : ""));
-        const auto p = make_problem(c);
-        const auto some = [&](std::int64_t first, std::int64_t last) {  // key tiles
-          Part part;
-          for (std::int64_t a = 0; a * c.tile_query < c.shape.tokens; ++a) part.query_tiles.push_back(a);
-          for (std::int64_t b = first; b < last; ++b) part.key_tiles.push_back(b);
-          part.queries = rows_of(part.query_tiles, c.tile_query, c.shape.tokens);
-          part.keys = rows_of(part.key_tiles, c.tile_key, c.shape.tokens);
-          part.tiles = lists_of(c, part);
-          return part;
-        };
-        const std::int64_t tiles = (c.shape.tokens + c.tile_key - 1) / c.tile_key, parts = 2 + n++ % 3;
-        ASSERT_GE(tiles, parts);
-        std::vector<Part> later;
-        for (std::int64_t k = 1; k < parts; ++k) later.push_back(some(k * tiles / parts, (k + 1) * tiles / parts));
-        const auto whole = run(p, some(0, tiles), Visit::active, 1), sum = run(p, some(0, tiles / parts), Visit::active, 1, later);
-        EXPECT_TRUE(same_bits(sum.o, whole.o)) << "o";
-        EXPECT_TRUE(same_bits(sum.z, whole.z)) << "z";
-        EXPECT_EQ(sum.counters, whole.counters);
-      }
+  for_each_case([](AttentionCase c, int n) {
+    c.seed = 200 + n;
+    const auto p = make_problem(c);
+    const std::int64_t tiles = (c.shape.tokens + c.tile_key - 1) / c.tile_key, parts = 2 + n % 3;
+    const auto part = [&](std::int64_t k, std::int64_t of) {  // neighbouring key tiles
+      Part part;
+      for (std::int64_t a = 0; a * c.tile_query < c.shape.tokens; ++a) part.query_tiles.push_back(a);
+      for (std::int64_t b = k * tiles / of; b < (k + 1) * tiles / of; ++b) part.key_tiles.push_back(b);
+      part.queries = rows_of(part.query_tiles, c.tile_query, c.shape.tokens);
+      part.keys = rows_of(part.key_tiles, c.tile_key, c.shape.tokens);
+      part.tiles = lists_of(c, part);
+      return part;
+    };
+    ASSERT_GE(tiles, parts);
+    std::vector<Part> later;
+    for (std::int64_t k = 1; k < parts; ++k) later.push_back(part(k, parts));
+    const auto whole = run(p, part(0, 1), Visit::active, 1), sum = run(p, part(0, parts), Visit::active, 1, later);
+    EXPECT_TRUE(same_bits(sum.o, whole.o)) << "o";
+    EXPECT_TRUE(same_bits(sum.z, whole.z)) << "z";
+    EXPECT_EQ(sum.counters, whole.counters);
+  });
 }
 
 TEST(AttentionKeys, ACallSaysWhatDoesNotFit) {

@@ -198,24 +198,9 @@ void compare(const Problem& p, CudaAttentionPath path, const std::string& what, 
 
 TEST(CudaAttention, MatchesTheDefinitionInEveryCombination) {
   NEEDS_GPU();
-  const std::vector<std::vector<Pattern>> patterns = {{is_causal}, {windowed}, {strided, is_causal}, {sinks, holes}};
-  const std::int64_t lengths[] = {1, 17, 64, 65, 130, 200};
-  unsigned n = 0;
-  for (const auto path : paths())
-    for (const auto score : {Score::dot, Score::cosine, Score::fidelity})
-      for (const auto gate : {Gate::relu, Gate::relu2, Gate::relu4, Gate::softmax})
-        for (const auto norm : {Normalizer::none, Normalizer::length, Normalizer::sum, Normalizer::rms})
-          for (const std::int64_t D : {64, 128}) {
-            ++n;
-            const AttentionShape shape{2, 2, lengths[n % 6], D};
-            AttentionMath math;
-            math.score = score, math.gate = gate, math.normalizer = norm, math.length_alpha = n % 2 ? 1.0f : 0.5f;
-            const double tau = score == Score::fidelity ? 0.01 : score == Score::cosine ? 0.4 * int(n % 3) : 0.2;
-            const Problem p = make_problem(shape, math, patterns[n / 2 % 4], n % 5 < 2, tau, n);
-            compare(p, path, describe(math, shape, path) + " case " + std::to_string(n),
-                    n / 2 % 2 ? CudaAttentionSchedule::block_a_band : CudaAttentionSchedule::persistent);
-            if (::testing::Test::HasFatalFailure()) return;
-          }
+  for_every_combination({1, 17, 64, 65, 130, 200}, [](const Problem& p, CudaAttentionPath path, unsigned n, const std::string& what) {
+    compare(p, path, what, n / 2 % 2 ? CudaAttentionSchedule::block_a_band : CudaAttentionSchedule::persistent);
+  });
 }
 
 TEST(CudaAttention, LengthBetaThreshold) {

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -134,5 +135,26 @@ inline bool windowed(std::int64_t i, std::int64_t j) { return i - j < 70; }
 inline bool strided(std::int64_t i, std::int64_t j) { return (i - j) % 5 == 0 || i - j < 3; }
 inline bool sinks(std::int64_t i, std::int64_t j) { return j < 4 || (i - j < 20 && i % 7 != 0); }  // rows without any key beside the sinks
 inline bool holes(std::int64_t i, std::int64_t j) { return i % 3 == 1 && j / 64 % 2 == 1; }        // empty rows, empty columns, empty tiles
+
+/// body(problem, path, number, what) for every score, gate, normalizer, head size and path, with patterns, lengths and documents in turn.
+template <class Body>
+void for_every_combination(const std::array<std::int64_t, 6>& lengths, Body body) {
+  const std::vector<std::vector<Pattern>> patterns = {{is_causal}, {windowed}, {strided, is_causal}, {sinks, holes}};
+  unsigned n = 0;
+  for (const auto path : paths())
+    for (const auto score : {Score::dot, Score::cosine, Score::fidelity})
+      for (const auto gate : {Gate::relu, Gate::relu2, Gate::relu4, Gate::softmax})
+        for (const auto norm : {Normalizer::none, Normalizer::length, Normalizer::sum, Normalizer::rms})
+          for (const std::int64_t D : {64, 128}) {
+            ++n;
+            const AttentionShape shape{2, 2, lengths[n % 6], D};
+            AttentionMath math;
+            math.score = score, math.gate = gate, math.normalizer = norm, math.length_alpha = n % 2 ? 1.0f : 0.5f;
+            const double tau = score == Score::fidelity ? 0.01 : score == Score::cosine ? 0.4 * int(n % 3) : 0.2;
+            const Problem p = make_problem(shape, math, patterns[n / 2 % 4], n % 5 < 2, tau, n);
+            body(p, path, n, describe(math, shape, path) + " case " + std::to_string(n));
+            if (::testing::Test::HasFatalFailure()) return;
+          }
+}
 
 }  // namespace tessera::cuda_test
