@@ -54,7 +54,8 @@ struct Results {
   std::vector<std::uint64_t> counters;
 };
 
-/// Values that bf16 holds too; q and k of unit length (up to its rounding) where the score wants them so.
+/// For a device that computes in bf16: values that it holds, values v of size 1, q and k of unit length (up to rounding) where the score wants them
+/// so.
 inline Inputs make_inputs(const Case& c, unsigned seed) {
   std::mt19937 rng(seed);
   std::normal_distribution<float> normal;
@@ -68,7 +69,9 @@ inline Inputs make_inputs(const Case& c, unsigned seed) {
     for (std::int64_t row = 0; row < std::ssize(in.qkv) / D; ++row) {
       float* x = in.qkv.data() + row * D;
       const float length = std::sqrt(std::inner_product(x, x + D, x, 0.0f));
-      if (c.math.score != Score::dot && row % (3 * H) < 2 * H) std::transform(x, x + D, x, [&](float e) { return e / length; });
+      const bool value = row % (3 * H) >= 2 * H;
+      const float factor = value ? std::sqrt(static_cast<float>(D)) : c.math.score == Score::dot ? 1.0f : 1 / length;
+      std::transform(x, x + D, x, [&](float e) { return factor * e; });
     }
     for (auto* v : {&in.qkv, &in.d_o})
       for (auto& x : *v) x = from_bf16(to_bf16(x));
