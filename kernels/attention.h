@@ -77,7 +77,7 @@ class DeviceTiles {
 };
 
 /// Values of a query beside its D sums in AttentionForward::carry.
-constexpr std::int64_t kCarryExtra = 4;
+constexpr std::int64_t kCarryExtra = 8;
 
 struct AttentionForward {
   AttentionShape shape;  // shape.tokens may be anything from 1 to tiles->host().tokens
@@ -97,10 +97,10 @@ struct AttentionForward {
   Tensor z;               // out [B, H, T] f32 (1 for none and rms)
   Tensor active_tiles;    // out [B, H, query_tiles(tokens), bitmap_words(key_tiles(keys))] u32, whole words written
   Tensor counters;        // in/out, optional [H, kAttentionCounters] u64
-  /// Optional (Ops::has_attention_carry()): the keys come in parts, a call each, in any order, and what a query has summed up goes from call to call:
-  /// [B, H, T, D + kCarryExtra] f32, the sum of a v (softmax: of exp(x - top) v) and then the sum of a, top, and as i32 the edges seen and active.
-  /// Read unless carry_first; the call with carry_last writes o and z and counts empty rows, the others write the carry. No other call's o and z are
-  /// touched.
+  /// Optional: the keys come in parts, a call each, in any order, and what a query has summed up goes from call to call: [B, H, T, D + kCarryExtra]
+  /// f32, the sum of a v (softmax: of exp(x - top) v), and then the sum of a, top and the edges seen, as the backend wants them: nothing but the next
+  /// part's call reads them. Read unless carry_first; the call with carry_last writes o and z and counts empty rows, the others write the carry. No
+  /// other call's o and z are touched. Parts in ascending order of their keys, cut between tiles, give o and z the bits of one call.
   Tensor carry;
   bool carry_first = true, carry_last = true;
 };
@@ -117,7 +117,7 @@ struct AttentionForward {
 struct AttentionBackward {
   AttentionForward forward;  // the same arguments as the forward call, its outputs now inputs; counters not used
   HeadsView d_o;             // in
-  HeadsView dq, dk, dv;      // out: every element is written
+  HeadsView dq, dk, dv;      // out: every element is written; each of the compute type or, where parts will be added up, f32
   Tensor dscale;             // in/out, optional [H] f32, added to
   Tensor dthreshold;         // in/out, optional [H] f32, added to; nothing with length_beta or softmax
   Tensor workspace;          // f32, at least attention_backward_workspace(...) elements

@@ -146,10 +146,10 @@ struct RowsView {
 struct MoveRows {
   // Pieces of consecutive rows, such as key tiles of a head, from one place to another: rows[p] rows of piece p of each sequence. In one call no
   // row of `to` is named twice. What no piece names stays as it is.
-  RowsView to{}, from{};       // of one floating type
+  RowsView to{}, from{};       // f32; on a GPU each f32 or bf16
   Tensor pieces{};             // in [n, 3] u64: start in `to`, start in `from`, rows
   bool reversed = false;       // the first two columns the other way round: the table of a move also serves the way back
-  bool add = false;            // to += from, instead of to = from; rounded to the type
+  bool add = false;            // to += from, instead of to = from; summed in f32, rounded once to the type of `to`
   std::int64_t sequences = 0;  // B
   std::int64_t size = 0;       // D
 };
@@ -210,9 +210,6 @@ class Ops {
   virtual std::unique_ptr<DeviceTiles> upload_tiles(std::shared_ptr<const TileMap> tiles) = 0;
   virtual void attention_forward(const AttentionForward& a) = 0;
   virtual void attention_backward(const AttentionBackward& a) = 0;
-
-  /// Whether AttentionForward::carry may be used: on the CPU, not yet on a GPU.
-  virtual bool has_attention_carry() const { return false; }
 
   // -- sequences over several ranks
   virtual void move_rows(const MoveRows& a) = 0;

@@ -1,6 +1,7 @@
 // Exchange `needed`: each rank fetches the key tiles that its queries may see into a compact buffer in ascending order, and the kernels run on it
 // with lists of their own (NeededKeys). For the backward pass they are fetched again: no more than one turn of one layer is ever held. Gradients of
-// fetched keys and values return to their owners, which add them to their own share in the order of the ranks.
+// fetched keys and values return to their owners in the compute type; an owner adds them to its own share in fp32, in the order of the ranks, and
+// rounds the sum once.
 //
 //   forward    pack, fetch | unpack, begin the next fetch, attention | ...
 //   backward   pack, fetch | unpack, begin the next fetch, attention, take the returns of the turn before, begin to return | ...
@@ -46,6 +47,8 @@ class NeededAttention final : public SharedAttention {
     lists_.upload(ops);
     for (const LayerPlan& p : plans_) {
       for (const PieceTable* table : {&p.send, &p.receive, &p.own}) table->upload(ops, plan_);
+      if (shape_.training)
+        for (const PieceTable* table : {&p.returned, &p.kept, &p.sums}) table->upload(ops, plan_);
       if (shape_.document_mask) ops.upload(plan_[p.first_rows], p.first_row_from.data());
     }
     if (shape_.positions) ops.upload(plan_[positions_slot_], positions_.data());
@@ -91,11 +94,12 @@ class NeededAttention final : public SharedAttention {
 
  private:
   /// A turn of heads. In `send` and `own` the left column counts rows of the packed or compact buffer and the right one of the packed projection (in
-  /// units of D); in `receive` left is compact and right is packed.
+  /// units of D); in `receive` left is compact and right is packed. `returned` and `kept` are `send` and `own` with rows of the sums, [heads of the
+  /// turn, T], on the right; `sums` has those on the left and the packed projection on the right.
   struct Stage {
     Stretch heads;
     std::shared_ptr<const TileMap> lists;
-    Stretch send, receive, own;                         // of the tables
+    Stretch send, receive, own, sums;                   // of the tables
     std::vector<Stretch> send_to;                       // [ranks]: of `send`
     std::vector<std::int64_t> send_rows, receive_rows;  // [ranks]
     std::int64_t send_total = 0, receive_total = 0;
@@ -104,7 +108,7 @@ class NeededAttention final : public SharedAttention {
     std::shared_ptr<const TileMap> map;  // of the whole sequence
     std::int64_t keys = 0, query_tiles = 0, words = 0;
     std::vector<Stage> stages;
-    PieceTable send, receive, own;
+    PieceTable send, receive, own, returned, kept, sums;
     std::vector<std::int32_t>
         first_row_from;  // [tokens of the sequence + 1]: the first row of the compact buffer whose key is this one or a later one
     MemoryPlan::Slot first_rows = -1, document_start = -1;
@@ -123,10 +127,11 @@ class NeededAttention final : public SharedAttention {
     std::vector<std::int64_t> place(static_cast<std::size_t>(split.block_count()), -1);  // of a block among this rank's
     for (std::size_t n = 0; n < split.blocks[me].size(); ++n) place[static_cast<std::size_t>(split.blocks[me][n])] = static_cast<std::int64_t>(n);
     const auto rows = [&](HeadTile t) { return std::min<std::int64_t>(map->tile_key, split.tokens - std::int64_t{t.tile} * map->tile_key); };
-    const auto projection_row = [&](HeadTile t) {
+    const auto token = [&](HeadTile t) {  // among this rank's
       const std::int64_t first = std::int64_t{t.tile} * map->tile_key;
-      return (place[static_cast<std::size_t>(first / split.block)] * split.block + first % split.block) * 3 * H_ + t.head;
+      return place[static_cast<std::size_t>(first / split.block)] * split.block + first % split.block;
     };
+    const auto projection_row = [&](HeadTile t) { return token(t) * 3 * H_ + t.head; };
     const auto compact_row = [&](HeadTile t, Stretch heads) {
       return (t.head - heads.first) * p.keys + (std::ranges::lower_bound(mine.tiles, t.tile) - mine.tiles.begin()) * map->tile_key;
     };
@@ -142,11 +147,14 @@ class NeededAttention final : public SharedAttention {
       s.send.first = p.send.count();
       s.receive.first = p.receive.count();
       s.own.first = p.own.count();
+      s.sums.first = p.sums.count();
+      const auto sum_row = [&](HeadTile t) { return (t.head - heads.first) * tokens_ + token(t); };
       for (int r = 0; r < part_.ranks; ++r) {
         const std::int64_t sent = s.send_total, received = s.receive_total, first = p.send.count();
         if (r != part_.rank) {
           for (const HeadTile t : of_stage(needed[static_cast<std::size_t>(r)].receive[me])) {
             p.send.add(s.send_total, projection_row(t), rows(t));
+            p.returned.add(s.send_total, sum_row(t), rows(t));
             s.send_total += rows(t);
           }
           for (const HeadTile t : of_stage(mine.receive[static_cast<std::size_t>(r)])) {
@@ -158,10 +166,17 @@ class NeededAttention final : public SharedAttention {
         s.send_rows.push_back(s.send_total - sent);
         s.receive_rows.push_back(s.receive_total - received);
       }
-      for (const HeadTile t : of_stage(mine.own)) p.own.add(compact_row(t, heads), projection_row(t), rows(t));
+      for (const HeadTile t : of_stage(mine.own)) {
+        p.own.add(compact_row(t, heads), projection_row(t), rows(t));
+        p.kept.add(compact_row(t, heads), sum_row(t), rows(t));
+      }
+      for (std::int64_t h = heads.first; h < heads.first + heads.count; ++h)
+        for (std::int64_t t = 0; t < tokens_; t += split.block)
+          p.sums.add((h - heads.first) * tokens_ + t, t * 3 * H_ + h, std::min(split.block, tokens_ - t));
       s.send.count = p.send.count() - s.send.first;
       s.receive.count = p.receive.count() - s.receive.first;
       s.own.count = p.own.count() - s.own.first;
+      s.sums.count = p.sums.count() - s.sums.first;
       p.stages.push_back(std::move(s));
     }
 
@@ -182,11 +197,16 @@ class NeededAttention final : public SharedAttention {
     constexpr auto kind = MemoryCategory::communication;
     const DType type = compute_type(shape_.device);
     const std::int64_t B = shape_.sequences;
-    std::int64_t keys = 0, sent = 0, received = 0;
+    std::int64_t keys = 0, sent = 0, received = 0, heads = 0;
     for (LayerPlan& p : plans_) {
       p.send.reserve(plan_, "keys to send: table");
       p.receive.reserve(plan_, "keys to receive: table");
       p.own.reserve(plan_, "own keys: table");
+      if (shape_.training) {
+        p.returned.reserve(plan_, "gradients returned: table");
+        p.kept.reserve(plan_, "own gradients: table");
+        p.sums.reserve(plan_, "sums of gradients: table");
+      }
       if (shape_.document_mask) {
         p.first_rows = plan_.reserve(kind, "fetched keys: first row of a token", DType::i32, {split.tokens + 1});
         p.document_start = plan_.reserve(kind, "fetched keys: document_start", DType::i32, {B, tokens_});
@@ -195,20 +215,22 @@ class NeededAttention final : public SharedAttention {
         keys = std::max(keys, s.heads.count * p.keys);
         sent = std::max(sent, s.send_total);
         received = std::max(received, s.receive_total);
+        heads = std::max(heads, s.heads.count);
       }
     }
     if (shape_.positions) {
       positions_ = split.positions(part_.rank);
       positions_slot_ = plan_.reserve(kind, "positions of queries", DType::i32, {tokens_});
     }
-    const auto rows = [&](const char* name, std::int64_t count) { return plan_.reserve(kind, name, type, {2, B, count, D_}); };
-    keys_ = rows("fetched keys and values", keys);
-    send_ = rows("keys and values to send", sent);
-    receive_ = rows("keys and values received", received);
+    const auto rows = [&](const char* name, std::int64_t count, DType t) { return plan_.reserve(kind, name, t, {2, B, count, D_}); };
+    keys_ = rows("fetched keys and values", keys, type);
+    send_ = rows("keys and values to send", sent, type);
+    receive_ = rows("keys and values received", received, type);
     if (shape_.training) {
-      d_keys_ = rows("gradients of fetched keys and values", keys);
-      return_ = rows("gradients to return", received);
-      returned_ = rows("gradients returned", sent);
+      d_keys_ = rows("gradients of fetched keys and values", keys, type);
+      return_ = rows("gradients to return", received, type);
+      returned_ = rows("gradients returned", sent, type);
+      sums_ = rows("sums of gradients", heads * tokens_, DType::f32);
     }
     lists_.account(shape_.device, plan_);
   }
@@ -273,12 +295,19 @@ class NeededAttention final : public SharedAttention {
     return a;
   }
 
+  /// Sums of a turn's dk (part 0) or dv (1): [B, heads of the turn, T, D] f32.
+  HeadsView sums(std::int64_t part, const Stage& s, std::int64_t B) const {
+    const std::int64_t head = tokens_ * D_, batch = s.heads.count * head;
+    return {element(plan_[sums_], part * B * batch), DType::f32, batch, head, D_};
+  }
+
   /// This rank's share of the gradients of its own keys and values stays; that of the others' goes back to them.
   Ticket give_back(const Stage& s, const AttentionBackward& own, const LayerPlan& p) const {
     const std::int64_t B = own.forward.shape.batch;
     const RowsView dk = rows_of(compact(d_keys_, 0, s, p, B), D_), dv = rows_of(compact(d_keys_, 1, s, p, B), D_);
-    move(p.own, s.own, B, rows_of(own.dk, D_), dk, true);
-    move(p.own, s.own, B, rows_of(own.dv, D_), dv, true);
+    ops_->zero(plan_[sums_].slice(0, 2 * B * s.heads.count * tokens_ * D_));  // of keys that no query here may see
+    move(p.kept, s.own, B, rows_of(sums(0, s, B), D_), dk, true);
+    move(p.kept, s.own, B, rows_of(sums(1, s, B), D_), dv, true);
     const Tensor send = packed(return_, s.receive_total, B), receive = packed(returned_, s.send_total, B);
     move(p.receive, s.receive, B, packed_rows(send, 0, 2, B, D_), dk, true);
     move(p.receive, s.receive, B, packed_rows(send, 1, 2, B, D_), dv, true);
@@ -290,10 +319,13 @@ class NeededAttention final : public SharedAttention {
     group_.comm->wait(returned);
     const std::int64_t B = own.forward.shape.batch;
     const Tensor from = packed(returned_, s.send_total, B);
+    const RowsView dk = rows_of(sums(0, s, B), D_), dv = rows_of(sums(1, s, B), D_);
     for (const Stretch pieces : s.send_to) {
-      move(p.send, pieces, B, rows_of(own.dk, D_), packed_rows(from, 0, 2, B, D_), true, true);
-      move(p.send, pieces, B, rows_of(own.dv, D_), packed_rows(from, 1, 2, B, D_), true, true);
+      move(p.returned, pieces, B, dk, packed_rows(from, 0, 2, B, D_), true, true);
+      move(p.returned, pieces, B, dv, packed_rows(from, 1, 2, B, D_), true, true);
     }
+    move(p.sums, s.sums, B, rows_of(own.dk, D_), dk, true);
+    move(p.sums, s.sums, B, rows_of(own.dv, D_), dv, true);
   }
 
   const SequencePart part_;
@@ -304,7 +336,7 @@ class NeededAttention final : public SharedAttention {
   std::vector<LayerPlan> plans_;     // one for all layers with the same map
   std::vector<std::size_t> layers_;  // the plan of each layer
   std::vector<std::int32_t> positions_;
-  MemoryPlan::Slot positions_slot_ = -1, keys_ = -1, send_ = -1, receive_ = -1, d_keys_ = -1, return_ = -1, returned_ = -1;
+  MemoryPlan::Slot positions_slot_ = -1, keys_ = -1, send_ = -1, receive_ = -1, d_keys_ = -1, return_ = -1, returned_ = -1, sums_ = -1;
   Ops* ops_ = nullptr;
   SequenceGroup group_;
 };

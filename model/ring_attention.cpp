@@ -1,7 +1,7 @@
 // Exchange `ring`: the keys and values of every rank travel round, from each rank to the next, and each rank adds what its queries see of them to
 // sums that stay (AttentionForward::carry; Liu et al., arXiv 2310.01889). Two buffers: one is computed on while the other fills, so memory does not
 // grow with the number of ranks. In the backward pass they travel again; the gradients of keys and values follow them a step behind, growing on their
-// way, and come home after a whole round.
+// way, and come home after a whole round. All sums are in fp32 and rounded to the compute type once, at the end.
 
 #include <algorithm>
 #include <stdexcept>
@@ -88,7 +88,6 @@ class RingAttention final : public SharedAttention {
 
   void bind(Ops& ops, const SequenceGroup& group) override {
     check_group(part_, group);
-    if (!ops.has_attention_carry()) throw std::invalid_argument("exchange ring is not there on " + ops.device_name() + "; expected needed or heads");
     ops_ = &ops;
     group_ = group;
     lists_.upload(ops);
@@ -125,11 +124,14 @@ class RingAttention final : public SharedAttention {
       const Ticket next = more ? pass_on(step, B) : 0;
       AttentionBackward a = own;
       a.forward = call(p, step, f);
-      a.dq = part_view(d_queries_, 0, tokens_, B);
+      a.dq = part_view(step == 0 ? d_query_sums_ : d_queries_, 0, tokens_, B);
       a.dk = part_view(d_kv_[step % 2], 0, tokens_at(step), B);
       a.dv = part_view(d_kv_[step % 2], 1, tokens_at(step), B);
       ops_->attention_backward(a);
-      ops_->move_rows({rows_of(own.dq, D_), rows_of(a.dq, D_), table(), true, true, B, D_});
+      if (step > 0) {
+        const auto sums = plan_[d_query_sums_].slice(0, B * H_ * tokens_ * D_);
+        ops_->add(sums, sums, plan_[d_queries_].slice(0, sums.numel()));
+      }
       const Tensor mine = message(d_kv_[step % 2], tokens_at(step), B);
       if (step > 0) {
         group_.comm->wait(sums);
@@ -139,8 +141,12 @@ class RingAttention final : public SharedAttention {
       if (more) group_.comm->wait(next);
     }
     group_.comm->wait(sums);
-    for (const auto& [part, to] : {std::pair{0, own.dk}, {1, own.dv}})
-      ops_->move_rows({rows_of(to, D_), rows_of(part_view(d_sums_, part, tokens_, B), D_), table(), true, false, B, D_});
+    const auto finish = [&](const HeadsView& to, const HeadsView& sums) {
+      ops_->move_rows({rows_of(to, D_), rows_of(sums, D_), table(), true, false, B, D_});
+    };
+    finish(own.dq, part_view(d_query_sums_, 0, tokens_, B));
+    finish(own.dk, part_view(d_sums_, 0, tokens_, B));
+    finish(own.dv, part_view(d_sums_, 1, tokens_, B));
   }
 
  private:
@@ -161,7 +167,8 @@ class RingAttention final : public SharedAttention {
     if (shape_.training) {
       for (auto& slot : d_kv_) slot = rows("gradients of keys and values", DType::f32);
       d_sums_ = rows("gradients of keys and values on their way", DType::f32);
-      d_queries_ = plan_.reserve(kind, "gradients of queries from one part", type, {B, H_, tokens_, D_});
+      d_queries_ = plan_.reserve(kind, "gradients of queries from one part", DType::f32, {B, H_, tokens_, D_});
+      d_query_sums_ = plan_.reserve(kind, "gradients of queries: sums", DType::f32, {B, H_, tokens_, D_});
     }
     if (shape_.positions) {
       positions_ = split.positions(part_.rank);
@@ -248,7 +255,8 @@ class RingAttention final : public SharedAttention {
   std::vector<std::vector<std::int32_t>> first_row_from_;  // [ranks][tokens + 1]: the first row of a part whose token is this one or a later one
   std::vector<MemoryPlan::Slot> first_rows_;
   std::vector<std::int32_t> positions_;
-  MemoryPlan::Slot kv_[2] = {-1, -1}, d_kv_[2] = {-1, -1}, d_sums_ = -1, d_queries_ = -1, carry_ = -1, mapped_start_ = -1, positions_slot_ = -1;
+  MemoryPlan::Slot kv_[2] = {-1, -1}, d_kv_[2] = {-1, -1}, d_sums_ = -1, d_queries_ = -1, d_query_sums_ = -1, carry_ = -1, mapped_start_ = -1,
+                   positions_slot_ = -1;
   Tensor document_start_;
   Ops* ops_ = nullptr;
   SequenceGroup group_;

@@ -55,10 +55,11 @@ class SharedAttention {
   virtual void begin(const Tensor& document_start) = 0;
   /// The attention of this rank's queries: q, k, v in a packed projection [B, T, 3, H, D], o [B, T, H, D]. `own` is as for a sequence of T tokens,
   /// without tiles, document_start and positions; z and active_tiles are of sizes(), in an order of this object's own; counters count this rank's
-  /// queries or heads. o and z are the bits that one rank would have got.
+  /// queries or heads. o and z are the bits that one rank would have got; with exchange ring, sums in another order.
   virtual void forward(int layer, const AttentionForward& own) = 0;
   /// Gradients, after forward() or one with the same inputs; dq, dk, dv in one packed [B, T, 3, H, D] that is zero before. dscale and dthreshold get
-  /// what this rank's edges add. dq is the bits that one rank would have got; dk and dv are sums over ranks in a fixed order.
+  /// what this rank's edges add. dq is the bits that one rank would have got (ring: a sum over parts); dk and dv are sums over ranks in a fixed order.
+  /// All such sums are in fp32 and rounded to the compute type once.
   virtual void backward(int layer, const AttentionBackward& own) = 0;
 };
 

@@ -213,8 +213,6 @@ class Resolver {
       if (c_.parallel.layout != ParallelConfig().layout) c_.notices.push_back("parallel.layout has no effect with parallel.sequence 1");
       return;
     }
-    if (c_.parallel.exchange == SequenceExchange::ring && c_.device == "cuda")
-      fail({"parallel.exchange", "device"}, "exchange ring is not there on GPUs yet; expected auto, needed or heads");
     if (c_.parallel.exchange == SequenceExchange::heads && c_.model.heads % c_.parallel.sequence != 0)
       fail({"parallel.exchange", "parallel.sequence", "model.heads"},
            fmt::format(

@@ -9,7 +9,7 @@
 #include <fstream>
 #include <functional>
 #include <map>
-#include <memory>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
@@ -73,21 +73,40 @@ double sum_of_ones(Communicator& comm) {
   return one;
 }
 
+/// Floats on the device, while a check lasts.
+class Probe {
+ public:
+  Probe(Ops& ops, std::int64_t count) : ops_(ops), tensor_(ops.allocate(static_cast<std::size_t>(count) * sizeof(float)), DType::f32, {count}) {}
+  ~Probe() { ops_.deallocate(tensor_.data); }
+  Probe(const Probe&) = delete;
+  Probe& operator=(const Probe&) = delete;
+  const Tensor& tensor() const { return tensor_; }
+  void give(const std::vector<float>& values) { ops_.upload(tensor_, values.data()); }
+  std::vector<float> take() const {
+    std::vector<float> found(static_cast<std::size_t>(tensor_.numel()));
+    ops_.download(found.data(), tensor_);
+    return found;
+  }
+
+ private:
+  Ops& ops_;
+  Tensor tensor_;
+};
+
+constexpr const char* kCorrupt =
+    "Connections between devices corrupt data; NCCL_DEBUG=INFO shows which are used, NCCL_P2P_DISABLE=1 avoids those between GPUs of a host";
+
 /// The collectives of a step over the devices, each rank giving other values. They also make the connections, which take memory, before the run
 /// looks at what is free for its own.
 void check_device(const PreflightRequest& r) {
   const int rank = r.host.rank(), ranks = r.host.size();
-  const auto release = [&](void* p) { r.ops.deallocate(p); };
-  std::unique_ptr<void, decltype(release)> memory(nullptr, release);
-  Tensor x;
-  std::vector<float> values(static_cast<std::size_t>(kProbe * ranks)), found(values.size());
+  std::optional<Probe> probe;
+  std::vector<float> values(static_cast<std::size_t>(kProbe * ranks)), found;
   for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(rank + 1) + static_cast<float>(i % kProbe);
   const auto give = [&] {
-    if (!memory) memory.reset(r.ops.allocate(values.size() * sizeof(float)));
-    x = Tensor(memory.get(), DType::f32, {static_cast<std::int64_t>(values.size())});
-    r.ops.upload(x, values.data());
-    r.ops.download(found.data(), x);
-    if (found != values) {
+    if (!probe) probe.emplace(r.ops, std::ssize(values));
+    probe->give(values);
+    if (probe->take() != values) {
       throw std::runtime_error(
           fmt::format("preflight: {} does not give back what was written to its memory. Take it out of use: it, or its driver, "
                       "is faulty (nvidia-smi -q shows its errors)",
@@ -98,25 +117,23 @@ void check_device(const PreflightRequest& r) {
     for (std::size_t i = 0; i < found.size(); ++i) {
       const double wanted = 0.5 * ranks * (ranks + 1) + static_cast<double>(ranks) * static_cast<double>(i % kProbe);
       if (found[i] != wanted) {
-        throw std::runtime_error(
-            fmt::format("preflight: a sum over the {} devices gave {} in place of {} on {}. Connections between devices corrupt "
-                        "data; NCCL_DEBUG=INFO shows which are used, NCCL_P2P_DISABLE=1 avoids those between GPUs of a host",
-                        ranks, found[i], wanted, device_text(r.ops)));
+        throw std::runtime_error(fmt::format("preflight: a sum over the {} devices gave {} in place of {} on {}. {}", ranks, found[i], wanted,
+                                             device_text(r.ops), kCorrupt));
       }
     }
   };
-  const auto check = [&](const std::function<void()>& sum) {
+  const auto check = [&](const std::function<void(const Tensor&)>& sum) {
     agree(r.host, give);
     try {
-      sum();
-      r.ops.download(found.data(), x);
+      sum(probe->tensor());
+      found = probe->take();
     } catch (const std::runtime_error& e) {
       throw std::runtime_error(fmt::format("preflight: a sum over the {} devices failed: {}", ranks, e.what()));
     }
     agree(r.host, compare);
   };
-  check([&] { r.device.all_reduce_sum(x); });
-  check([&] {
+  check([&](const Tensor& x) { r.device.all_reduce_sum(x); });
+  check([&](const Tensor& x) {
     const Tensor own = x.slice(rank * kProbe, kProbe);
     r.device.reduce_scatter_sum(x, own);
     r.device.all_gather(own, x);
@@ -192,11 +209,47 @@ void check_memory(Communicator& host, Ops& ops, std::size_t planned_bytes) {
   stop_on(host, memory_problem(claims));
 }
 
+void check_exchange(Communicator& host, Communicator& device, Ops& ops, const std::vector<int>& members) {
+  if (host.max(std::ssize(members)) < 2) return;
+  const auto value = [&](int from, int to, std::int64_t i) { return static_cast<float>(from * host.size() + to + i % kProbe); };
+  std::vector<Communicator::Part> parts;  // to and from each other rank
+  std::vector<float> mine, wanted, found;
+  for (const int other : members) {
+    if (other == host.rank()) continue;
+    parts.push_back({other, std::ssize(mine), kProbe});
+    for (std::int64_t i = 0; i < kProbe; ++i) {
+      mine.push_back(value(host.rank(), other, i));
+      wanted.push_back(value(other, host.rank(), i));
+    }
+  }
+  std::optional<Probe> in, out;
+  agree(host, [&] {
+    in.emplace(ops, std::ssize(mine));
+    out.emplace(ops, std::ssize(mine));
+    in->give(mine);
+    out->give(std::vector<float>(mine.size()));
+  });
+  try {
+    device.exchange(in->tensor(), parts, out->tensor(), parts);
+    found = out->take();
+  } catch (const std::runtime_error& e) {
+    throw std::runtime_error(fmt::format("preflight: an exchange between the {} ranks of a sequence failed: {}", members.size(), e.what()));
+  }
+  agree(host, [&] {
+    const auto wrong = std::ranges::mismatch(found, wanted).in1 - found.begin();
+    if (wrong == std::ssize(found)) return;
+    throw std::runtime_error(fmt::format("preflight: rank {} sent {} to rank {} on {}, and {} arrived. {}",
+                                         parts[static_cast<std::size_t>(wrong / kProbe)].rank, wanted[static_cast<std::size_t>(wrong)], host.rank(),
+                                         device_text(ops), found[static_cast<std::size_t>(wrong)], kCorrupt));
+  });
+}
+
 void preflight(const PreflightRequest& r) {
   stop_on(r.host, launch_problem(launched_ranks(), r.host.size(), sum_of_ones(r.host)));
   stop_on(r.host, build_problem(all_gather(r.host, build(r.ops)), all_gather(r.host, host_name())));
-  check_memory(r.host, r.ops, r.planned_bytes);
   check_device(r);
+  check_exchange(r.host, r.device, r.ops, r.members);
+  check_memory(r.host, r.ops, r.planned_bytes);
 }
 
 }  // namespace tessera

@@ -16,13 +16,18 @@ struct PreflightRequest {
   Communicator& device;  // between the devices; on the CPU, or alone, it may be `host` itself
   Ops& ops;
   std::size_t planned_bytes = 0;  // of device memory that this rank is about to allocate
+  std::vector<int> members{};     // ranks that share this rank's sequences (RankLayout), this one among them; none or one: nobody shares
 };
 
-/// Looks, in this order, at: whether MPI reaches as many ranks as were launched and sums right; the same build and libraries on every rank; memory
-/// for what all ranks of a device plan together; whether the device gives back what it was given; small sums over the devices. Silent when all is
-/// well. Throws an error that every rank throws alike (CommonError, or of a single rank std::runtime_error) with one line that says what is wrong and
-/// what to do; what NCCL itself reports, std::runtime_error on the rank that it reports it to. Collective.
+/// Looks, in this order, at: whether MPI reaches as many ranks as were launched and sums right; the same build and libraries on every rank; whether
+/// the device gives back what it was given; small sums over the devices; check_exchange; memory for what all ranks of a device plan together, beside
+/// what connections took by then. Silent when all is well. Throws an error that every rank throws alike (CommonError, or of a single rank
+/// std::runtime_error) with one line that says what is wrong and what to do; what NCCL itself reports, std::runtime_error on the rank that it reports
+/// it to. Collective.
 void preflight(const PreflightRequest& request);
+
+/// Its small message from each rank of a sequence to each other one, which opens the connections that exchanges of keys will use. Collective.
+void check_exchange(Communicator& host, Communicator& device, Ops& ops, const std::vector<int>& members);
 
 /// Its look at memory alone, for those who are about to allocate `planned_bytes` on each rank. Collective.
 void check_memory(Communicator& host, Ops& ops, std::size_t planned_bytes);

@@ -1,5 +1,7 @@
 // Rows from place to place. Bound by memory.
 
+#include <type_traits>
+
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/layers.h"
 #include "kernels/cuda/vector.cuh"
@@ -11,7 +13,7 @@ namespace {
 constexpr int kThreads = 256;
 
 struct Side {
-  bf16* data;
+  void* data;
   std::int64_t unit, batch, row;
 };
 
@@ -21,27 +23,37 @@ struct Args {
   int to_column, from_column, size;
 };
 
-/// A block a piece and sequence, a thread 16 bytes at a time.
-template <bool kAdd>
+/// Eight elements of a row.
+__device__ __forceinline__ void load_eight(const bf16* p, float (&x)[8]) { unpack(load_piece(p), x); }
+__device__ __forceinline__ void load_eight(const float* p, float (&x)[8]) { load_floats(p, x); }
+__device__ __forceinline__ void store_eight(bf16* p, const float (&x)[8]) { store_piece(p, pack(x)); }
+__device__ __forceinline__ void store_eight(float* p, const float (&x)[8]) { store_floats(p, x); }
+
+/// A block a piece and sequence, a thread eight elements at a time.
+template <class To, class From, bool kAdd>
 __global__ void __launch_bounds__(kThreads) move_rows_kernel(const __grid_constant__ Args a) {
   const std::uint64_t* piece = a.pieces + 3 * std::int64_t{blockIdx.x};
   const int b = static_cast<int>(blockIdx.y), chunks = a.size / 8;
-  bf16* const to = a.to.data + static_cast<std::int64_t>(piece[a.to_column]) * a.to.unit + b * a.to.batch;
-  const bf16* const from = a.from.data + static_cast<std::int64_t>(piece[a.from_column]) * a.from.unit + b * a.from.batch;
+  To* const to = static_cast<To*>(a.to.data) + static_cast<std::int64_t>(piece[a.to_column]) * a.to.unit + b * a.to.batch;
+  const From* const from = static_cast<const From*>(a.from.data) + static_cast<std::int64_t>(piece[a.from_column]) * a.from.unit + b * a.from.batch;
   const std::int64_t count = static_cast<std::int64_t>(piece[2]) * chunks;
   for (std::int64_t n = threadIdx.x; n < count; n += kThreads) {
     const std::int64_t row = n / chunks, column = n % chunks * 8;
-    const Piece<8> moved = load_piece(from + row * a.from.row + column);
-    bf16* const at = to + row * a.to.row + column;
-    if constexpr (kAdd) {
-      float x[8], y[8];
-      unpack(moved, x), unpack(load_piece(at), y);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) y[i] += x[i];
-      store_piece(at, pack(y));
-    } else {
-      store_piece(at, moved);
+    const From* const source = from + row * a.from.row + column;
+    To* const at = to + row * a.to.row + column;
+    if constexpr (!kAdd && std::is_same_v<To, bf16> && std::is_same_v<From, bf16>) {
+      store_piece(at, load_piece(source));
+      continue;
     }
+    float x[8];
+    load_eight(source, x);
+    if constexpr (kAdd) {
+      float y[8];
+      load_eight(at, y);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] += y[i];
+    }
+    store_eight(at, x);
   }
 }
 
@@ -54,9 +66,14 @@ __global__ void look_up_kernel(std::int32_t* out, const std::int32_t* table, con
 
 Side side(const char* name, const RowsView& v) {
   constexpr const char* kOp = "move_rows";
-  require(v.dtype == DType::bf16, kOp, "rows must be bf16 on a GPU");
+  require(v.dtype == DType::bf16 || v.dtype == DType::f32, kOp, "rows must be bf16 or f32 on a GPU");
   require(v.data && reinterpret_cast<std::uintptr_t>(v.data) % 16 == 0 && v.batch % 8 == 0 && v.row % 8 == 0 && v.unit % 8 == 0, kOp, name);
-  return {static_cast<bf16*>(v.data), v.unit, v.batch, v.row};
+  return {v.data, v.unit, v.batch, v.row};
+}
+
+template <class To, class From>
+auto kernel_of(bool add) {
+  return add ? move_rows_kernel<To, From, true> : move_rows_kernel<To, From, false>;
 }
 
 }  // namespace
@@ -74,7 +91,9 @@ void move_rows(const Context& c, const MoveRows& m) {
   a.from = side("from: address and strides must be multiples of 16 bytes", m.from);
   a.to_column = m.reversed ? 1 : 0, a.from_column = m.reversed ? 0 : 1;
   a.size = static_cast<int>(m.size);
-  const auto kernel = m.add ? move_rows_kernel<true> : move_rows_kernel<false>;
+  const bool wide = m.from.dtype == DType::f32;
+  const auto kernel = m.to.dtype == DType::f32 ? (wide ? kernel_of<float, float>(m.add) : kernel_of<float, bf16>(m.add))
+                                               : (wide ? kernel_of<bf16, float>(m.add) : kernel_of<bf16, bf16>(m.add));
   kernel<<<dim3(static_cast<unsigned>(count), static_cast<unsigned>(m.sequences)), kThreads, 0, c.stream>>>(a);
   check_launch(kOp);
 }

@@ -5,9 +5,11 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <set>
+#include <span>
 
 #include "attention_cases.h"
 #include "kernels/cpu/attention.h"
@@ -110,18 +112,25 @@ std::vector<float> take(const std::vector<float>& x, const AttentionShape& s, co
   return out;
 }
 
-Results run(const AttentionProblem& p, const Part& part, Visit visit, int threads) {
+/// document_start of a part's queries, in rows of its keys; empty without documents.
+std::vector<std::int32_t> first_rows(const AttentionProblem& p, const Part& part) {
+  const auto [B, H, T, D] = p.in.shape;
+  std::vector<std::int32_t> start;
+  for (std::int64_t b = 0; b < B && !p.document_start.empty(); ++b)
+    for (const auto i : part.queries)
+      start.push_back(static_cast<std::int32_t>(std::ranges::lower_bound(part.keys, p.document_start[b * T + i]) - part.keys.begin()));
+  return start;
+}
+
+/// `next`: parts of the same queries over later keys, a call each (AttentionForward::carry); then no gradients.
+Results run(const AttentionProblem& p, const Part& part, Visit visit, int threads, std::span<const Part> next = {}) {
   const auto [B, H, T, D] = p.in.shape;
   const auto queries = std::ssize(part.queries), keys = std::ssize(part.keys);
   auto q = take(p.q, p.in.shape, part.queries, D), d_o = take(p.d_o, p.in.shape, part.queries, D);
   auto k = take(p.k, p.in.shape, part.keys, D), v = take(p.v, p.in.shape, part.keys, D);
   auto scale = p.scale, tau = p.tau;
   auto positions = part.queries;
-  std::vector<std::int32_t> start;  // in rows of k
-  for (std::int64_t b = 0; b < B && !p.document_start.empty(); ++b)
-    for (const auto i : part.queries)
-      start.push_back(static_cast<std::int32_t>(std::ranges::lower_bound(part.keys, p.document_start[b * T + i]) - part.keys.begin()));
-
+  auto start = first_rows(p, part);
   const float nan = std::numeric_limits<float>::quiet_NaN();
   Results r;
   r.o.assign(B * H * queries * D, nan);
@@ -165,9 +174,34 @@ Results run(const AttentionProblem& p, const Part& part, Visit visit, int thread
   b.workspace = {workspace.data(), DType::f32, {std::ssize(workspace)}};
   const int before = omp_get_max_threads();
   omp_set_num_threads(threads);
-  cpu_attention_forward(f);
-  b.forward = f;
-  cpu_attention_backward(b);
+  if (next.empty()) {
+    cpu_attention_forward(f);
+    b.forward = f;
+    cpu_attention_backward(b);
+  } else {
+    std::vector<float> carry(B * H * queries * (D + kCarryExtra), nan);
+    f.carry = {carry.data(), DType::f32, {B, H, queries, D + kCarryExtra}};
+    f.carry_last = false;
+    cpu_attention_forward(f);
+    f.carry_first = false;
+    for (const Part& later : next) {
+      EXPECT_TRUE(std::ranges::all_of(r.o, [](float x) { return std::isnan(x); })) << "o was written before the last part";
+      EXPECT_TRUE(std::ranges::all_of(r.z, [](float x) { return std::isnan(x); })) << "z was written before the last part";
+      const auto count = std::ssize(later.keys);
+      auto later_k = take(p.k, p.in.shape, later.keys, D), later_v = take(p.v, p.in.shape, later.keys, D);
+      auto later_start = first_rows(p, later);
+      std::vector<std::uint32_t> later_bitmap(B * H * later.tiles->query_tiles * bitmap_words(later.tiles->key_tiles));
+      const DeviceTiles lists(later.tiles);
+      f.keys = count;
+      f.tiles = &lists;
+      f.k = heads(later_k, count);
+      f.v = heads(later_v, count);
+      if (!later_start.empty()) f.document_start.data = later_start.data();
+      f.active_tiles = {later_bitmap.data(), DType::u32, {std::ssize(later_bitmap)}};
+      f.carry_last = &later == &next.back();
+      cpu_attention_forward(f);
+    }
+  }
   omp_set_num_threads(before);
   return r;
 }
@@ -222,8 +256,8 @@ void check(const AttentionCase& c, int parts) {
   EXPECT_EQ(sum.counters, all.counters);
 }
 
-TEST(AttentionKeys, PartsOfASequenceGiveItsRowsAndGradientsThatAddUp) {
-  const std::pair<int, int> tiles[] = {{16, 16}, {8, 24}, {32, 8}, {8, 8}, {24, 40}, {16, 16}};
+template <class Body>
+void for_each_case(Body body) {
   int n = 0;
   for (const auto& [score, gate, normalizer, beta] : {std::tuple{Score::cosine, Gate::relu2, Normalizer::sum, 0.0f},
                                                       {Score::cosine, Gate::relu2, Normalizer::length, 0.4f},
@@ -234,12 +268,43 @@ TEST(AttentionKeys, PartsOfASequenceGiveItsRowsAndGradientsThatAddUp) {
         auto c = case_of(score, gate, normalizer, beta);
         c.shape.tokens = documents ? 131 : 96;
         c.pattern = pattern.visible;
-        std::tie(c.tile_query, c.tile_key) = tiles[n % std::size(tiles)];
-        c.seed = 100 + n++;
         if (documents) c.document_start = random_documents(c.shape, 50, 3);
         SCOPED_TRACE(name_of(c.math) + " " + pattern.name + (documents ? " documents" : ""));
-        check(c, 1 + n % 4);
+        body(c, n++);
       }
+}
+
+TEST(AttentionKeys, PartsOfASequenceGiveItsRowsAndGradientsThatAddUp) {
+  const std::pair<int, int> tiles[] = {{16, 16}, {8, 24}, {32, 8}, {8, 8}, {24, 40}, {16, 16}};
+  for_each_case([&](AttentionCase c, int n) {
+    std::tie(c.tile_query, c.tile_key) = tiles[n % std::size(tiles)];
+    c.seed = 100 + n;
+    check(c, 1 + (n + 1) % 4);
+  });
+}
+
+TEST(AttentionKeys, KeysInPartsGiveTheBitsOfOneCall) {
+  for_each_case([](AttentionCase c, int n) {
+    c.seed = 200 + n;
+    const auto p = make_problem(c);
+    const std::int64_t tiles = (c.shape.tokens + c.tile_key - 1) / c.tile_key, parts = 2 + n % 3;
+    const auto part = [&](std::int64_t k, std::int64_t of) {  // neighbouring key tiles
+      Part part;
+      for (std::int64_t a = 0; a * c.tile_query < c.shape.tokens; ++a) part.query_tiles.push_back(a);
+      for (std::int64_t b = k * tiles / of; b < (k + 1) * tiles / of; ++b) part.key_tiles.push_back(b);
+      part.queries = rows_of(part.query_tiles, c.tile_query, c.shape.tokens);
+      part.keys = rows_of(part.key_tiles, c.tile_key, c.shape.tokens);
+      part.tiles = lists_of(c, part);
+      return part;
+    };
+    ASSERT_GE(tiles, parts);
+    std::vector<Part> later;
+    for (std::int64_t k = 1; k < parts; ++k) later.push_back(part(k, parts));
+    const auto whole = run(p, part(0, 1), Visit::active, 1), sum = run(p, part(0, parts), Visit::active, 1, later);
+    EXPECT_TRUE(same_bits(sum.o, whole.o)) << "o";
+    EXPECT_TRUE(same_bits(sum.z, whole.z)) << "z";
+    EXPECT_EQ(sum.counters, whole.counters);
+  });
 }
 
 TEST(AttentionKeys, ACallSaysWhatDoesNotFit) {

@@ -43,7 +43,7 @@ class Call {
   std::deque<Buffer> buffers_;
 };
 
-/// The same for tensors with strides: fp32 copies [B, H, T, D].
+/// The same for tensors with strides: fp32 copies [B, H, rows, D]. Gradients may be f32, and stay where they are.
 class HeadsCall {
  public:
   explicit HeadsCall(const AttentionShape& shape) : s_(shape) {}
@@ -52,21 +52,23 @@ class HeadsCall {
       if (b.write) each(b, [](std::uint16_t& to, float& value) { to = to_bf16(value); });
     }
   }
-  HeadsView in(const HeadsView& v) {
-    const HeadsView copy = out(v);
+  HeadsView in(const HeadsView& v, std::int64_t rows) {
+    const HeadsView copy = out(v, rows);
     buffers_.back().write = false;
     each(buffers_.back(), [](std::uint16_t& from, float& value) { value = from_bf16(from); });
     return copy;
   }
-  HeadsView out(const HeadsView& v) {
+  HeadsView out(const HeadsView& v, std::int64_t rows) {
     if (v.dtype != DType::bf16) throw std::logic_error("attention of tensors that are not bf16");
-    Buffer& b = buffers_.emplace_back(Buffer{v, std::vector<float>(static_cast<std::size_t>(s_.batch * s_.heads * s_.tokens * s_.head_size)), true});
-    return {b.values.data(), DType::f32, s_.heads * s_.tokens * s_.head_size, s_.tokens * s_.head_size, s_.head_size};
+    Buffer& b = buffers_.emplace_back(Buffer{v, rows, std::vector<float>(static_cast<std::size_t>(s_.batch * s_.heads * rows * s_.head_size)), true});
+    return {b.values.data(), DType::f32, s_.heads * rows * s_.head_size, rows * s_.head_size, s_.head_size};
   }
+  HeadsView gradient(const HeadsView& v, std::int64_t rows) { return v.dtype == DType::f32 ? v : out(v, rows); }
 
  private:
   struct Buffer {
     HeadsView view;
+    std::int64_t rows;
     std::vector<float> values;
     bool write;
   };
@@ -75,7 +77,7 @@ class HeadsCall {
     auto value = b.values.begin();
     for (std::int64_t n = 0; n < s_.batch; ++n) {
       for (std::int64_t h = 0; h < s_.heads; ++h) {
-        for (std::int64_t t = 0; t < s_.tokens; ++t) {
+        for (std::int64_t t = 0; t < b.rows; ++t) {
           auto* row = static_cast<std::uint16_t*>(b.view.data) + n * b.view.batch + h * b.view.head + t * b.view.token;
           for (std::int64_t d = 0; d < s_.head_size; ++d) f(row[d], *value++);
         }
@@ -183,6 +185,7 @@ class Bf16Ops final : public Ops {
     cpu_->gelu(c.out(y), c.in(x));
   }
   void add(const Tensor& to, const Tensor& a, const Tensor& b) override {
+    if (to.dtype == DType::f32) return cpu_->add(to, a, b);
     Call c;
     cpu_->add(c.out(to), c.in(a), c.in(b));
   }
@@ -191,28 +194,37 @@ class Bf16Ops final : public Ops {
   void attention_forward(const AttentionForward& a) override {
     HeadsCall c(a.shape);
     AttentionForward f = a;
-    f.q = c.in(a.q), f.k = c.in(a.k), f.v = c.in(a.v), f.o = c.out(a.o);
+    const std::int64_t T = a.shape.tokens, keys = a.key_count();
+    f.q = c.in(a.q, T), f.k = c.in(a.k, keys), f.v = c.in(a.v, keys);
+    f.o = a.carry && !a.carry_last ? f.q : c.out(a.o, T);  // before the last part o is not touched
     cpu_->attention_forward(f);
   }
   void attention_backward(const AttentionBackward& a) override {
     HeadsCall c(a.forward.shape);
     AttentionBackward g = a;
-    g.forward.q = c.in(a.forward.q), g.forward.k = c.in(a.forward.k), g.forward.v = c.in(a.forward.v), g.forward.o = c.in(a.forward.o);
-    g.d_o = c.in(a.d_o), g.dq = c.out(a.dq), g.dk = c.out(a.dk), g.dv = c.out(a.dv);
+    AttentionForward& f = g.forward;
+    const std::int64_t T = f.shape.tokens, keys = f.key_count();
+    f.q = c.in(f.q, T), f.k = c.in(f.k, keys), f.v = c.in(f.v, keys), f.o = c.in(f.o, T);
+    g.d_o = c.in(a.d_o, T), g.dq = c.gradient(a.dq, T), g.dk = c.gradient(a.dk, keys), g.dv = c.gradient(a.dv, keys);
     cpu_->attention_backward(g);
   }
   void move_rows(const MoveRows& a) override {
     const std::uint64_t* pieces = a.pieces.as<std::uint64_t>();
-    auto* to = static_cast<std::uint16_t*>(a.to.data);
-    const auto* from = static_cast<const std::uint16_t*>(a.from.data);
+    const auto get = [](const RowsView& v, std::int64_t at) {
+      return v.dtype == DType::f32 ? static_cast<const float*>(v.data)[at] : from_bf16(static_cast<const std::uint16_t*>(v.data)[at]);
+    };
     for (std::int64_t p = 0; p < a.pieces.shape[0]; ++p)
       for (std::int64_t b = 0; b < a.sequences; ++b)
         for (std::int64_t r = 0; r < static_cast<std::int64_t>(pieces[3 * p + 2]); ++r)
           for (std::int64_t d = 0; d < a.size; ++d) {
-            std::uint16_t& x = to[static_cast<std::int64_t>(pieces[3 * p + (a.reversed ? 1 : 0)]) * a.to.unit + b * a.to.batch + r * a.to.row + d];
-            const std::uint16_t y =
-                from[static_cast<std::int64_t>(pieces[3 * p + (a.reversed ? 0 : 1)]) * a.from.unit + b * a.from.batch + r * a.from.row + d];
-            x = a.add ? to_bf16(from_bf16(x) + from_bf16(y)) : y;
+            const std::int64_t to = static_cast<std::int64_t>(pieces[3 * p + (a.reversed ? 1 : 0)]) * a.to.unit + b * a.to.batch + r * a.to.row + d;
+            const std::int64_t from =
+                static_cast<std::int64_t>(pieces[3 * p + (a.reversed ? 0 : 1)]) * a.from.unit + b * a.from.batch + r * a.from.row + d;
+            const float x = get(a.from, from) + (a.add ? get(a.to, to) : 0.0f);
+            if (a.to.dtype == DType::f32)
+              static_cast<float*>(a.to.data)[to] = x;
+            else
+              static_cast<std::uint16_t*>(a.to.data)[to] = to_bf16(x);
           }
   }
   void look_up(const Tensor& out, const Tensor& table, const Tensor& index) override { cpu_->look_up(out, table, index); }

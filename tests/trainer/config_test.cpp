@@ -195,6 +195,7 @@ TEST(Config, AGpuNeedsNoGpuToBeConfigured) {
   EXPECT_EQ(to_yaml(parse_config(to_yaml(c), "x", {})), to_yaml(c));
   EXPECT_EQ(load_config("", {"device=cuda"}).train.precision, Precision::automatic);
   EXPECT_EQ(load_config("", {"device=cuda", "model.heads=4"}).model.head_size(), 128);
+  EXPECT_TRUE(load_config("", {"device=cuda", "parallel.sequence=2", "parallel.exchange=ring", "sample.every=0"}).notices.empty());
   // On the cpu, what only GPUs heed is said to have no effect, unless it is the default.
   EXPECT_EQ(load_config("", {"parallel.share_gpu=true", "parallel.deadline=10"}).notices.size(), 2u);
   EXPECT_EQ(load_config("", {"parallel.exchange=ring", "parallel.layout=zigzag"}).notices.size(), 2u);

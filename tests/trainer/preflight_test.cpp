@@ -22,10 +22,11 @@ void expect_line(const std::string& text, std::initializer_list<const char*> par
   for (const char* part : parts) EXPECT_NE(text.find(part), std::string::npos) << "expected: " << part << "\nfound: " << text;
 }
 
-/// A communicator that does as `comm`, and adds `error` to sums, `gather_error` to what is gathered.
+/// A communicator that does as `comm`, and adds `error` to sums, `gather_error` to what is gathered, `exchange_error` to what is exchanged.
 class Wrong final : public testing::Forwarding {
  public:
-  Wrong(Communicator& comm, float error, float gather_error = 0) : Forwarding(comm), error_(error), gather_error_(gather_error) {}
+  Wrong(Communicator& comm, float error, float gather_error = 0, float exchange_error = 0)
+      : Forwarding(comm), error_(error), gather_error_(gather_error), exchange_error_(exchange_error) {}
   void all_reduce_sum(const Tensor& x) override {
     to_.all_reduce_sum(x);
     if (x.dtype == DType::f32) x.as<float>()[x.numel() - 1] += error_;
@@ -34,9 +35,14 @@ class Wrong final : public testing::Forwarding {
     to_.all_gather(in, out);
     if (out.dtype == DType::f32) out.as<float>()[0] += gather_error_;
   }
+  Ticket begin_exchange(const Tensor& in, std::span<const Part> send, const Tensor& out, std::span<const Part> receive) override {
+    to_.exchange(in, send, out, receive);
+    out.as<float>()[out.numel() - 1] += exchange_error_;
+    return 0;
+  }
 
  private:
-  float error_, gather_error_;
+  float error_, gather_error_, exchange_error_;
 };
 
 /// What each of `ranks` threw from work(communicator, ops).
@@ -92,6 +98,26 @@ TEST(Preflight, FindsAWrongSumOnOneRank) {
       expect_line(*all.begin(), {"preflight: ", "a sum over the ", " in place of ", "NCCL_DEBUG=INFO"});
     }
   }
+}
+
+TEST(Preflight, TriesTheConnectionsOfRanksThatShareSequences) {
+  const auto neighbours = [](const Communicator& comm) { return std::vector{comm.rank() / 2 * 2, comm.rank() / 2 * 2 + 1}; };
+  std::mutex mutex;
+  std::multiset<std::uint64_t> sent;
+  auto all = errors(4, [&](Communicator& comm, Ops& ops) {
+    preflight({comm, comm, ops, 1 << 20, neighbours(comm)});
+    const std::lock_guard lock(mutex);
+    sent.insert(comm.sent_bytes());
+  });
+  EXPECT_EQ(all.count(""), 4u) << *all.rbegin();
+  EXPECT_EQ(sent.count(4000), 4u) << "a message to one other rank";
+
+  all = errors(4, [&](Communicator& comm, Ops& ops) {
+    Wrong wrong(comm, 0, 0, comm.rank() == 2 ? 1.0f : 0.0f);
+    preflight({comm, wrong, ops, 0, neighbours(comm)});
+  });
+  ASSERT_EQ(all.count(*all.begin()), 4u) << "the ranks throw alike";
+  expect_line(*all.begin(), {"preflight: ", "rank 3 sent 1013 to rank 2 on host ", "and 1014 arrived", "NCCL_DEBUG=INFO"});
 }
 
 TEST(Preflight, SaysWhenMpiDoesNotKnowTheRanksThatWereLaunched) {

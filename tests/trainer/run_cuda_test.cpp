@@ -118,8 +118,9 @@ TEST_F(RunCudaTest, SameLossesOnSeveralRanks) {
   expect_near("cut", "r1", "loss", 0.02);
 }
 
-// Every output of the attention has the bits of one rank's, and so has the first loss but for the order of its sum; gradients of keys and values are
-// sums over ranks, rounded to bf16 at each term: of four ranks that moved the curve by up to 0.052 in the steep part of its fall.
+// Every output of the attention has the bits of one rank's, and so has the first loss but for the order of its sum; with exchange ring outputs are
+// rounded sums in another order. Gradients of keys and values are sums over ranks, rounded to bf16 once (and in `needed` on their way): in the steep
+// part of its fall that moves the curve by some hundredths.
 TEST_F(RunCudaTest, SequencesSharedByRanksGiveTheLossesOfOne) {
   const std::string longer = "--set model.context=320 --set train.tokens_per_step=1280 ";
   int number = 0;
@@ -128,8 +129,12 @@ TEST_F(RunCudaTest, SequencesSharedByRanksGiveTheLossesOfOne) {
                                     "--set attention.document_mask=true --set attention.threshold.mode=fixed --set attention.epsilon=0.05 "}) {
     const std::string one = fmt::format("one{}", ++number);
     ASSERT_EQ(train(one, longer + options).code, 0);
-    for (const auto& [ranks, shared, layout, exchange] :
-         {std::tuple{2, 2, "contiguous", "needed"}, {4, 4, "balanced", "needed"}, {4, 2, "zigzag", "needed"}, {2, 2, "balanced", "heads"}}) {
+    for (const auto& [ranks, shared, layout, exchange] : {std::tuple{2, 2, "contiguous", "needed"},
+                                                          {4, 4, "balanced", "needed"},
+                                                          {4, 2, "zigzag", "needed"},
+                                                          {2, 2, "balanced", "heads"},
+                                                          {2, 2, "zigzag", "ring"},
+                                                          {4, 4, "contiguous", "ring"}}) {
       const std::string name = fmt::format("{}_{}of{}_{}_{}", one, shared, ranks, layout, exchange);
       const Result r = train(
           name,
@@ -138,7 +143,8 @@ TEST_F(RunCudaTest, SequencesSharedByRanksGiveTheLossesOfOne) {
       ASSERT_EQ(r.code, 0) << name << r;
       expect_near(name, one, "loss", 0.1);
       expect_near(name, one, "validation_loss", 0.1);
-      EXPECT_NEAR(metrics(name)[0]["loss"].get<double>(), metrics(one)[0]["loss"].get<double>(), 1e-5) << name;
+      EXPECT_NEAR(metrics(name)[0]["loss"].get<double>(), metrics(one)[0]["loss"].get<double>(), exchange == std::string("ring") ? 1e-3 : 1e-5)
+          << name;
     }
   }
 }

@@ -58,7 +58,9 @@ TEST_F(SequenceRunTest, TrainsAndGoesOnLikeOneRank) {
   for (const Division& d : {Division{"two", 2, 2, "needed", "zigzag"},
                             {"four", 4, 2, "heads", "balanced"},
                             {"ring", 4, 4, "ring", "zigzag"},
-                            {"eight", 8, 4, "needed", "contiguous"}}) {
+                            {"eight", 8, 4, "needed", "contiguous"},
+                            {"needed8", 8, 8, "needed", "balanced"},
+                            {"ring8", 8, 8, "ring", "contiguous"}}) {
     const Result r = tessera_on(d.ranks, command(d.name, parallel(d.sequence, d.exchange, d.layout)));
     ASSERT_EQ(r.code, 0) << r;
     EXPECT_TRUE(r.says(fmt::format("{} ranks share each: exchange {}", d.sequence, d.exchange))) << r;

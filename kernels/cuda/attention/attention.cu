@@ -28,6 +28,16 @@ View view_of(const HeadsView& v, const char* name) {
   return {static_cast<bf16*>(v.data), v.batch, v.head, v.token};
 }
 
+GradientView gradients_of(const HeadsView& v, const char* name) {
+  if (v.dtype != DType::f32) {
+    const View narrow = view_of(v, name);
+    return {narrow.data, narrow.batch, narrow.head, narrow.token, false};
+  }
+  require(v.data != nullptr && reinterpret_cast<std::uintptr_t>(v.data) % 8 == 0 && v.batch % 2 == 0 && v.head % 2 == 0 && v.token % 2 == 0,
+          std::string(name) + ": address and strides of f32 must be multiples of 8 bytes");
+  return {v.data, v.batch, v.head, v.token, true};
+}
+
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 EncodeTiled encode_tiled() {
   static const EncodeTiled found = [] {
@@ -97,6 +107,12 @@ Args arguments(const AttentionForward& f, bool hopper) {
     require(f.positions.numel() >= s.tokens, "positions is too small");
     a.positions = f.positions.as<std::int32_t>();
   }
+  a.carry_first = a.carry_last = true;
+  if (f.carry) {
+    a.carry = f.carry.as<float>(), a.carry_first = f.carry_first, a.carry_last = f.carry_last;
+    require(f.carry.numel() >= rows * (s.head_size + kCarryExtra), "carry is too small");
+    require(reinterpret_cast<std::uintptr_t>(a.carry) % 8 == 0, "carry must be 8-byte aligned");
+  }
   if (f.counters) {
     require(f.counters.numel() >= s.heads * kAttentionCounters, "counters is too small");
     a.counters = reinterpret_cast<unsigned long long*>(f.counters.as<std::uint64_t>());
@@ -124,7 +140,8 @@ template <int D>
 void forward(Args& a, const CudaTiles& tiles, bool hopper, CudaAttentionSchedule schedule, cudaStream_t stream) {
   const Bands& bands = tiles.by_query(forward_groups<D>(hopper));
   a.by_query = bands.lists();
-  check(launch_forward<D>(a, hopper, persistent(schedule, bands, a.key_tiles), stream), "forward kernel");
+  const auto launch = a.carry ? launch_forward_part<D> : launch_forward<D>;
+  check(launch(a, hopper, persistent(schedule, bands, a.key_tiles), stream), "forward kernel");
 }
 
 template <int D>
@@ -155,7 +172,7 @@ void cuda_attention_backward(const AttentionBackward& g, cudaStream_t stream, co
   const AttentionForward& f = g.forward;
   Args a = arguments(f, hopper);
   a.counters = nullptr;
-  a.d_o = view_of(g.d_o, "d_o"), a.dq = view_of(g.dq, "dq"), a.dk = view_of(g.dk, "dk"), a.dv = view_of(g.dv, "dv");
+  a.d_o = view_of(g.d_o, "d_o"), a.dq = gradients_of(g.dq, "dq"), a.dk = gradients_of(g.dk, "dk"), a.dv = gradients_of(g.dv, "dv");
   if (hopper) a.map_do = tensor_map(a.d_o, f.shape, f.shape.tokens);
   require(g.workspace && g.workspace.numel() >= attention_backward_workspace(f.shape, 64), "the workspace is too small");
   float* workspace = g.workspace.as<float>();

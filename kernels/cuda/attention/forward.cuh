@@ -6,6 +6,7 @@
 // o += a v, which runs while the next tile's scores become weights. No running maximum and no rescaling, except for softmax. The bitmap and
 // the counters fall out of the same pass.
 
+#include "kernels/attention.h"
 #include "kernels/cuda/attention/gate.cuh"
 
 namespace tessera::cuda_attention {
@@ -39,7 +40,41 @@ class BitmapRow {
   int at_ = 0;
 };
 
-template <int D, int Variant, bool Hopper>
+/// What row i of a head has summed up before this call: D sums of a v, four of a (one of each lane that shares the row), top (softmax), and the edges
+/// seen. Sums are over gate_bound^P, as in registers, so that going on from them changes no bit.
+template <int D>
+__device__ __forceinline__ float* carry_row(const Args& a, int b, int h, int i) {
+  return a.carry + ((static_cast<int64_t>(b) * a.heads + h) * a.tokens + i) * (D + kCarryExtra);
+}
+/// Half 0 has elements 0, 1 of a thread's share of a product, half 1 elements 2, 3. Rows past the end take up the last one's, and nobody looks at them:
+/// after a load under a condition ptxas would let one product run at a time.
+template <int D, int Half, bool Softmax>
+__device__ __forceinline__ void resume(const Args& a, int b, int h, int i, int lane, Acc (&o)[D / 64], float& sum, float& top) {
+  const float* const row = carry_row<D>(a, b, h, min(i, a.tokens - 1));
+#pragma unroll
+  for (int n = 0; n < D / 8; ++n) {
+    const float2 v = *reinterpret_cast<const float2*>(row + 8 * n + 2 * (lane & 3));
+    o[n / 8][n % 8][2 * Half] = a.carry_first ? 0.f : v.x, o[n / 8][n % 8][2 * Half + 1] = a.carry_first ? 0.f : v.y;
+  }
+  if (a.carry_first) return;
+  sum = row[D + (lane & 3)];
+  if constexpr (Softmax) top = row[D + 4];
+}
+template <int D, int Half, bool Softmax>
+__device__ __forceinline__ void suspend(const Args& a, int b, int h, int i, int lane, const Acc (&o)[D / 64], float sum, float top, int seen) {
+  if (i >= a.tokens) return;
+  float* const row = carry_row<D>(a, b, h, i);
+#pragma unroll
+  for (int n = 0; n < D / 8; ++n)
+    *reinterpret_cast<float2*>(row + 8 * n + 2 * (lane & 3)) = make_float2(o[n / 8][n % 8][2 * Half], o[n / 8][n % 8][2 * Half + 1]);
+  row[D + (lane & 3)] = sum;
+  if ((lane & 3) != 0) return;
+  if constexpr (Softmax) row[D + 4] = top;
+  row[D + 5] = __int_as_float(seen);
+}
+
+/// Carry: of calls over a part of the keys (AttentionForward::carry). A kernel of its own, as the others have no register to spare for it.
+template <int D, int Variant, bool Hopper, bool Carry = false>
 __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, Hopper), 1) forward_kernel(const __grid_constant__ Args a) {
   using Shared = ForwardShared<D, Hopper>;
   using Gate = Gates<Variant>;
@@ -116,6 +151,10 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
     for (int d = 0; d < kParts; ++d) clear(o[d]);
     float sum0 = 0, sum8 = 0, top0 = -INFINITY, top8 = -INFINITY, active_edges = 0;
     int visible0 = 0, visible8 = 0, full_tiles = 0, active_tiles = 0, visible_tiles = 0;
+    if constexpr (Carry) {
+      resume<D, 0, Gate::kSoftmax>(a, b, h, i0, lane, o, sum0, top0);
+      resume<D, 1, Gate::kSoftmax>(a, b, h, i8, lane, o, sum8, top8);
+    }
 
     // While the weights of a tile are worked out from its scores, the tensor cores add the product of the tile before to o and compute the scores of
     // the one behind. One wait a tile is for all of it, and most of the time for nothing.
@@ -254,27 +293,40 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
 
     bitmap.flush(a.words, thread == 0);
     visible0 += full_tiles * kTile, visible8 += full_tiles * kTile, visible_tiles += full_tiles;
-    const float unit = power<Gate::kPower>(bound);  // of the weights
-    sum0 = quad_sum(sum0) * unit, sum8 = quad_sum(sum8) * unit;
-    const auto finish = [&](float sum, float top, int visible, float& z) {
-      if constexpr (Gate::kSoftmax) {
-        z = sum > 0.f ? top * kLn2 + logf(sum) : 0.f;
-        return sum > 0.f ? 1.f / sum : 0.f;
-      }
-      z = a.normalize_sum ? a.epsilon + sum : a.normalize_length ? powf(static_cast<float>(max(visible, 1)), a.length_alpha) : 1.f;
-      return z > 0.f ? unit / z : 0.f;
-    };
-    float z0, z8;
-    const float inverse0 = finish(sum0, top0, visible0, z0), inverse8 = finish(sum8, top8, visible8, z8);
-#pragma unroll
-    for (int d = 0; d < kParts; ++d) store_product(o[d], a.o, b, h, i0, a.tokens, d * 64, lane, inverse0, inverse8);
+    int seen0 = visible0, seen8 = visible8;  // by all parts
+    if (Carry && !a.carry_first) {
+      if (i0 < a.tokens) seen0 += __float_as_int(carry_row<D>(a, b, h, i0)[D + 5]);
+      if (i8 < a.tokens) seen8 += __float_as_int(carry_row<D>(a, b, h, i8)[D + 5]);
+    }
     const bool first = (lane & 3) == 0, in0 = first && i0 < a.tokens, in8 = first && i8 < a.tokens;
-    float* z = a.z + (static_cast<int64_t>(b) * a.heads + h) * a.tokens;
-    if (in0) z[i0] = z0;
-    if (in8) z[i8] = z8;
+    unsigned empty = 0;
+    if (!Carry || a.carry_last) {
+      const float unit = power<Gate::kPower>(bound);  // of the weights
+      sum0 = quad_sum(sum0) * unit, sum8 = quad_sum(sum8) * unit;
+      const auto finish = [&](float sum, float top, int seen, float& z) {
+        if constexpr (Gate::kSoftmax) {
+          z = sum > 0.f ? top * kLn2 + logf(sum) : 0.f;
+          return sum > 0.f ? 1.f / sum : 0.f;
+        }
+        z = a.normalize_sum ? a.epsilon + sum : a.normalize_length ? powf(static_cast<float>(max(seen, 1)), a.length_alpha) : 1.f;
+        return z > 0.f ? unit / z : 0.f;
+      };
+      float z0, z8;
+      const float inverse0 = finish(sum0, top0, seen0, z0), inverse8 = finish(sum8, top8, seen8, z8);
+#pragma unroll
+      for (int d = 0; d < kParts; ++d) store_product(o[d], a.o, b, h, i0, a.tokens, d * 64, lane, inverse0, inverse8);
+      float* z = a.z + (static_cast<int64_t>(b) * a.heads + h) * a.tokens;
+      if (in0) z[i0] = z0;
+      if (in8) z[i8] = z8;
+      empty = (in0 && !(sum0 > 0.f)) + (in8 && !(sum8 > 0.f));
+    } else {
+      __syncwarp();  // before lane 0 of a row counts on, all have read what was seen
+      suspend<D, 0, Gate::kSoftmax>(a, b, h, i0, lane, o, sum0, top0, seen0);
+      suspend<D, 1, Gate::kSoftmax>(a, b, h, i8, lane, o, sum8, top8, seen8);
+    }
 
     if (counting) {
-      unsigned visible = (in0 ? visible0 : 0) + (in8 ? visible8 : 0), empty = (in0 && !(sum0 > 0.f)) + (in8 && !(sum8 > 0.f));
+      unsigned visible = (in0 ? visible0 : 0) + (in8 ? visible8 : 0);
       visible = __reduce_add_sync(0xffffffffu, visible);
       empty = __reduce_add_sync(0xffffffffu, empty);
       const unsigned active = Gate::kSoftmax ? visible : __reduce_add_sync(0xffffffffu, static_cast<unsigned>(active_edges));
@@ -289,5 +341,8 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
     }
   });
 }
+
+template <int D, int Variant, bool Hopper>
+constexpr auto forward_part_kernel = forward_kernel<D, Variant, Hopper, true>;
 
 }  // namespace tessera::cuda_attention

@@ -11,6 +11,9 @@ namespace tessera::cuda_attention {
 /// persistent: as many blocks as the GPU holds, each taking bands in turn; else a block a band. See Schedule.
 template <int D>
 cudaError_t launch_forward(const Args& a, bool hopper, bool persistent, cudaStream_t stream);
+/// The same with Args::carry.
+template <int D>
+cudaError_t launch_forward_part(const Args& a, bool hopper, bool persistent, cudaStream_t stream);
 template <int D>
 cudaError_t launch_backward_kv(const Args& a, bool hopper, bool persistent, cudaStream_t stream);
 template <int D>

@@ -19,12 +19,6 @@ namespace {
 
 using namespace cuda_test;
 
-std::vector<CudaAttentionPath> paths() {
-  if (cuda_attention_has_hopper_path()) return {CudaAttentionPath::portable, CudaAttentionPath::hopper};
-  return {CudaAttentionPath::portable};
-}
-const char* name_of(CudaAttentionPath p) { return p == CudaAttentionPath::portable ? "portable" : "hopper"; }
-
 struct Result {
   std::vector<Bf16> o, dq, dk, dv;
   std::vector<float> z, dscale, dtau;
@@ -202,32 +196,11 @@ void compare(const Problem& p, CudaAttentionPath path, const std::string& what, 
   }
 }
 
-std::string describe(const AttentionMath& m, const AttentionShape& s, CudaAttentionPath path) {
-  const char *scores[] = {"dot", "cosine", "fidelity"}, *gates[] = {"relu", "relu2", "relu4", "softmax"}, *norms[] = {"none", "length", "sum", "rms"};
-  return std::string(name_of(path)) + " " + scores[int(m.score)] + " " + gates[int(m.gate)] + " " + norms[int(m.normalizer)] +
-         " D=" + std::to_string(s.head_size) + " T=" + std::to_string(s.tokens);
-}
-
 TEST(CudaAttention, MatchesTheDefinitionInEveryCombination) {
   NEEDS_GPU();
-  const std::vector<std::vector<Pattern>> patterns = {{is_causal}, {windowed}, {strided, is_causal}, {sinks, holes}};
-  const std::int64_t lengths[] = {1, 17, 64, 65, 130, 200};
-  unsigned n = 0;
-  for (const auto path : paths())
-    for (const auto score : {Score::dot, Score::cosine, Score::fidelity})
-      for (const auto gate : {Gate::relu, Gate::relu2, Gate::relu4, Gate::softmax})
-        for (const auto norm : {Normalizer::none, Normalizer::length, Normalizer::sum, Normalizer::rms})
-          for (const std::int64_t D : {64, 128}) {
-            ++n;
-            const AttentionShape shape{2, 2, lengths[n % 6], D};
-            AttentionMath math;
-            math.score = score, math.gate = gate, math.normalizer = norm, math.length_alpha = n % 2 ? 1.0f : 0.5f;
-            const double tau = score == Score::fidelity ? 0.01 : score == Score::cosine ? 0.4 * int(n % 3) : 0.2;
-            const Problem p = make_problem(shape, math, patterns[n / 2 % 4], n % 5 < 2, tau, n);
-            compare(p, path, describe(math, shape, path) + " case " + std::to_string(n),
-                    n / 2 % 2 ? CudaAttentionSchedule::block_a_band : CudaAttentionSchedule::persistent);
-            if (::testing::Test::HasFatalFailure()) return;
-          }
+  for_every_combination({1, 17, 64, 65, 130, 200}, [](const Problem& p, CudaAttentionPath path, unsigned n, const std::string& what) {
+    compare(p, path, what, n / 2 % 2 ? CudaAttentionSchedule::block_a_band : CudaAttentionSchedule::persistent);
+  });
 }
 
 TEST(CudaAttention, LengthBetaThreshold) {
@@ -263,10 +236,6 @@ TEST(CudaAttention, ListsOfALongerSequenceServeAShorterOne) {
     }
 }
 
-template <class T>
-bool same_bits(const std::vector<T>& x, const std::vector<T>& y) {
-  return x.size() == y.size() && std::memcmp(x.data(), y.data(), x.size() * sizeof(T)) == 0;
-}
 void expect_same_bits(const Result& x, const Result& y, const std::string& what) {
   EXPECT_TRUE(same_bits(x.o, y.o)) << what << " o";
   EXPECT_TRUE(same_bits(x.z, y.z)) << what << " z";
@@ -317,41 +286,6 @@ TEST(CudaAttention, SchedulesGiveTheSameBits) {
           for (const auto visit : {Visit::active, Visit::all})
             expect_same_bits(once, run(p, path, visit, tiles.get(), CudaAttentionSchedule::persistent), what + (visit == Visit::all ? " all" : ""));
         }
-}
-
-/// The part of a map that query tiles `queries` see, over a compact buffer of the key tiles `keys`; both ascend. Tile by tile from the whole map's
-/// lists.
-std::shared_ptr<TileMap> part_of(const TileMap& whole, const std::vector<int>& queries, const std::vector<int>& keys) {
-  const auto rows = [&](const std::vector<int>& tiles) {
-    std::int64_t n = 0;
-    for (int t : tiles) n += std::min<std::int64_t>(64, whole.tokens - 64ll * t);
-    return n;
-  };
-  auto map = std::make_shared<TileMap>(whole);
-  map->tokens = rows(queries), map->keys = rows(keys);
-  map->query_tiles = static_cast<std::int64_t>(queries.size()), map->key_tiles = static_cast<std::int64_t>(keys.size());
-  for (std::size_t g = 0; g < whole.groups.size(); ++g) {
-    const TileGroup& from = whole.groups[g];
-    TileGroup& to = map->groups[g];
-    to = {};
-    std::vector<std::vector<TileEntry>> by_key(keys.size());
-    for (std::size_t a = 0; a < queries.size(); ++a) {
-      to.query_offsets.push_back(static_cast<std::int64_t>(to.query_entries.size()));
-      for (std::int64_t n = from.query_offsets[queries[a]]; n < from.query_offsets[queries[a] + 1]; ++n) {
-        const TileEntry e = from.query_entries[n];
-        const auto place = std::lower_bound(keys.begin(), keys.end(), e.tile) - keys.begin();
-        to.query_entries.push_back({static_cast<std::int32_t>(place), e.mask});
-        by_key[place].push_back({static_cast<std::int32_t>(a), e.mask});
-      }
-    }
-    to.query_offsets.push_back(static_cast<std::int64_t>(to.query_entries.size()));
-    for (const auto& list : by_key) {
-      to.key_offsets.push_back(static_cast<std::int64_t>(to.key_entries.size()));
-      to.key_entries.insert(to.key_entries.end(), list.begin(), list.end());
-    }
-    to.key_offsets.push_back(static_cast<std::int64_t>(to.key_entries.size()));
-  }
-  return map;
 }
 
 TEST(CudaAttention, SomeQueriesOverTheKeysTheySeeGiveTheBitsOfTheWhole) {

@@ -70,6 +70,33 @@ TEST(CudaRows, PiecesMoveBetweenStridesAndBack) {
   }
 }
 
+TEST(CudaRows, SumsInF32AreRoundedOnce) {
+  TESSERA_NEEDS_GPU();
+  // 1 + 1/256 + 1/256 + 1/256: each sum in bf16 would be 1 again.
+  constexpr std::int64_t kRows = 70, kSize = 64;
+  const std::vector<Bf16> one(kRows * kSize, __float2bfloat16_rn(1.f)), little(kRows * kSize, __float2bfloat16_rn(1.f / 256));
+  Device<Bf16> ones(one), littles(little), rounded(kRows * kSize);
+  Device<float> sums(kRows * kSize), copied(kRows * kSize);
+  Device<std::uint64_t> piece(std::vector<std::uint64_t>{0, 0, kRows});
+  const auto narrow = [&](const Device<Bf16>& d) { return RowsView{d.get(), DType::bf16, kSize, 0, kSize}; };
+  const auto wide = [&](const Device<float>& d) { return RowsView{d.get(), DType::f32, kSize, 0, kSize}; };
+  const auto move = [&](const RowsView& to, const RowsView& from, bool add) {
+    gpu().move_rows({to, from, {piece.get(), DType::u64, {1, 3}}, false, add, 1, kSize});
+  };
+  move(wide(sums), narrow(ones), false);
+  for (int n = 0; n < 3; ++n) move(wide(sums), narrow(littles), true);
+  move(wide(copied), wide(sums), false);
+  move(narrow(rounded), wide(sums), false);
+  move(wide(copied), wide(sums), true);
+  gpu().synchronize();
+  for (const float x : sums.host()) ASSERT_EQ(x, 1 + 3.f / 256);
+  for (const float x : copied.host()) ASSERT_EQ(x, 2 + 6.f / 256);
+  for (const Bf16 x : rounded.host()) ASSERT_EQ(__bfloat162float(x), 1 + 1.f / 64);  // halfway between two, to the even one
+  move(narrow(ones), wide(sums), true);
+  gpu().synchronize();
+  for (const Bf16 x : ones.host()) ASSERT_EQ(__bfloat162float(x), 2 + 1.f / 64);
+}
+
 TEST(CudaRows, LookUpReadsATable) {
   TESSERA_NEEDS_GPU();
   Device<std::int32_t> table(std::vector<std::int32_t>{5, 7, 11, 13}), index(std::vector<std::int32_t>{3, 0, -1, 4}), out(4);
