@@ -187,7 +187,7 @@ void compare(const Problem& p, CudaAttentionPath path, int parts, const std::str
   std::reverse(turned.begin(), turned.end());
   const Results r = Calls(p, path, Visit::active).run(turned);
   EXPECT_LT(distance(r.z, whole.z), 1e-5) << what << " z, turned";
-  EXPECT_LT(distance(floats(r.o), floats(whole.o)), 2.0 / 256) << what << " o, turned";
+  EXPECT_LT(distance(floats(r.o), floats(whole.o)), 3.0 / 256) << what << " o, turned";
   EXPECT_EQ(r.bitmap, whole.bitmap) << what << " bitmap, turned";
   EXPECT_EQ(r.counters, whole.counters) << what << " counters, turned";
 }
