@@ -1,7 +1,8 @@
 // Exchange `ring`: the keys and values of every rank travel round, from each rank to the next, and each rank adds what its queries see of them to
 // sums that stay (AttentionForward::carry; Liu et al., arXiv 2310.01889). Two buffers: one is computed on while the other fills, so memory does not
 // grow with the number of ranks. In the backward pass they travel again; the gradients of keys and values follow them a step behind, growing on their
-// way, and come home after a whole round. All sums are in fp32 and rounded to the compute type once, at the end.
+// way, and come home after a whole round. A part's gradients come from the kernel in the compute type; sums over the parts are in fp32, and rounded
+// once.
 
 #include <algorithm>
 #include <stdexcept>
@@ -11,6 +12,8 @@
 
 namespace tessera {
 namespace {
+
+constexpr std::int64_t kPiece = 128;  // rows of a piece where all rows move: a block of a GPU takes one
 
 using Ticket = Communicator::Ticket;
 
@@ -72,6 +75,11 @@ class RingAttention final : public SharedAttention {
     }
     for (std::int64_t h = 0; h < H_; ++h)
       for (std::int64_t t = 0; t < tokens_; t += split.block) own_.add(h * tokens_ + t, t * 3 * H_ + h, std::min(split.block, tokens_ - t));
+    if (shape_.training) {
+      whole_.resize(tokens_of_.size());
+      for (std::size_t r = 0; r < whole_.size(); ++r)
+        for (std::int64_t n = 0, rows = H_ * tokens_of_[r]; n < rows; n += kPiece) whole_[r].add(n, n, std::min(kPiece, rows - n));
+    }
     reserve(split);
   }
 
@@ -92,6 +100,7 @@ class RingAttention final : public SharedAttention {
     group_ = group;
     lists_.upload(ops);
     own_.upload(ops, plan_);
+    for (const PieceTable& table : whole_) table.upload(ops, plan_);
     for (std::size_t r = 0; r < first_rows_.size(); ++r) ops.upload(plan_[first_rows_[r]], first_row_from_[r].data());
     if (shape_.positions) ops.upload(plan_[positions_slot_], positions_.data());
   }
@@ -122,31 +131,28 @@ class RingAttention final : public SharedAttention {
     for (int step = 0; step < part_.ranks; ++step) {
       const bool more = step + 1 < part_.ranks;
       const Ticket next = more ? pass_on(step, B) : 0;
+      const std::int64_t tokens = tokens_at(step);
       AttentionBackward a = own;
       a.forward = call(p, step, f);
-      a.dq = part_view(step == 0 ? d_query_sums_ : d_queries_, 0, tokens_, B);
-      a.dk = part_view(d_kv_[step % 2], 0, tokens_at(step), B);
-      a.dv = part_view(d_kv_[step % 2], 1, tokens_at(step), B);
+      a.dq = part_view(d_queries_, 0, tokens_, B);
+      a.dk = part_view(d_keys_, 0, tokens, B);
+      a.dv = part_view(d_keys_, 1, tokens, B);
       ops_->attention_backward(a);
-      if (step > 0) {
-        const auto sums = plan_[d_query_sums_].slice(0, B * H_ * tokens_ * D_);
-        ops_->add(sums, sums, plan_[d_queries_].slice(0, sums.numel()));
-      }
-      const Tensor mine = message(d_kv_[step % 2], tokens_at(step), B);
-      if (step > 0) {
-        group_.comm->wait(sums);
-        ops_->add(mine, message(d_sums_, tokens_at(step), B), mine);
-      }
-      sums = exchange(mine, message(d_sums_, tokens_at(step + 1), B));
+      if (step > 0) group_.comm->wait(sums);
+      const MemoryPlan::Slot mine = d_sums_[step % 2];
+      add_up(part_view(d_query_sums_, 0, tokens_, B), a.dq, part_.rank, B, step > 0);
+      add_up(part_view(mine, 0, tokens, B), a.dk, part_at(step), B, step > 0);
+      add_up(part_view(mine, 1, tokens, B), a.dv, part_at(step), B, step > 0);
+      sums = exchange(message(mine, tokens, B), message(d_sums_[(step + 1) % 2], tokens_at(step + 1), B));
       if (more) group_.comm->wait(next);
     }
     group_.comm->wait(sums);
-    const auto finish = [&](const HeadsView& to, const HeadsView& sums) {
-      ops_->move_rows({rows_of(to, D_), rows_of(sums, D_), table(), true, false, B, D_});
+    const auto finish = [&](const HeadsView& to, const HeadsView& from) {
+      ops_->move_rows({rows_of(to, D_), rows_of(from, D_), table(), true, false, B, D_});
     };
     finish(own.dq, part_view(d_query_sums_, 0, tokens_, B));
-    finish(own.dk, part_view(d_sums_, 0, tokens_, B));
-    finish(own.dv, part_view(d_sums_, 1, tokens_, B));
+    finish(own.dk, part_view(d_sums_[part_.ranks % 2], 0, tokens_, B));
+    finish(own.dv, part_view(d_sums_[part_.ranks % 2], 1, tokens_, B));
   }
 
  private:
@@ -165,9 +171,10 @@ class RingAttention final : public SharedAttention {
     for (auto& slot : kv_) slot = rows("keys and values on their way", type);
     carry_ = plan_.reserve(kind, "sums of queries", DType::f32, {B, H_, tokens_, D_ + kCarryExtra});
     if (shape_.training) {
-      for (auto& slot : d_kv_) slot = rows("gradients of keys and values", DType::f32);
-      d_sums_ = rows("gradients of keys and values on their way", DType::f32);
-      d_queries_ = plan_.reserve(kind, "gradients of queries from one part", DType::f32, {B, H_, tokens_, D_});
+      for (PieceTable& table : whole_) table.reserve(plan_, "rows of a part: table");
+      d_keys_ = rows("gradients of keys and values from one rank", type);
+      for (auto& slot : d_sums_) slot = rows("gradients of keys and values on their way", DType::f32);
+      d_queries_ = plan_.reserve(kind, "gradients of queries from one part", type, {B, H_, tokens_, D_});
       d_query_sums_ = plan_.reserve(kind, "gradients of queries: sums", DType::f32, {B, H_, tokens_, D_});
     }
     if (shape_.positions) {
@@ -196,6 +203,12 @@ class RingAttention final : public SharedAttention {
   int part_at(int step) const { return (part_.rank - step % part_.ranks + part_.ranks) % part_.ranks; }
   std::int64_t tokens_at(int step) const { return tokens_of_[static_cast<std::size_t>(part_at(step))]; }
   Tensor table() const { return own_(plan_, {0, own_.count()}); }
+
+  /// Gradients of rank r's rows, [B, H, tokens, D], begin fp32 sums or are added to them.
+  void add_up(const HeadsView& sums, const HeadsView& gradients, int r, std::int64_t B, bool add) const {
+    const PieceTable& rows = whole_[static_cast<std::size_t>(r)];
+    ops_->move_rows({rows_of(sums, D_), rows_of(gradients, D_), rows(plan_, {0, rows.count()}), false, add, B, D_});
+  }
 
   /// Keys (0) or values (1) of a part: [B, H, tokens, D].
   HeadsView part_view(MemoryPlan::Slot slot, std::int64_t part, std::int64_t tokens, std::int64_t B) const {
@@ -255,7 +268,8 @@ class RingAttention final : public SharedAttention {
   std::vector<std::vector<std::int32_t>> first_row_from_;  // [ranks][tokens + 1]: the first row of a part whose token is this one or a later one
   std::vector<MemoryPlan::Slot> first_rows_;
   std::vector<std::int32_t> positions_;
-  MemoryPlan::Slot kv_[2] = {-1, -1}, d_kv_[2] = {-1, -1}, d_sums_ = -1, d_queries_ = -1, d_query_sums_ = -1, carry_ = -1, mapped_start_ = -1,
+  std::vector<PieceTable> whole_;  // [ranks]: all rows of [H, tokens, D], the same on both sides
+  MemoryPlan::Slot kv_[2] = {-1, -1}, d_sums_[2] = {-1, -1}, d_keys_ = -1, d_queries_ = -1, d_query_sums_ = -1, carry_ = -1, mapped_start_ = -1,
                    positions_slot_ = -1;
   Tensor document_start_;
   Ops* ops_ = nullptr;

@@ -79,18 +79,6 @@ __device__ __forceinline__ void barrier_init(uint32_t bar, int count) {
 __device__ __forceinline__ void barrier_arrive(uint32_t bar) {
   asm volatile("{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(bar) : "memory");
 }
-/// Of kernels launched with Start::early: waits until the kernels before are through and what they wrote can be read.
-__device__ __forceinline__ void await_kernels_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-/// The next kernel's blocks may start where there is room, once every block of this kernel has called this or ended.
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 __device__ __forceinline__ void barrier_expect(uint32_t bar, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");

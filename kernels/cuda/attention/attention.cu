@@ -28,16 +28,6 @@ View view_of(const HeadsView& v, const char* name) {
   return {static_cast<bf16*>(v.data), v.batch, v.head, v.token};
 }
 
-GradientView gradients_of(const HeadsView& v, const char* name) {
-  if (v.dtype != DType::f32) {
-    const View narrow = view_of(v, name);
-    return {narrow.data, narrow.batch, narrow.head, narrow.token, false};
-  }
-  require(v.data != nullptr && reinterpret_cast<std::uintptr_t>(v.data) % 8 == 0 && v.batch % 2 == 0 && v.head % 2 == 0 && v.token % 2 == 0,
-          std::string(name) + ": address and strides of f32 must be multiples of 8 bytes");
-  return {v.data, v.batch, v.head, v.token, true};
-}
-
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 EncodeTiled encode_tiled() {
   static const EncodeTiled found = [] {
@@ -172,7 +162,7 @@ void cuda_attention_backward(const AttentionBackward& g, cudaStream_t stream, co
   const AttentionForward& f = g.forward;
   Args a = arguments(f, hopper);
   a.counters = nullptr;
-  a.d_o = view_of(g.d_o, "d_o"), a.dq = gradients_of(g.dq, "dq"), a.dk = gradients_of(g.dk, "dk"), a.dv = gradients_of(g.dv, "dv");
+  a.d_o = view_of(g.d_o, "d_o"), a.dq = view_of(g.dq, "dq"), a.dk = view_of(g.dk, "dk"), a.dv = view_of(g.dv, "dv");
   if (hopper) a.map_do = tensor_map(a.d_o, f.shape, f.shape.tokens);
   require(g.workspace && g.workspace.numel() >= attention_backward_workspace(f.shape, 64), "the workspace is too small");
   float* workspace = g.workspace.as<float>();

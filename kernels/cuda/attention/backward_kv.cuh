@@ -61,10 +61,6 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
   const Schedule schedule(a, a.key_tiles, kGroups, false);
   const int lane = threadIdx.x & 31;
   ring.init();
-  if constexpr (Hopper) {
-    await_kernels_before();   // the rows' terms
-    let_next_kernel_start();  // dq needs nothing of dk, dv: its blocks take the multiprocessors that have no more bands here
-  }
 
   if (threadIdx.x >= kGroups * kWarpgroup) {  // producer
     if constexpr (Hopper) fewer_registers<producer_registers(kGroups)>();

@@ -251,7 +251,6 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
       a.partial_threshold[at_tile] = -total.y * factor * (Gate::kFidelity ? c : 1.f);
     }
   });
-  if constexpr (Hopper) await_kernels_before();  // who waits for dq waits for dk, dv too
 }
 
 }  // namespace tessera::cuda_attention

@@ -46,8 +46,8 @@ template <int D>
 __device__ __forceinline__ float* carry_row(const Args& a, int b, int h, int i) {
   return a.carry + ((static_cast<int64_t>(b) * a.heads + h) * a.tokens + i) * (D + kCarryExtra);
 }
-/// Half 0 has elements 0, 1 of a thread's share of a product, half 1 elements 2, 3. Rows past the end take up the last one's, and nobody looks at them:
-/// after a load under a condition ptxas would let one product run at a time.
+/// Half 0 has elements 0, 1 of a thread's share of a product, half 1 elements 2, 3. Rows past the end take up the last one's, and nobody looks at
+/// them: after a load under a condition ptxas would let one product run at a time.
 template <int D, int Half, bool Softmax>
 __device__ __forceinline__ void resume(const Args& a, int b, int h, int i, int lane, Acc (&o)[D / 64], float& sum, float& top) {
   const float* const row = carry_row<D>(a, b, h, min(i, a.tokens - 1));

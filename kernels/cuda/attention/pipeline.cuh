@@ -22,13 +22,6 @@ struct View {
   __device__ __forceinline__ bf16* row(int b, int h, int64_t t) const { return data + b * batch + h * head + t * token; }
 };
 
-/// Where gradients go: bf16, or floats where more will be added to them.
-struct GradientView {
-  void* data;
-  int64_t batch, head, token;
-  bool wide;
-};
-
 constexpr int kMaxGroups = 3;
 struct __align__(16) Entry {
   int tile;              // of the other side; -1 ends a walk
@@ -72,8 +65,7 @@ constexpr int variant_of(int power, bool softmax, bool fidelity, bool bounded, b
 
 struct Args {
   CUtensorMap map_q, map_k, map_v, map_do;  // Hopper path only
-  View q, k, v, o, d_o;
-  GradientView dq, dk, dv;
+  View q, k, v, o, d_o, dq, dk, dv;
   int batch, heads, tokens, keys;
   int query_tiles, key_tiles, words;
   int section;  // (batch, head) pairs whose blocks run together, for the L2 cache
@@ -81,7 +73,6 @@ struct Args {
   const int* document_start;  // [B, T] or null
   const int* positions;       // [T] or null
   float* z;
-  float* carry;                  // [B, H, T, D + kCarryExtra], unless first and last
   uint32_t* active;              // [B, H, query_tiles, words]
   unsigned long long* counters;  // [H, 5] or null
   RowTile* rows;                 // [B, H, query_tiles]
@@ -93,9 +84,11 @@ struct Args {
   const uint64_t* masks_by_key;  // [masks, 64]: bit q of row k
   bool mask0_is_causal, visit_all, fidelity, softmax, bounded;
   bool normalize_sum, normalize_length;
-  bool carry_first, carry_last;
   int power;
   float epsilon, length_alpha, length_beta;
+  // Forward pass over keys in parts.
+  float* carry;  // [B, H, T, D + kCarryExtra], unless first and last
+  bool carry_first, carry_last;
 };
 
 struct Cursor {
@@ -350,22 +343,6 @@ __device__ __forceinline__ void store_product(const Acc& c, const View& view, in
       }
       if (i < tokens) *reinterpret_cast<uint4*>(view.row(b, h, i) + column + group * 32 + quarter * 8) = make_uint4(w[0], w[1], w[2], w[3]);
     }
-  }
-}
-
-/// The same for gradients. Floats need no exchange: four lanes store 32 bytes that lie together.
-__device__ __forceinline__ void store_product(const Acc& c, const GradientView& view, int b, int h, int row, int tokens, int column, int lane,
-                                              float scale0, float scale8) {
-  if (!view.wide)
-    return store_product(c, View{static_cast<bf16*>(view.data), view.batch, view.head, view.token}, b, h, row, tokens, column, lane, scale0, scale8);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t i = row + 8 * half;
-    const float scale = half ? scale8 : scale0;
-    if (i >= tokens) continue;
-    float* const to = static_cast<float*>(view.data) + b * view.batch + h * view.head + i * view.token + column + 2 * (lane & 3);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) *reinterpret_cast<float2*>(to + 8 * j) = make_float2(c[j][2 * half] * scale, c[j][2 * half + 1] * scale);
   }
 }
 

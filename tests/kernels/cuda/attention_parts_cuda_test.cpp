@@ -1,5 +1,5 @@
 // The CUDA attention over keys that come in parts (AttentionForward::carry), against one call over all of them. In ascending order of the keys the
-// forward pass has the same bits: sums go on from registers that were put away. Gradients in f32 are those that are rounded to bf16 otherwise.
+// forward pass has the same bits: sums go on from registers that were put away.
 
 #include <numeric>
 
@@ -18,7 +18,13 @@ struct Results {
   std::vector<std::uint64_t> counters;
 };
 
-/// The calls of one problem. Gradients are f32, those of queries added up over the parts.
+std::vector<float> floats(const std::vector<Bf16>& v) {
+  std::vector<float> f(v.size());
+  std::transform(v.begin(), v.end(), f.begin(), [](Bf16 x) { return __bfloat162float(x); });
+  return f;
+}
+
+/// The calls of one problem. Gradients of queries are added up over the parts, each part's as it comes, in bf16.
 class Calls {
  public:
   Calls(const Problem& p, CudaAttentionPath path, Visit visit)
@@ -113,15 +119,15 @@ class Calls {
   void backward(const Part& part, Results& r) const {
     const auto [B, H, T, D] = p_.in.shape;
     const std::int64_t m = part.keys, words = bitmap_words(std::ssize(part.key_tiles));
-    Device<float> dq(B * H * T * D), dk(B * H * m * D), dv(B * H * m * D);
-    const auto wide = [&](const Device<float>& d, std::int64_t rows) { return HeadsView{d.get(), DType::f32, H * rows * D, rows * D, D}; };
+    Device<Bf16> dq(B * H * T * D), dk(B * H * m * D), dv(B * H * m * D);
+    const auto view = [&](const Device<Bf16>& d, std::int64_t rows) { return HeadsView{d.get(), DType::bf16, H * rows * D, rows * D, D}; };
     AttentionBackward g;
-    g.forward = call(part), g.d_o = packed(d_o_.get(), p_.in.shape), g.dq = wide(dq, T), g.dk = wide(dk, m), g.dv = wide(dv, m);
+    g.forward = call(part), g.d_o = packed(d_o_.get(), p_.in.shape), g.dq = view(dq, T), g.dk = view(dk, m), g.dv = view(dv, m);
     g.dscale = {dscale_.get(), DType::f32, {H}}, g.dthreshold = {dtau_.get(), DType::f32, {H}};
     g.workspace = {work_.get(), DType::f32, {static_cast<std::int64_t>(work_.size())}};
     cuda_attention_backward(g, nullptr, {path_});
     TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
-    const auto dq_host = dq.host(), dk_host = dk.host(), dv_host = dv.host();
+    const auto dq_host = floats(dq.host()), dk_host = floats(dk.host()), dv_host = floats(dv.host());
     const auto bits = part.bits.host();
     for (std::size_t n = 0; n < r.dq.size(); ++n) r.dq[n] += dq_host[n];
     for (std::int64_t bh = 0; bh < B * H; ++bh)
@@ -159,11 +165,6 @@ double distance(const std::vector<float>& a, const std::vector<float>& b) {
   }
   return error / largest;
 }
-std::vector<float> floats(const std::vector<Bf16>& v) {
-  std::vector<float> f(v.size());
-  std::transform(v.begin(), v.end(), f.begin(), [](Bf16 x) { return __bfloat162float(x); });
-  return f;
-}
 
 void compare(const Problem& p, CudaAttentionPath path, int parts, const std::string& what) {
   const int tiles = static_cast<int>((p.in.shape.tokens + 63) / 64);
@@ -176,7 +177,7 @@ void compare(const Problem& p, CudaAttentionPath path, int parts, const std::str
     EXPECT_TRUE(same_bits(r.dv, whole.dv)) << what << " dv";
     EXPECT_EQ(r.bitmap, whole.bitmap) << what << " bitmap";
     EXPECT_EQ(r.counters, whole.counters) << what << " counters";
-    EXPECT_LT(distance(r.dq, whole.dq), 1e-5) << what << " dq";
+    EXPECT_LT(distance(r.dq, whole.dq), 4.0 / 256) << what << " dq";  // a rounding a part, at most four
     EXPECT_LT(distance(r.dscale, whole.dscale), 5e-4) << what << " dscale";
     EXPECT_LT(distance(r.dtau, whole.dtau), 5e-4) << what << " dtau";
   }
