@@ -21,8 +21,11 @@ PngImage occupancy_image(const std::vector<std::vector<double>>& share) {
   for (int level = -1; level < kHeatLevels; ++level)
     for (const std::uint8_t part : heat_colour(level)) palette.push_back(part);
   std::vector<std::uint8_t> pixels;
-  for (int y = 0; y < result.height; ++y)
-    for (int x = 0; x < result.width; ++x) pixels.push_back(static_cast<std::uint8_t>(heat_level(share[y / cell][x / cell]) + 1));
+  for (const std::vector<double>& layer : share) {
+    std::vector<std::uint8_t> row;
+    for (const double head : layer) row.insert(row.end(), static_cast<std::size_t>(cell), static_cast<std::uint8_t>(heat_level(head) + 1));
+    for (int y = 0; y < cell; ++y) pixels.insert(pixels.end(), row.begin(), row.end());
+  }
 
   png_image image{};
   image.version = PNG_IMAGE_VERSION;
