@@ -102,6 +102,17 @@ void write_all(int descriptor, std::string_view bytes, const std::string& path) 
   }
 }
 
+AppendedFile::AppendedFile(std::string path)
+    : path_(std::move(path)), descriptor_(::open(path_.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666)) {
+  if (descriptor_ < 0) throw std::runtime_error(fmt::format("{}: cannot be opened for writing: {}", path_, std::strerror(errno)));
+}
+
+AppendedFile::~AppendedFile() { ::close(descriptor_); }
+
+void AppendedFile::sync() {
+  if (::fsync(descriptor_) != 0) throw std::runtime_error(fmt::format("{}: fsync: {}", path_, std::strerror(errno)));
+}
+
 AtomicFile::AtomicFile(std::string path) : path_(std::move(path)), temporary_(fmt::format("{}.tmp-{}", path_, ::getpid())) {
   std::error_code none;
   const auto there = std::filesystem::status(path_, none);  // renaming over a device, as root, would replace it for everybody

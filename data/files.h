@@ -27,6 +27,25 @@ std::string folder_of(const std::string& path);
 /// Writes all of `bytes` to a file descriptor at its current offset; throw_write_error() when that fails.
 void write_all(int descriptor, std::string_view bytes, const std::string& path);
 
+/// A file that grows. Each append() is one write, so that a process that is killed leaves whole ones but perhaps the last.
+class AppendedFile {
+ public:
+  /// Opens for appending; makes the file where there is none. Throws std::runtime_error.
+  explicit AppendedFile(std::string path);
+  ~AppendedFile();
+  AppendedFile(const AppendedFile&) = delete;
+  AppendedFile& operator=(const AppendedFile&) = delete;
+
+  const std::string& path() const { return path_; }
+  void append(std::string_view bytes) { write_all(descriptor_, bytes, path_); }
+  /// Makes it last. Throws std::runtime_error.
+  void sync();
+
+ private:
+  std::string path_;
+  int descriptor_;
+};
+
 /// A file under construction. Write temporary() by any means, close it, then commit(): until then nothing exists under the final name, and
 /// whatever stood there before stays. Without commit() the destructor removes the temporary file.
 class AtomicFile {

@@ -12,6 +12,7 @@ tessera_packages=(
   libopenmpi-dev openmpi-bin libopenblas-dev libhdf5-dev # ranks, matrix products, files
   libyaml-cpp-dev libcli11-dev libspdlog-dev libfmt-dev nlohmann-json3-dev
   libpcre2-dev libzstd-dev zlib1g-dev libssl-dev        # tokenizer's pattern, compressed text, SHA-256
+  libprotobuf-dev protobuf-compiler libisal-dev libpng-dev # TensorBoard's events: messages, CRC-32C, images
 )
 
 # install_packages PACKAGE...: installs those that are missing, with sudo only where needed.
@@ -44,18 +45,30 @@ configure_and_build() {
   cmake --build "$folder" --target "$@" || die "the build failed (see above)"
 }
 
+# python_environment NAME PACKAGE...: makes the virtual environment build/NAME with these packages, unless it is there. Where that fails (no network), it is
+# not there afterwards.
+python_environment() {
+  local environment="$root/build/$1"
+  shift
+  [ ! -e "$environment/.complete" ] || return 0
+  say "Installing $* into build/" >&2
+  rm -rf "$environment"
+  { python3 -m venv "$environment" &&
+    timeout 300 "$environment/bin/pip" -q --disable-pip-version-check install --only-binary :all: --retries 1 "$@" &&
+    touch "$environment/.complete"; } >&2 || rm -rf "$environment"
+}
+
 # arrow_root: the folder of a pyarrow package, with Arrow's headers and libraries, in a virtual environment under build/, where it is installed first
 # when it is not there; nothing printed where that fails (no network).
 arrow_root() {
-  local environment="$root/build/pyarrow" header
-  header() { find "$environment" -path '*/pyarrow/include/parquet/file_reader.h' 2>/dev/null; }
-  if [ -z "$(header)" ]; then
-    say "Installing pyarrow into build/" >&2
-    rm -rf "$environment"
-    { python3 -m venv "$environment" &&
-      timeout 300 "$environment/bin/pip" -q --disable-pip-version-check install --only-binary :all: --retries 1 pyarrow==26.0.1; } >&2 || rm -rf "$environment"
-  fi
-  header | sed 's|/include/parquet/file_reader.h$||'
+  python_environment pyarrow pyarrow==26.0.1
+  find "$root/build/pyarrow" -path '*/pyarrow/include/parquet/file_reader.h' 2>/dev/null | sed 's|/include/parquet/file_reader.h$||' || true
+}
+
+# tensorboard_python: a Python that has TensorBoard and Pillow, likewise.
+tensorboard_python() {
+  python_environment tensorboard tensorboard==2.21.0 pillow
+  ls "$root/build/tensorboard/bin/python" 2>/dev/null || true
 }
 
 # gpus: how many GPUs the driver shows.

@@ -119,7 +119,7 @@ cat <<END
   text        ${corpus:-$output/corpus}
   data        $data           tessera inspect $data
   run         $run            tessera inspect $run
-  metrics     $run/metrics.jsonl
+  metrics     $run/metrics.jsonl    tensorboard --logdir $output
   checkpoints $run/checkpoints
   binary      $tessera
 Its softmax twin:  ./launch/train.sh -n $ranks $run/config.yaml --set attention.gate=softmax --set run.dir=$output/softmax

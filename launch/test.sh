@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing, builds everything with warnings as errors, runs every test. CUDA code is compiled where nvcc is found, for the GPU that
-# is there; GPU tests skip, saying so, where there is none. Parquet is tested with pyarrow's libraries, which are put into build/; where the network
-# has none, those tests skip, saying so.
+# is there; GPU tests skip, saying so, where there is none. Parquet is tested with pyarrow's libraries, and TensorBoard's events with its own package,
+# which are put into build/; where the network has none, those tests skip, saying so.
 #   ./launch/test.sh              release build and all tests
 #   ./launch/test.sh --sanitize   the same tests under AddressSanitizer and UndefinedBehaviorSanitizer (no CUDA)
 #   ./launch/test.sh -R PATTERN   arguments go to ctest
@@ -15,6 +15,12 @@ if [ "${1:-}" = --sanitize ]; then preset=asan; shift; fi
 install_packages "${tessera_packages[@]}" libgtest-dev ccache zstd python3-venv
 arrow=$(arrow_root)
 [ -n "$arrow" ] || say "NOT TESTED: Parquet, as pyarrow could not be installed (see above); those tests skip"
+python=$(tensorboard_python)
+if [ -n "$python" ]; then
+  export TESSERA_TENSORBOARD_PYTHON=$python
+else
+  say "NOT TESTED: events read by TensorBoard, as it could not be installed (see above); that test skips"
+fi
 say "Building (preset $preset)"
 launcher=()
 command -v ccache >/dev/null && launcher=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)

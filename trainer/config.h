@@ -79,6 +79,10 @@ struct LogConfig {
   std::int64_t every = 1;         // steps between console lines (metrics.jsonl has every step)
   std::int64_t heads_every = 50;  // steps between rows with active share by layer and head
 };
+struct TensorBoardConfig {
+  bool enabled = true;
+  std::int64_t histogram_every = 0;  // steps between histograms and images, beside those of evaluations; 0: only those
+};
 struct ParallelConfig {
   int sequence = 1;  // ranks of a sequence
   SequenceExchange exchange = SequenceExchange::automatic;
@@ -101,6 +105,7 @@ struct Config {
   CheckpointConfig checkpoint;
   SampleConfig sample;
   LogConfig log;
+  TensorBoardConfig tensorboard;
   ParallelConfig parallel;
   std::vector<std::string> notices;  // what resolution changed and why, for the console ("gate softmax: attention.threshold has no effect")
 };

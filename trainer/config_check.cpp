@@ -74,6 +74,7 @@ class Resolver {
     schedule();
     mix();
     tokenizer();
+    tensorboard();
     device();
     if (c_.model.vocabulary > 0) c_.model.vocabulary_padded = padded(c_.model.vocabulary, c_.vocabulary_multiple);
   }
@@ -197,6 +198,11 @@ class Resolver {
     const bool file = (name.starts_with("gpt2:") && name.size() > 5) || (name.starts_with("bpe:") && name.size() > 4);
     if (name.empty() || name == "bytes" || name == "gpt2" || name == "bpe" || file) return;
     fail({"data.tokenizer"}, fmt::format("expected bytes, gpt2, bpe, gpt2:DIR or bpe:FILE, found \"{:.60}\"", name));
+  }
+
+  void tensorboard() {
+    if (!c_.tensorboard.enabled && c_.tensorboard.histogram_every != 0)
+      c_.notices.push_back("tensorboard.histogram_every has no effect with tensorboard.enabled false");
   }
 
   void device() {

@@ -1,16 +1,10 @@
 #include "trainer/metrics.h"
 
-#include <fcntl.h>
 #include <fmt/core.h>
-#include <unistd.h>
 
-#include <cerrno>
-#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <stdexcept>
-
-#include "data/files.h"
 
 namespace tessera {
 using Json = nlohmann::ordered_json;
@@ -53,18 +47,6 @@ std::vector<std::vector<double>> AttentionCounts::active_share() const {
   for (int l = 0; l < layers_; ++l)
     for (int h = 0; h < heads_; ++h) share[l].push_back(static_cast<double>(at(l, h, kActiveEdges)) / causal_edges_);
   return share;
-}
-
-MetricsFile::MetricsFile(const std::string& path) : path_(path), descriptor_(open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666)) {
-  if (descriptor_ < 0) throw std::runtime_error(fmt::format("{}: cannot be opened for writing: {}", path, std::strerror(errno)));
-}
-
-MetricsFile::~MetricsFile() { close(descriptor_); }
-
-void MetricsFile::append(const Json& row) { write_all(descriptor_, row.dump() + "\n", path_); }
-
-void MetricsFile::sync() {
-  if (fsync(descriptor_) != 0) throw std::runtime_error(fmt::format("{}: fsync: {}", path_, std::strerror(errno)));
 }
 
 void MetricsFile::cut(const std::string& path, std::int64_t step) {

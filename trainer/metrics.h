@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "data/files.h"
 #include "model/config.h"
 
 namespace tessera {
@@ -46,14 +47,11 @@ std::int64_t causal_tiles(std::int64_t tokens, int tile_query, int tile_key);
 class MetricsFile {
  public:
   /// Opens for appending. Throws std::runtime_error.
-  explicit MetricsFile(const std::string& path);
-  ~MetricsFile();
-  MetricsFile(const MetricsFile&) = delete;
-  MetricsFile& operator=(const MetricsFile&) = delete;
+  explicit MetricsFile(const std::string& path) : file_(path) {}
 
-  /// One write a row, so that a killed run leaves whole lines but perhaps the last. Throws std::runtime_error (disk full).
-  void append(const nlohmann::ordered_json& row);
-  void sync();
+  /// Throws std::runtime_error (disk full).
+  void append(const nlohmann::ordered_json& row) { file_.append(row.dump() + "\n"); }
+  void sync() { file_.sync(); }
 
   /// Drops, atomically, every row after `step`, and lines that are no rows (the last one of a killed run).
   static void cut(const std::string& path, std::int64_t step);
@@ -66,8 +64,7 @@ class MetricsFile {
   static std::vector<nlohmann::ordered_json> rows(const std::string& path, std::vector<std::string>* notices = nullptr);
 
  private:
-  std::string path_;
-  int descriptor_;
+  AppendedFile file_;
 };
 
 }  // namespace tessera

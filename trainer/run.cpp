@@ -29,6 +29,7 @@
 #include "trainer/schedule.h"
 #include "trainer/signals.h"
 #include "trainer/step.h"
+#include "trainer/tensorboard/event_file.h"
 #include "trainer/train_state.h"
 #include "trainer/warm_start.h"
 
@@ -58,7 +59,7 @@ class Trainer {
   StepReport step(std::int64_t t);
   void update_thresholds(std::int64_t t, const AttentionCounts& counts);
   void evaluate(Json& row);
-  Json head_values();
+  Json head_values(const AttentionCounts& counts);
   void log(std::int64_t t, const StepReport& report, const AttentionCounts& counts, Json row);
   void sample(std::int64_t t);
   void save();
@@ -96,6 +97,7 @@ class Trainer {
   std::vector<Evaluator> evaluators_;     // of each dataset
   std::optional<FolderLock> lock_;        // rank 0
   std::optional<MetricsFile> metrics_;    // rank 0
+  std::optional<EventFile> events_;       // rank 0, where there is something to write
   std::vector<HostBatch> micro_batches_;  // this rank's of a step
   std::vector<std::uint64_t> counters_;   // of the last step, all ranks
   Clock::time_point began_;               // of the loop
@@ -187,6 +189,7 @@ void Trainer::prepare() {
     if (!lock_) lock_.emplace(folder_.directory);
     open_run_folder(folder_, config_, position_.step);
     metrics_.emplace(folder_.metrics());
+    if (config_.tensorboard.enabled && position_.step < config_.train.steps) events_.emplace(folder_.directory, position_.step + 1);
   });
 
   const ModelConfig& m = config_.model;
@@ -355,15 +358,15 @@ void Trainer::update_thresholds(std::int64_t t, const AttentionCounts& counts) {
   }
 }
 
-/// Thresholds and learned scales, [layers][heads], those that the configuration has.
-Json Trainer::head_values() {
+/// Active share, thresholds and learned scales, [layers][heads], those that the configuration has.
+Json Trainer::head_values(const AttentionCounts& counts) {
   const ModelConfig& m = config_.model;
   const auto numbers = [&](const Tensor& x) {
     std::vector<float> host(static_cast<std::size_t>(x.numel()));
     device_->ops().download(host.data(), x);
     return host;
   };
-  Json values = Json::object();
+  Json values{{"active_share", counts.active_share()}};
   for (int l = 0; l < m.layers; ++l) {
     if (m.attention.gate != Gate::softmax && m.attention.threshold.mode != ThresholdMode::length) {
       values["thresholds"].push_back(numbers(m.attention.learns_threshold() ? state_->model.parameter(fmt::format("h.{}.attn.threshold", l))
@@ -401,6 +404,11 @@ void Trainer::evaluate(Json& row) {
 }
 
 void Trainer::log(std::int64_t t, const StepReport& r, const AttentionCounts& counts, Json extra) {
+  const bool heads_in_row = due(config_.log.heads_every, t);
+  const bool heads_in_events =
+      config_.tensorboard.enabled && (t == config_.train.steps || due(config_.eval.every, t) || due(config_.tensorboard.histogram_every, t));
+  const bool heads = heads_in_row || heads_in_events;
+  if (heads) state_->optimizer.await_all();  // learned ones may still be on their way from the ranks that own them
   if (comm_.rank() != 0) return;
   const AttentionShares shares = counts.all();
   const AttentionConfig& a = config_.model.attention;
@@ -430,12 +438,14 @@ void Trainer::log(std::int64_t t, const StepReport& r, const AttentionCounts& co
     row["planned_bytes"] = planned_bytes();
     if (const std::size_t used = device_memory_used(device_->ops()); used > 0) row["memory_bytes"] = used;
   }
-  if (due(config_.log.heads_every, t)) {
-    row["active_share"] = counts.active_share();
-    row.update(head_values());
-  }
+  EventFile::Heads events;
+  if (heads) events.values = head_values(counts);
+  if (heads_in_row) row.update(events.values);
   row.update(extra);
   metrics_->append(row);
+  if (heads_in_events)
+    for (int l = 0; l < config_.model.layers; ++l) events.layers.push_back(counts.layer(l));
+  if (events_) events_->append(row, heads_in_events ? &events : nullptr);
 
   const std::int64_t done = t - first_step_;
   const double eta = seconds_since(began_) / static_cast<double>(done) * static_cast<double>(config_.train.steps - t);
@@ -463,6 +473,7 @@ void Trainer::save() {
   const Clock::time_point start = Clock::now();
   agree(comm_, [&] {
     if (metrics_) metrics_->sync();  // a checkpoint's metrics must not be lost when the checkpoint is not
+    if (events_) events_->sync();
   });
   CheckpointRequest request;
   request.checkpoints = folder_.checkpoints();

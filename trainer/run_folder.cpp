@@ -23,7 +23,7 @@ bool follows_steps(const Config& c) { return c.optimizer.warmup == usual_warmup(
 
 /// Keys that change neither the model nor which batches it sees.
 bool may_change(const std::string& path) {
-  for (const char* section : {"eval.", "checkpoint.", "sample.", "log.", "parallel."})
+  for (const char* section : {"eval.", "checkpoint.", "sample.", "log.", "tensorboard.", "parallel."})
     if (path.starts_with(section)) return true;
   // model.size only names layers, heads and width. train.micro_batch must be free to follow the number of ranks, and train.precision the device.
   for (const char* key :

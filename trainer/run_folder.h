@@ -1,6 +1,6 @@
 #pragma once
-// run.dir: config.yaml (resolved), metrics.jsonl, checkpoints/step_NNNNNNNN/, samples/step_NNNNNNNN.txt. What a start may do with a folder that
-// already holds a run, and which checkpoint it goes on from.
+// run.dir: config.yaml (resolved), metrics.jsonl, events.out.tfevents.* (a file a start), checkpoints/step_NNNNNNNN/, samples/step_NNNNNNNN.txt. What
+// a start may do with a folder that already holds a run, and which checkpoint it goes on from.
 
 #include <string>
 #include <vector>

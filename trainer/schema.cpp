@@ -199,7 +199,7 @@ std::vector<Key> make_schema() {
   const Bounds<double> share{0, 1};
   return {
       text("run.dir", FIELD(run.dir), false,
-           "Folder of the run: config.yaml, metrics.jsonl, checkpoints, samples. Paths are relative to the working directory."),
+           "Folder of the run: config.yaml, metrics.jsonl, TensorBoard's events, checkpoints, samples. Paths are relative to the working directory."),
       seed(),
       text("run.init", FIELD(run.init), true,
            "A checkpoint or run folder whose parameters a new run starts from, instead of initial values: all but those that the attention of only "
@@ -324,6 +324,12 @@ std::vector<Key> make_schema() {
 
       integer("log.every", FIELD(log.every), 1, kSteps, "Steps between console lines; metrics.jsonl has every step."),
       integer("log.heads_every", FIELD(log.heads_every), 0, kSteps, "Steps between rows with the active-edge share by layer and head. 0: none."),
+
+      boolean("tensorboard.enabled", FIELD(tensorboard.enabled),
+              "Whether events for TensorBoard (tensorboard --logdir) are written beside metrics.jsonl: its numbers; histograms over heads; images."),
+      integer("tensorboard.histogram_every", FIELD(tensorboard.histogram_every), 0, kSteps,
+              "Steps between histograms, values by layer and the image of active shares, beside those every eval.every steps and at the end. 0: only "
+              "those."),
 
       integer("parallel.sequence", FIELD(parallel.sequence), 1, 1024, "Ranks that share one sequence. They divide the ranks of the job."),
       choice<SequenceExchange>(

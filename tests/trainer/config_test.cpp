@@ -46,6 +46,7 @@ eval: {every: 11, batches: 12}
 checkpoint: {every: 13, keep: 14}
 sample: {every: 15, prompt: "It is: 5", tokens: 16, temperature: 0.1, top_k: 17}
 log: {every: 18, heads_every: 19}
+tensorboard: {enabled: false, histogram_every: 20}
 parallel: {sequence: 1, exchange: ring, layout: zigzag, bucket_mib: 7, deadline: 12.5, share_gpu: true}
 )";
   const Config c = parse_config(yaml, "test.yaml", {});
@@ -118,6 +119,8 @@ parallel: {sequence: 1, exchange: ring, layout: zigzag, bucket_mib: 7, deadline:
   EXPECT_EQ(c.sample.top_k, 17);
   EXPECT_EQ(c.log.every, 18);
   EXPECT_EQ(c.log.heads_every, 19);
+  EXPECT_FALSE(c.tensorboard.enabled);
+  EXPECT_EQ(c.tensorboard.histogram_every, 20);
   EXPECT_EQ(c.parallel.sequence, 1);
   EXPECT_EQ(c.parallel.exchange, SequenceExchange::ring);
   EXPECT_EQ(c.parallel.layout, SequenceLayout::zigzag);

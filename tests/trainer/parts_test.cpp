@@ -204,9 +204,10 @@ TEST(Progress, Words) {
 TEST(RunFolder, WhichChangesMatter) {
   const Config then = load_config("", {"train.steps=100"});
   EXPECT_TRUE(changes_that_matter(then, then).empty());
-  const Config harmless = load_config(
-      "", {"train.steps=200", "run.threads=3", "eval.every=7", "checkpoint.keep=1", "log.every=9", "attention.visit=all", "run.dir=elsewhere",
-           "train.micro_batch=2", "sample.every=4", "device=cuda", "train.precision=bf16", "train.recompute=block", "parallel.bucket_mib=5"});
+  const Config harmless =
+      load_config("", {"train.steps=200", "run.threads=3", "eval.every=7", "checkpoint.keep=1", "log.every=9", "tensorboard.enabled=false",
+                       "attention.visit=all", "run.dir=elsewhere", "train.micro_batch=2", "sample.every=4", "device=cuda", "train.precision=bf16",
+                       "train.recompute=block", "parallel.bucket_mib=5"});
   EXPECT_TRUE(changes_that_matter(then, harmless).empty());
   const auto changes = changes_that_matter(then, load_config("", {"train.steps=100", "model.layers=3", "optimizer.lr=0.5", "run.seed=9"}));
   ASSERT_EQ(changes.size(), 3u);

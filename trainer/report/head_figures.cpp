@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "trainer/heat_scale.h"
 #include "trainer/report/figures.h"
 
 namespace tessera {
@@ -11,14 +12,11 @@ namespace {
 
 constexpr double kWidth = 760;
 constexpr std::size_t kColumns = 60;  // of a heat map
-constexpr int kLevels = 24;           // of its colours, h0 to h23
-constexpr double kDecades = 4;        // that they span: from 10^-4 to 1
 
-/// The level of a share: its colour's class.
+/// The class of a share's colour.
 std::string level_of(double share) {
-  if (!(share > 0)) return "hz";
-  const double at = (std::log10(share) + kDecades) / kDecades * kLevels;
-  return fmt::format("h{}", std::clamp(static_cast<int>(std::floor(at)), 0, kLevels - 1));
+  const int level = heat_level(share);
+  return level < 0 ? "hz" : fmt::format("h{}", level);
 }
 
 /// Evenly spread places of 0 .. n - 1, at most `most`, with the first and the last.
@@ -72,13 +70,13 @@ Figure active_share_map(const ReportRun& run) {
                         coordinate(left + column * (static_cast<double>(i) + 0.5)), coordinate(bottom + 16), rows[columns[i]]->step);
   body += fmt::format(R"(<text class="label" x="{}" y="{}" text-anchor="middle">step</text>)",
                       coordinate(left + column * static_cast<double>(columns.size()) / 2), coordinate(bottom + 34));
-  const double scale = kWidth - 90, scale_height = std::max(bottom - top - 24, 110.0), cell = scale_height / kLevels;
-  for (int i = 0; i < kLevels; ++i)
-    body += fmt::format(R"(<rect class="h{}" x="{}" y="{:.2f}" width="12" height="{:.2f}"/>)", kLevels - 1 - i, coordinate(scale), top + cell * i,
+  const double scale = kWidth - 90, scale_height = std::max(bottom - top - 24, 110.0), cell = scale_height / kHeatLevels;
+  for (int i = 0; i < kHeatLevels; ++i)
+    body += fmt::format(R"(<rect class="h{}" x="{}" y="{:.2f}" width="12" height="{:.2f}"/>)", kHeatLevels - 1 - i, coordinate(scale), top + cell * i,
                         cell + 0.3);
-  for (int decade = 0; decade <= static_cast<int>(kDecades); ++decade)
+  for (int decade = 0; decade <= static_cast<int>(kHeatDecades); ++decade)
     body += fmt::format(R"(<text class="tick" x="{}" y="{}">{:.6g} %</text>)", coordinate(scale + 17),
-                        coordinate(top + scale_height * decade / kDecades + 4), 100 * std::pow(10, -decade));
+                        coordinate(top + scale_height * decade / kHeatDecades + 4), 100 * std::pow(10, -decade));
   body += fmt::format(R"(<rect class="hz" x="{0}" y="{1}" width="12" height="12"/><text class="tick" x="{2}" y="{3}">none</text>)", coordinate(scale),
                       coordinate(top + scale_height + 12), coordinate(scale + 17), coordinate(top + scale_height + 22));
   return {.id = "active_share",

@@ -187,7 +187,7 @@ std::string report_page(const Report& report, const std::vector<Figure>& figures
       kPageTemplate,
       {{"title", xml_text(report.title)},
        {"about", xml_text(created)},
-       {"style", std::string(kPageStyle) + kFigureStyle},
+       {"style", kPageStyle + figure_style()},
        {"notices", notices},
        {"table", table(report)},
        {"table_caption", xml_text(table_caption(report))},
@@ -196,7 +196,7 @@ std::string report_page(const Report& report, const std::vector<Figure>& figures
        {"runs", runs},
        {"data",
         script_json(
-            {{"title", report.title}, {"variants", report.variants}, {"notices", report.notices}, {"figure_style", kFigureStyle}, {"csv", csv}})},
+            {{"title", report.title}, {"variants", report.variants}, {"notices", report.notices}, {"figure_style", figure_style()}, {"csv", csv}})},
        {"script", kPageScript}});
 }
 

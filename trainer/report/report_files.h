@@ -5,7 +5,7 @@ namespace tessera {
 
 extern const char* const kPageTemplate;
 extern const char* const kPageStyle;
-extern const char* const kFigureStyle;  // of figures, in the page and in SVG files
+extern const char* const kFigureStyle;  // of figures, but for the colours of heat_scale.h: figure_style() has all
 extern const char* const kPageScript;
 
 }  // namespace tessera

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "trainer/heat_scale.h"
 #include "trainer/report/report_files.h"
 
 namespace tessera {
@@ -42,6 +43,8 @@ std::string coordinate(double value) {
   return text == "-0" ? "0" : text;
 }
 
+std::string figure_style() { return kFigureStyle + heat_css(); }
+
 std::string svg_element(const Figure& f) {
   return fmt::format(R"(<svg xmlns="http://www.w3.org/2000/svg" class="figure" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>)",
                      coordinate(f.width), coordinate(f.height), xml_text(f.title), f.body);
@@ -52,7 +55,7 @@ std::string svg_file(const Figure& f) {
       "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"figure\" width=\"{0}\" height=\"{1}\" "
       "viewBox=\"0 0 {0} {1}\">\n<title>{2}</title>\n<desc>{3}</desc>\n<style>\n{4}</style>\n<rect class=\"paper\" width=\"{0}\" "
       "height=\"{1}\"/>\n{5}\n</svg>\n",
-      coordinate(f.width), coordinate(f.height), xml_text(f.title), xml_text(f.caption), xml_text(kFigureStyle), f.body);
+      coordinate(f.width), coordinate(f.height), xml_text(f.title), xml_text(f.caption), xml_text(figure_style()), f.body);
 }
 
 Csv::Csv(const std::vector<std::string>& header) {

@@ -30,6 +30,8 @@ std::string variant_label(const std::string& variant, bool softmax);
 /// A coordinate: one decimal, or none.
 std::string coordinate(double value);
 
+/// Rules of the classes that figures use.
+std::string figure_style();
 /// The figure as an element of a page, and as a file of its own.
 std::string svg_element(const Figure& figure);
 std::string svg_file(const Figure& figure);

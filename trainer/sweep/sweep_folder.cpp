@@ -37,7 +37,7 @@ void SweepFolder::claim() const {
 }
 
 bool key_counts(const std::string& path) {
-  for (const char* section : {"checkpoint.", "sample.", "log.", "parallel."})
+  for (const char* section : {"checkpoint.", "sample.", "log.", "tensorboard.", "parallel."})
     if (path.starts_with(section)) return false;
   return path != "run.dir" && path != "run.threads" && path != "run.peak_tflops" && path != "data.prefetch" && path != "train.max_nonfinite";
 }
