@@ -30,9 +30,9 @@ TEST_P(SharedBf16, OneRanksResultsUpToRounding) {
 INSTANTIATE_TEST_SUITE_P(Exchanges, SharedBf16, ::testing::Values(SequenceExchange::needed, SequenceExchange::heads, SequenceExchange::ring),
                          [](const auto& info) { return name_of(info); });
 
-// Contributions of `needed` were rounded on their way, each by less than the whole; those of a ring were not.
+// Each rank's contribution is rounded as it leaves the kernel, by less than the whole; the sums are not, until the end.
 TEST(SharedBf16Sums, AreRoundedOnce) {
-  for (const auto& [exchange, most] : {std::pair{SequenceExchange::needed, 1.2}, {SequenceExchange::ring, 1.01}}) {
+  for (const auto exchange : {SequenceExchange::needed, SequenceExchange::ring}) {
     Case c;
     c.kind = DeviceKind::cuda;
     c.device = make_bf16_ops;
@@ -40,7 +40,7 @@ TEST(SharedBf16Sums, AreRoundedOnce) {
     c.tokens = 512;
     c.ranks = 8;
     c.exchange = exchange;
-    EXPECT_LT(roundings_of_dv(c, 16, 3), most);
+    EXPECT_LT(roundings_of_dv(c, 16, 3), 1.2);
   }
 }
 
