@@ -166,7 +166,7 @@ TEST_F(SyntheticRunTest, TrainsEvaluatesAndResumes) {
   // What needs text says so.
   const std::string core = "eval runs/a --core " TESSERA_FIXTURES "/core/bundle";
   for (const std::string& command :
-       {core, std::string("eval runs/a --data data"), std::string("generate runs/a --prompt x"), std::string("export runs/a --output out")}) {
+       {core, std::string("eval runs/a --data data"), std::string("generate runs/a --prompt x --tokens 5"), std::string("export runs/a --output out")}) {
     const Result r = tessera(command);
     EXPECT_EQ(r.code, 2) << r;
     EXPECT_TRUE(r.says("trained on the synthetic task mqar, and has no tokenizer")) << r;
