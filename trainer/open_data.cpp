@@ -46,6 +46,7 @@ std::uint64_t TrainingData::train_tokens() const {
 }
 
 double TrainingData::share(std::size_t part) const {
+  if (synthetic) return 1;
   double total = 0;
   for (const MixPart& each : parts) total += each.weight;
   return parts[part].weight / total;

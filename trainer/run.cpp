@@ -388,7 +388,7 @@ void Trainer::evaluate(Json& row) {
   std::vector<Evaluation> parts;
   std::vector<double> shares;
   for (std::size_t i = 0; i < evaluators_.size(); ++i) {
-    shares.push_back(data_.synthetic ? 1 : data_.share(i));
+    shares.push_back(data_.share(i));
     parts.emplace_back();
     if (evaluators_[i].batches() > 0)
       parts[i] = evaluators_[i].run(state_->model, device_->ops(), comm_, ranks_, state_->batch, config_.eval.batches);

@@ -181,7 +181,7 @@ Key synthetic() {
       "a key and its value, then each key again, sooner the smaller power_a (0.01; 1: anywhere), among tokens that are `filler`: random or "
       "padding. copy: a random string, a separator, the string again. needle: a key and its value among random tokens, and at the end the key "
       "again. lengths, distances: numbers to draw from; without them the logarithm is uniform from shortest (1) to longest (0: as far as the "
-      "sequence goes). vocabulary (8192) is the model's.",
+      "sequence goes). vocabulary (8192) is the model's. Validation is on 1024 sequences, the same for every seed.",
       false,
       [](Config& c, const Value& value, Problems& problems) { read_synthetic(c.data.synthetic, value, problems); },
       [](const Config& c) { return write_synthetic(c.data.synthetic); }};

@@ -158,7 +158,7 @@ void eval(const Options& o, Communicator& comm) {
     const DatasetInfo* text = data.synthetic ? nullptr : &data.parts[i].data;
     results.push_back(
         to_json(e, open, text ? text->directory : data.names(), o.split, text ? of_text(e, *text, o.split) : of_task(e, *data.synthetic)));
-    shares.push_back(data.synthetic ? 1 : data.share(i));
+    shares.push_back(data.share(i));
   }
   if (comm.rank() != 0) return;
   const Evaluation all = mixed(found, shares);
