@@ -9,6 +9,7 @@
 #include <exception>
 #include <mutex>
 #include <numeric>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <thread>
@@ -42,7 +43,7 @@ struct Places {
 
 HostBatch make_batch(std::int64_t batch, const Places& places) {
   const std::size_t tokens = places.all.size(), size = static_cast<std::size_t>(batch) * tokens;
-  HostBatch out{batch, std::ssize(places.all), {}, {}, {}, {}, 0};
+  HostBatch out{batch, std::ssize(places.all), {}, {}, {}, {}, 0, {}};
   for (auto* row : {&out.token, &out.target, &out.position, &out.document_start}) row->resize(size);
   for (std::size_t i = 0; i < size; ++i) out.position[i] = places.all[i % tokens];
   return out;
@@ -76,7 +77,30 @@ void fill(HostBatch& out, std::int64_t row, TokenReader& reader, std::uint64_t f
   }
 }
 
+/// The same of a sequence that is made up.
+void fill(HostBatch& out, std::int64_t row, const SyntheticSource& source, std::uint64_t number, const Places& places, SyntheticSequence& scratch) {
+  source.make(number, scratch);
+  out.distance.resize(out.token.size());
+  auto at = static_cast<std::size_t>(row * out.tokens);
+  for (const std::int32_t place : places.all) {
+    const auto t = static_cast<std::size_t>(place);
+    out.token[at] = scratch.token[t];
+    out.target[at] = scratch.target[t];
+    out.distance[at] = scratch.distance[t];
+    out.document_start[at++] = 0;
+    out.target_tokens += scratch.target[t] >= 0;
+  }
+}
+
 }  // namespace
+
+HostBatch read_sequences(const SyntheticSource& source, std::uint64_t first_sequence, std::int64_t count, std::span<const std::int32_t> places) {
+  const Places held(source.context(), places);
+  HostBatch out = make_batch(count, held);
+  SyntheticSequence scratch;
+  for (std::int64_t row = 0; row < count; ++row) fill(out, row, source, first_sequence + static_cast<std::uint64_t>(row), held, scratch);
+  return out;
+}
 
 HostBatch read_sequences(TokenReader& reader, std::uint64_t first_sequence, std::int64_t count, std::int64_t context,
                          std::span<const std::int32_t> places) {
@@ -104,6 +128,7 @@ struct Loader::Impl {
   Places places;
   Mixture mixture;
   std::vector<Part> parts;
+  std::optional<SyntheticSource> synthetic;  // instead of parts
 
   std::mutex mutex;
   std::condition_variable changed;
@@ -130,11 +155,16 @@ struct Loader::Impl {
   }
 
   void fill_row(HostBatch& batch, std::int64_t row, std::uint64_t step, std::int64_t index) {
+    if (synthetic) {
+      const std::uint64_t number = step * static_cast<std::uint64_t>(options.sequences_per_step) + static_cast<std::uint64_t>(index);
+      return fill(batch, row, *synthetic, number, places, made);
+    }
     const Mixture::Turn turn = mixture.turn(step, static_cast<std::uint64_t>(index));
     Part& part = parts[turn.part];
     fill(batch, row, part.reader, part.sampler.first_token(turn.number), places, scratch);
   }
   std::vector<std::int32_t> scratch;  // of the thread
+  SyntheticSequence made;
 
   void read_ahead() {
     const std::int64_t of_rank = options.sequences_per_step / options.ranks;
@@ -204,6 +234,13 @@ Loader::Loader(std::span<const MixPart> mix, const LoaderOptions& o) {
       throw std::invalid_argument(fmt::format("{}: {}", part.data.directory, e.what()));
     }
   }
+  impl_->start();
+}
+
+Loader::Loader(const SyntheticTask& task, const LoaderOptions& o) {
+  check(o);
+  impl_ = std::make_unique<Impl>(std::vector{1.0}, o);
+  impl_->synthetic.emplace(task, o.context, SyntheticSource::Split::train, o.seed);
   impl_->start();
 }
 

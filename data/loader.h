@@ -10,16 +10,19 @@
 #include "data/dataset.h"
 #include "data/mix.h"
 #include "data/sampler.h"
+#include "data/synthetic.h"
 
 namespace tessera {
 
 /// Host micro-batch, each [B, T]. Of whole sequences, or of the same places of each, in ascending order; indices are those of the whole sequence.
 /// position: 0 .. T-1, or the places. document_start: index in the sequence of the first token of the token's document, 0 when
-/// that lies before the sequence. target: the next token; -1 where there is none (read_sequences at the end of a split).
+/// that lies before the sequence. target: the next token; -1 where there is none (read_sequences at the end of a split, and what a synthetic task
+/// does not ask).
 struct HostBatch {
   std::int64_t batch = 0, tokens = 0;
   std::vector<std::int32_t> token, target, position, document_start;
-  std::uint64_t target_tokens = 0;  // targets that count
+  std::uint64_t target_tokens = 0;       // targets that count
+  std::vector<std::int32_t> distance{};  // of synthetic tasks (SyntheticSequence); of text empty
 };
 
 struct LoaderOptions {
@@ -46,6 +49,8 @@ class Loader {
   Loader(const DatasetInfo& info, const SplitInfo& split, const LoaderOptions& options);
   /// The training splits of several datasets, dealt by weight (mix.h); each in epochs of its own. One alone gives what it gives by itself.
   Loader(std::span<const MixPart> mix, const LoaderOptions& options);
+  /// A synthetic task: index i of step s is sequence s * sequences_per_step + i of its training split with this seed.
+  Loader(const SyntheticTask& task, const LoaderOptions& options);
   ~Loader();
   /// The next micro-batch: sequences_per_step / ranks / micro_batch calls make a step. It stays valid until the next call. An error of the
   /// reading thread is thrown here, at the batch that could not be read, and at every call after it.
@@ -63,5 +68,7 @@ class Loader {
 /// `places`: as LoaderOptions has it. Throws std::out_of_range when a sequence starts beyond the end.
 HostBatch read_sequences(TokenReader& reader, std::uint64_t first_sequence, std::int64_t count, std::int64_t context,
                          std::span<const std::int32_t> places = {});
+/// Sequences first_sequence, first_sequence + 1, ... of a synthetic task.
+HostBatch read_sequences(const SyntheticSource& source, std::uint64_t first_sequence, std::int64_t count, std::span<const std::int32_t> places = {});
 
 }  // namespace tessera

@@ -14,6 +14,7 @@
 #include "data/files.h"
 #include "data/sha256.h"
 #include "trainer/collective.h"
+#include "trainer/schema.h"
 
 namespace tessera {
 namespace fs = std::filesystem;
@@ -127,8 +128,9 @@ void check_marker(const std::string& directory, const Json& marker, std::vector<
   std::set<std::string> listed;
   for (const Json& file : marker.at("files")) listed.insert(file.at("name").get<std::string>());
   const auto ranks = marker.at("ranks").get<std::int64_t>();
-  bool complete =
-      ranks >= 0 && static_cast<std::int64_t>(listed.size()) == ranks + 2 && listed.contains("model.h5") && listed.contains("tokenizer.json");
+  const std::int64_t beside = read_checkpoint_info(directory).dataset.tokenizer_hash.empty() ? 1 : 2;  // the model, and a tokenizer if it has one
+  bool complete = ranks >= 0 && static_cast<std::int64_t>(listed.size()) == ranks + beside && listed.contains("model.h5") &&
+                  (beside == 1 || listed.contains("tokenizer.json"));
   for (int r = 0; complete && r < ranks; ++r) complete = listed.contains(optimizer_name(r, static_cast<int>(ranks)));
   if (!complete) damaged(fmt::format("it lists {} files, not the model, the tokenizer and the optimizer of {} ranks", listed.size(), ranks));
 }
@@ -168,6 +170,7 @@ std::vector<ShardedAdamW::Segment> read_segments(const Hdf5File& h5, std::int64_
 }  // namespace
 
 Provenance provenance_of(const TrainingData& data) {
+  if (data.synthetic) return {data.names(), "", "", sha256_hex(write_synthetic(data.synthetic).dump()), data.synthetic->vocabulary, 0, {}};
   const DatasetInfo& first = data.first();
   Provenance all{data.names(), first.tokenizer_name, first.tokenizer_hash, "", first.vocabulary, data.train_tokens(), {}};
   std::string parts;
@@ -350,6 +353,7 @@ std::string save_checkpoint(const CheckpointRequest& r, const Gpt& model, Sharde
       const auto values = [&](const ParameterInfo& p) { return to_host(ops, parameters.slice(p.offset, p.shape.numel())); };
       write_model(aside + "/model.h5", r, model.layout(), values, extents(model.thresholds().shape), to_host(ops, model.thresholds()));
       receipts.push_back(receipt(aside, "model.h5"));
+      if (r.tokenizer.empty()) return;
       write_file(aside + "/tokenizer.json", r.tokenizer);
       receipts.push_back(receipt(aside, "tokenizer.json"));
     });

@@ -11,7 +11,7 @@
 //                                     segments          i64 [n, 2]: which they were, as first element and number, one segment after the other
 //                                     attributes        format, step, parameters (of the whole model), layout (hash of names and shapes)
 //                                                       (format 1 has one segment: attributes first, count)
-//     tokenizer.json                  the dataset's tokenizer
+//     tokenizer.json                  the dataset's tokenizer; not there of a synthetic task, which has none
 //     COMPLETE.json                   step, and the bytes and SHA-256 of each file above: written last. Without it the folder does not count.
 //
 // `tessera import` writes one of no ranks: weights alone, without optimizer files. It is read, evaluated and started from (run.init) like any other,
@@ -40,12 +40,13 @@ namespace tessera {
 struct RunPosition {
   std::int64_t step = 0;                // steps done
   std::int64_t updates = 0;             // of them, those that changed the parameters
-  std::int64_t tokens = 0;              // target tokens seen
+  std::int64_t tokens = 0;              // seen
   std::int64_t skipped = 0;             // steps skipped because the loss or the gradient was not finite
   std::int64_t nonfinite_in_a_row = 0;  // of them, the last ones without a good one between
 };
 
-/// Which data a model was trained on. `fingerprint` is a hash of the training shards' checksums in their order: equal, equal tokens.
+/// Which data a model was trained on. `fingerprint` is a hash of the training shards' checksums in their order, of a synthetic task that of its
+/// parameters: equal, equal tokens. A task has its name as the path, and no tokenizer: empty name and hash.
 struct Provenance {
   std::string path, tokenizer_name, tokenizer_hash, fingerprint;
   std::int64_t vocabulary = 0;
@@ -124,7 +125,7 @@ struct CheckpointRequest {
   std::string config;  // YAML
   Provenance dataset;
   InitialCheckpoint init{};
-  std::string tokenizer;                        // contents of the dataset's tokenizer.json
+  std::string tokenizer;                        // contents of the dataset's tokenizer.json; "": it has none
   int keep = 0;                                 // newest complete ones that stay; 0: all
   std::function<void()> between_files = [] {};  // for tests: called when the first files are written
 };

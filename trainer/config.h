@@ -2,10 +2,12 @@
 // The configuration of a run. The struct is plain data; schema.cpp is the one place that knows each key's type, default, range and meaning.
 
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "data/synthetic.h"
 #include "model/config.h"
 #include "model/gpt.h"
 #include "model/sequence_plan.h"
@@ -37,8 +39,9 @@ struct MixEntry {
 };
 struct DataConfig {
   std::string path;
-  std::vector<MixEntry> mix;  // instead of path
-  std::string tokenizer;      // optional: checked against the dataset's
+  std::vector<MixEntry> mix;               // instead of path
+  std::optional<SyntheticTask> synthetic;  // instead of both
+  std::string tokenizer;                   // optional: checked against the dataset's
   int prefetch = 4;
 };
 struct TrainConfig {

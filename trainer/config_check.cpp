@@ -73,6 +73,7 @@ class Resolver {
     step();
     schedule();
     mix();
+    synthetic();
     tokenizer();
     tensorboard();
     device();
@@ -191,6 +192,28 @@ class Resolver {
     if (!c_.data.mix.empty() && !c_.data.path.empty())
       fail({"data.mix", "data.path"},
            fmt::format("data.path {} is set too: expected one of them (--set data.mix=[] or --set data.path= clears one)", c_.data.path));
+  }
+
+  /// After what sets model.context.
+  void synthetic() {
+    if (!c_.data.synthetic) return;
+    const SyntheticTask& task = *c_.data.synthetic;
+    const auto alone = [&](const char* other, const std::string& found, const char* clear) {
+      fail({"data.synthetic", other},
+           fmt::format("{} {} is set too: expected one of them (--set data.synthetic=none or --set {}={} clears one)", other, found, other, clear));
+    };
+    if (!c_.data.path.empty()) alone("data.path", c_.data.path, "");
+    if (!c_.data.mix.empty()) alone("data.mix", fmt::format("of {}", c_.data.mix.size()), "[]");
+    if (!c_.data.tokenizer.empty()) alone("data.tokenizer", c_.data.tokenizer, "");
+    if (c_.sample.every > 0) fail({"sample.every", "data.synthetic"}, "data.synthetic has tokens and no text; expected sample.every 0");
+    if (c_.model.vocabulary != 0 && c_.model.vocabulary != task.vocabulary)
+      fail({"model.vocabulary", "data.synthetic"},
+           fmt::format("model.vocabulary is {}, and data.synthetic has a vocabulary of {}: expected them equal, or model.vocabulary 0",
+                       c_.model.vocabulary, task.vocabulary));
+    else
+      c_.model.vocabulary = task.vocabulary;
+    if (const std::string problem = synthetic_problem(task, c_.model.context); !problem.empty())
+      fail({"data.synthetic"}, fmt::format("{}: {}", name_of(task.kind), problem));
   }
 
   void tokenizer() {

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <numbers>
 #include <stdexcept>
 #include <utility>
@@ -17,6 +18,33 @@
 namespace tessera {
 
 double Evaluation::perplexity() const { return std::exp(loss); }
+
+double Evaluation::accuracy() const {
+  AnswerTally all;
+  for (const AnswerTally& a : answers.value_or(AnswerTallies())) all.answers += a.answers, all.right += a.right;
+  return static_cast<double>(all.right) / static_cast<double>(all.answers);
+}
+
+nlohmann::ordered_json accuracy_by_distance(const AnswerTallies& answers) {
+  auto out = nlohmann::ordered_json::array();
+  for (std::size_t d = 0; d < answers.size(); ++d) {
+    const auto [all, right] = answers[d];
+    if (all > 0)
+      out.push_back({{"from", std::int64_t{1} << d},
+                     {"to", (std::int64_t{2} << d) - 1},
+                     {"answers", all},
+                     {"accuracy", static_cast<double>(right) / static_cast<double>(all)}});
+  }
+  return out;
+}
+
+std::string accuracy_text(const nlohmann::ordered_json& by_distance) {
+  std::string text;
+  for (const auto& row : by_distance)
+    text += fmt::format("{}{}-{} {:.4f}", text.empty() ? "" : ", ", row["from"].get<std::int64_t>(), row["to"].get<std::int64_t>(),
+                        row["accuracy"].get<double>());
+  return text;
+}
 
 Evaluation mixed(std::span<const Evaluation> parts, std::span<const double> shares) {
   if (parts.size() == 1) return parts[0];
@@ -45,15 +73,25 @@ Evaluation mixed(std::span<const Evaluation> parts, std::span<const double> shar
 
 Evaluator::Evaluator(const DatasetInfo& info, const SplitInfo& split, const Tokenizer& tokenizer, std::int64_t context, std::int64_t micro_batch,
                      std::vector<std::int32_t> places)
-    : reader_(info, split), micro_batch_(micro_batch), places_(std::move(places)) {
+    : micro_batch_(micro_batch), places_(std::move(places)) {
   const auto tokens = static_cast<std::int64_t>(split.tokens);
   context_ = places_.empty() ? std::clamp<std::int64_t>(tokens - 1, 1, context) : context;
   sequences_ = tokens < 2 ? 0 : std::max<std::int64_t>(1, (tokens - 1) / context_);
+  read_ = [reader = std::make_shared<TokenReader>(info, split), context = context_, held = places_](std::int64_t first, std::int64_t count) {
+    return read_sequences(*reader, static_cast<std::uint64_t>(first), count, context, held);
+  };
   for (std::int64_t t = 0; t < tokenizer.vocabulary(); ++t) {
     std::string text;
     tokenizer.decode(static_cast<std::uint32_t>(t), text);
     token_bytes_.push_back(static_cast<std::uint32_t>(text.size()));
   }
+}
+
+Evaluator::Evaluator(const SyntheticSource& source, std::int64_t micro_batch, std::vector<std::int32_t> places)
+    : context_(source.context()), micro_batch_(micro_batch), sequences_(kSyntheticValidation), places_(std::move(places)), asks_(true) {
+  read_ = [source, held = places_](std::int64_t first, std::int64_t count) {
+    return read_sequences(source, static_cast<std::uint64_t>(first), count, held);
+  };
 }
 
 /// After model.forward(batch), which visited every tile and found `losses`, with counters that were zero before: the same, skipping. The counters
@@ -95,13 +133,19 @@ Evaluation Evaluator::run(Gpt& model, Ops& ops, Communicator& host, const RankLa
   std::uint64_t compared = 0;
   model.zero_counters();
   std::vector<float> losses;
+  std::vector<std::int32_t> predictions;
+  std::array<std::uint64_t, 2 * AnswerTallies().size()> tallies{};
   for (std::int64_t b = count * ranks.group / ranks.groups; b < count * (ranks.group + 1) / ranks.groups; ++b) {
     const std::int64_t first = b * micro_batch_;
-    const HostBatch batch = read_sequences(reader_, first, std::min(micro_batch_, sequences - first), context_, places_);
+    const HostBatch batch = read_(first, std::min(micro_batch_, sequences - first));
     const Batch on_device = buffer.upload(ops, batch);
-    model.forward(on_device);
+    model.forward(on_device, asks_);
     losses.resize(batch.target.size());
     ops.download(losses.data(), model.losses().slice(0, batch.batch * batch.tokens));
+    if (asks_) {
+      predictions.resize(losses.size());
+      ops.download(predictions.data(), model.predictions().slice(0, batch.batch * batch.tokens));
+    }
     if (compares) {
       compare_skipping(model, ops, on_device, first, losses);
       compared += losses.size();
@@ -114,7 +158,13 @@ Evaluation Evaluator::run(Gpt& model, Ops& ops, Communicator& host, const RankLa
       double* sum = &sums[3 * (first + static_cast<std::int64_t>(i) / batch.tokens)];
       sum[0] += losses[i];
       sum[1] += 1;
-      sum[2] += token_bytes_.at(static_cast<std::size_t>(batch.target[i]));
+      if (!asks_) {
+        sum[2] += token_bytes_.at(static_cast<std::size_t>(batch.target[i]));
+        continue;
+      }
+      const auto distance = static_cast<std::size_t>(std::bit_width(static_cast<std::uint32_t>(batch.distance[i])) - 1);
+      ++tallies[2 * distance];
+      tallies[2 * distance + 1] += predictions[i] == batch.target[i];
     }
   }
   all_reduce_sum(host, sums);  // where each sequence is one rank's, the others add zeros: exact
@@ -131,6 +181,11 @@ Evaluation Evaluator::run(Gpt& model, Ops& ops, Communicator& host, const RankLa
   const double none = std::numeric_limits<double>::quiet_NaN();
   e.loss = e.tokens > 0 ? nats / static_cast<double>(e.tokens) : none;
   e.bits_per_byte = e.bytes > 0 ? nats / std::numbers::ln2 / static_cast<double>(e.bytes) : none;
+  if (asks_) {
+    all_reduce_sum(host, tallies);
+    AnswerTallies& answers = e.answers.emplace();
+    for (std::size_t d = 0; d < answers.size(); ++d) answers[d] = {tallies[2 * d], tallies[2 * d + 1]};
+  }
   if (!compares) ops.download(counters.data(), model.counters());
   all_reduce_sum(host, counters);
   all_reduce_sum(host, {&compared, 1});

@@ -166,6 +166,7 @@ HfExport export_hf(const std::string& checkpoint, const std::string& output, HfD
   while (target.size() > 1 && target.ends_with('/')) target.pop_back();
   check_output(target, overwrite);
   const CheckpointContents c = read_checkpoint(checkpoint);
+  require_text(c.info, "an export for transformers");
   const bool gpt2 = not_gpt2(c.config.model).empty();
   HfExport result{c.info.directory, gpt2 ? "gpt2" : "tessera", c.info.parameters, 0};
 

@@ -27,6 +27,7 @@ CheckpointContents read_checkpoint(const std::string& path) {
   const CheckpointInfo& info = c.info;
   c.config = parse_config(info.config, info.directory + "/model.h5", {});
   resolve_vocabulary(c.config, info.dataset.vocabulary, info.directory);
+  if (info.dataset.tokenizer_hash.empty()) return c;
   c.tokenizer = load_own_tokenizer(info.directory);
   if (c.tokenizer->hash() != info.dataset.tokenizer_hash)
     throw std::runtime_error(fmt::format("{}/tokenizer.json is not the tokenizer that the model was trained with (SHA-256 {}, expected {})",
@@ -34,10 +35,17 @@ CheckpointContents read_checkpoint(const std::string& path) {
   return c;
 }
 
+void require_text(const CheckpointInfo& info, const std::string& purpose) {
+  if (info.dataset.tokenizer_hash.empty())
+    throw ConfigError(fmt::format("{}: trained on the synthetic task {}, and has no tokenizer: {} needs a model of text", info.directory,
+                                  info.dataset.path, purpose));
+}
+
 OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, const Options& o, Communicator& host) {
   agree(host, [&] {
     CheckpointContents contents = read_checkpoint(path);
     info = std::move(contents.info);
+    if (use == Use::generate) require_text(info, "generating text");
     config = std::move(contents.config);
     tokenizer = std::move(contents.tokenizer);
     if (o.sequence == 1) config.parallel.share_gpu = true;  // nothing is exchanged between GPUs

@@ -19,11 +19,13 @@ namespace tessera {
 /// What a checkpoint is, without its parameters.
 struct CheckpointContents {
   CheckpointInfo info;
-  Config config;  // with the vocabulary
-  std::unique_ptr<Tokenizer> tokenizer;
+  Config config;                         // with the vocabulary
+  std::unique_ptr<Tokenizer> tokenizer;  // none of a synthetic task
 };
 /// `path`: see resolve_checkpoint(). Throws std::invalid_argument when it is no checkpoint, std::runtime_error naming the file when it is damaged.
 CheckpointContents read_checkpoint(const std::string& path);
+/// Throws std::invalid_argument when the model knows no text, which `purpose` ("tessera generate") needs.
+void require_text(const CheckpointInfo& info, const std::string& purpose);
 
 struct OpenCheckpoint {
   enum class Use {
@@ -52,7 +54,7 @@ struct OpenCheckpoint {
   CheckpointInfo info;
   std::string notice;  // what is not as configured; "" when all is
   Config config;
-  std::unique_ptr<Tokenizer> tokenizer;
+  std::unique_ptr<Tokenizer> tokenizer;  // none of a synthetic task
   std::unique_ptr<Ops> ops;
   RankLayout ranks;                    // what they evaluate
   std::unique_ptr<Communicator> comm;  // of ops, where ranks share sequences and the host's will not do

@@ -33,6 +33,7 @@ bool is_prepared(const std::string& path) { return !path.empty() && std::filesys
 }  // namespace
 
 std::string TrainingData::names() const {
+  if (synthetic) return name_of(synthetic->kind);
   std::string out;
   for (const MixPart& part : parts) out += (out.empty() ? "" : ", ") + part.data.directory;
   return out;
@@ -45,6 +46,7 @@ std::uint64_t TrainingData::train_tokens() const {
 }
 
 double TrainingData::share(std::size_t part) const {
+  if (synthetic) return 1;
   double total = 0;
   for (const MixPart& each : parts) total += each.weight;
   return parts[part].weight / total;
@@ -52,6 +54,10 @@ double TrainingData::share(std::size_t part) const {
 
 TrainingData open_training_data(const DataConfig& config) {
   TrainingData out;
+  if (config.synthetic) {
+    out.synthetic = config.synthetic;
+    return out;
+  }
   if (config.mix.empty()) {
     out.parts.push_back({open_data(config.path), 1});
     return out;
@@ -63,13 +69,14 @@ TrainingData open_training_data(const DataConfig& config) {
 }
 
 bool has_training_data(const DataConfig& config) {
+  if (config.synthetic) return true;
   return config.mix.empty() ? is_prepared(config.path)
                             : std::ranges::all_of(config.mix, [](const MixEntry& entry) { return is_prepared(entry.path); });
 }
 
 DatasetInfo open_data(const std::string& path, const std::string& key) {
   constexpr const char* how = "Prepare text with: tessera prepare --input FILE... --tokenizer bytes --output DIR, then --set data.path=DIR";
-  if (path.empty()) throw ConfigError(fmt::format("data.path is not set, nor data.mix: there is nothing to train on. {}", how));
+  if (path.empty()) throw ConfigError(fmt::format("data.path is not set, nor data.mix or data.synthetic: there is nothing to train on. {}", how));
   if (!is_prepared(path)) throw ConfigError(fmt::format("{} {}: no prepared data (dataset.json) here. {}", key, path, how));
   return read_dataset(path);
 }

@@ -27,6 +27,7 @@
 #include "trainer/rank_layout.h"
 #include "trainer/run_folder.h"
 #include "trainer/schedule.h"
+#include "trainer/schema.h"
 #include "trainer/signals.h"
 #include "trainer/step.h"
 #include "trainer/tensorboard/event_file.h"
@@ -44,7 +45,6 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 /// What one step measured, over all ranks.
 struct StepReport {
   double loss = 0, lr = 0, grad_norm = 0, seconds = 0, data_wait = 0;
-  std::int64_t targets = 0;
   std::uint64_t exchanged = 0;  // bytes that ranks of a sequence sent each other
   bool skipped = false;
 };
@@ -114,11 +114,12 @@ void Trainer::prepare() {
   const int rank = comm_.rank(), ranks = comm_.size();
   agree(comm_, [&] {
     data_ = open_training_data(config_.data);
+    check_ranks(config_, ranks);
+    if (data_.synthetic) return resolve_vocabulary(config_, data_.synthetic->vocabulary, data_.names());
     tokenizer_ = open_tokenizer(data_.first(), config_.data.tokenizer);
     if (rank == 0)
       tokenizer_file_ = read_file(data_.first().directory + "/tokenizer.json");  // now: the folder may be gone when a checkpoint wants it
     resolve_vocabulary(config_, data_.first().vocabulary, data_.first().directory);
-    check_ranks(config_, ranks);
   });
   sequences_per_step_ = config_.train.tokens_per_step / config_.model.context;
 
@@ -132,7 +133,7 @@ void Trainer::prepare() {
   start_.checkpoint = comm_.broadcast(start_.checkpoint, 0);
   WarmStart warm;
   if (start_.checkpoint.empty() && !config_.run.init.empty()) {
-    agree(comm_, [&] { warm = plan_warm_start(config_, data_.first().tokenizer_hash); });
+    agree(comm_, [&] { warm = plan_warm_start(config_, tokenizer_ ? tokenizer_->hash() : ""); });
     // The newest checkpoint of a run may change while it trains: rank 0's is everybody's.
     const std::string path = comm_.broadcast(warm.from.path, 0);
     agree(comm_, [&] {
@@ -176,6 +177,12 @@ void Trainer::prepare() {
     o.seed = config_.run.seed;
     o.first_step = static_cast<std::uint64_t>(position_.step);
     o.prefetch = config_.data.prefetch;
+    if (data_.synthetic) {
+      loader_ = std::make_unique<Loader>(*data_.synthetic, o);
+      const SyntheticSource validation(*data_.synthetic, o.context, SyntheticSource::Split::validation, o.seed);
+      evaluators_.emplace_back(validation, config_.train.micro_batch, o.places);
+      return;
+    }
     loader_ = std::make_unique<Loader>(data_.parts, o);
     for (const MixPart& part : data_.parts)
       evaluators_.emplace_back(part.data, part.data.validation, *tokenizer_, config_.model.context, config_.train.micro_batch, o.places);
@@ -201,6 +208,9 @@ void Trainer::prepare() {
     console_.say("sequence  {} ranks share each: exchange {}, {} tokens a rank", config_.parallel.sequence,
                  name_of(state_->model.options().sequence.exchange), most == least ? std::to_string(most) : fmt::format("{} to {}", least, most));
   }
+  if (data_.synthetic)
+    console_.say("data      {}: {} steps of {} sequences, made up as they are needed", write_synthetic(data_.synthetic).dump(), config_.train.steps,
+                 sequences_per_step_);
   for (std::size_t i = 0; i < data_.parts.size(); ++i) {
     const DatasetInfo& part = data_.parts[i].data;
     const Sampler sampler(part.train.tokens, m.context, sequences_per_step_, config_.run.seed);
@@ -230,7 +240,7 @@ void Trainer::run() {
     const bool last = t == config_.train.steps;
     const StepReport report = step(t);
     position_.step = t;
-    position_.tokens += report.targets;
+    position_.tokens += config_.train.tokens_per_step;
     position_.updates += report.skipped ? 0 : 1;
     position_.skipped += report.skipped ? 1 : 0;
     position_.nonfinite_in_a_row = report.skipped ? position_.nonfinite_in_a_row + 1 : 0;
@@ -291,8 +301,7 @@ StepReport Trainer::step(std::int64_t t) {
   }
   report.data_wait = loader_->take_wait_seconds();
   all_reduce_sum(comm_, {&targets, 1});
-  report.targets = static_cast<std::int64_t>(targets);
-  const double scale = 1.0 / static_cast<double>(std::max<std::int64_t>(1, report.targets));
+  const double scale = 1.0 / static_cast<double>(std::max<std::uint64_t>(1, targets));
 
   step_->begin();
   fault_.strike(t);
@@ -389,8 +398,15 @@ void Trainer::evaluate(Json& row) {
   }
   const Evaluation e = mixed(parts, shares);
   row["validation_loss"] = e.loss;
-  row["bits_per_byte"] = e.bits_per_byte;
+  if (!e.answers) row["bits_per_byte"] = e.bits_per_byte;
   row["validation_tokens"] = e.tokens;
+  if (e.answers) {
+    row["validation_accuracy"] = e.accuracy();
+    row["accuracy_by_distance"] = accuracy_by_distance(*e.answers);
+    console_.say("step {}/{}  validation loss {:.4f}, accuracy {:.4f} ({} answers, {:.1f} s); by distance {}", position_.step, config_.train.steps,
+                 e.loss, e.accuracy(), e.tokens, e.seconds, accuracy_text(row["accuracy_by_distance"]));
+    return;
+  }
   for (std::size_t i = 0; parts.size() > 1 && i < parts.size(); ++i) {
     if (parts[i].tokens == 0) continue;
     const std::string& directory = data_.parts[i].data.directory;
@@ -412,7 +428,7 @@ void Trainer::log(std::int64_t t, const StepReport& r, const AttentionCounts& co
   if (comm_.rank() != 0) return;
   const AttentionShares shares = counts.all();
   const AttentionConfig& a = config_.model.attention;
-  const double tokens_per_s = static_cast<double>(r.targets) / r.seconds;
+  const double tokens_per_s = static_cast<double>(config_.train.tokens_per_step) / r.seconds;
   Json row{{"step", t},
            {"tokens", position_.tokens},
            {"loss", r.loss},

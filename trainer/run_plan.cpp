@@ -25,7 +25,9 @@ std::optional<TrainingData> data_if_there(const Config& config) {
 /// The vocabulary from the data, or from what the configuration says of it.
 void find_vocabulary(Config& config, const std::optional<TrainingData>& data) {
   const std::string& tokenizer = config.data.tokenizer;
-  if (data) {
+  if (data && data->synthetic) {
+    resolve_vocabulary(config, data->synthetic->vocabulary, data->names());
+  } else if (data) {
     open_tokenizer(data->first(), tokenizer);  // a run would refuse another one, and so does its plan
     resolve_vocabulary(config, data->first().vocabulary, data->first().directory);
   } else if (config.model.vocabulary != 0) {
@@ -89,7 +91,7 @@ Json plan_run(Config& config, int ranks) {
        {{"dense_equivalent", (flops.dense + flops.attention_causal) * static_cast<double>(tokens)},
         {"pattern_visible", (flops.dense + flops.attention_visible) * static_cast<double>(tokens)}}},
   };
-  if (data) {
+  if (data && !data->synthetic) {
     const auto epochs = [&](double share, std::uint64_t of) { return of == 0 ? 0.0 : share * static_cast<double>(tokens) / static_cast<double>(of); };
     plan["data_tokens"] = data->train_tokens();
     plan["epochs"] = epochs(1, data->train_tokens());

@@ -77,6 +77,7 @@ RunSummary summarize_run(const std::string& path) {
     if (!loss) continue;
     s.validation_loss = loss;
     s.bits_per_byte = MetricsFile::number(row, "bits_per_byte");
+    s.accuracy = MetricsFile::number(row, "validation_accuracy");
     if (!s.best_validation_loss || *loss < *s.best_validation_loss) {
       s.best_validation_loss = loss;
       s.best_step = row["step"].get<std::int64_t>();
@@ -113,6 +114,7 @@ Json to_json(const RunSummary& s) {
               {"validation_loss", or_null(s.validation_loss)},
               {"validation", s.validation_loss ? "in the run" : ""},
               {"bits_per_byte", or_null(s.bits_per_byte)},
+              {"accuracy", or_null(s.accuracy)},
               {"best_validation_loss", or_null(s.best_validation_loss)},
               {"best_step", s.best_step},
               {"edge_sparsity", s.edge_sparsity},
@@ -125,7 +127,7 @@ Json to_json(const RunSummary& s) {
   if (const Json& e = s.evaluation; !e.is_null()) {
     row["validation_loss"] = e.value("loss", Json(nullptr));
     row["validation"] = fmt::format("{} tokens", e.value("tokens", std::uint64_t{0}));
-    for (const char* key : {"bits_per_byte", "edge_sparsity", "tile_skip_rate", "empty_row_share"})
+    for (const char* key : {"bits_per_byte", "accuracy", "edge_sparsity", "tile_skip_rate", "empty_row_share"})
       if (e.contains(key)) row[key] = e[key];  // the mixture of several datasets has only the first
   }
   if (const Json& c = s.core; !c.is_null() && c.contains("title") && c.contains("score"))

@@ -17,13 +17,14 @@ struct RunSummary {
   Config config;
   std::int64_t parameters = 0;  // elements; 0 while the vocabulary is not known
   std::int64_t step = 0;        // the last one in metrics.jsonl
-  std::int64_t tokens = 0;      // target tokens seen up to it
+  std::int64_t tokens = 0;      // seen up to it
   bool finished = false;        // all of train.steps are done and saved
   double seconds = 0;           // sum of the steps' times: without evaluation and checkpoints
 
   std::optional<double> loss;             // of training: mean over the last tenth of the steps
   std::optional<double> validation_loss;  // the last one, nats a token
   std::optional<double> bits_per_byte;    // with it
+  std::optional<double> accuracy;         // with it, of a synthetic task
   std::optional<double> best_validation_loss;
   std::int64_t best_step = 0;
   double edge_sparsity = 0, tile_skip_rate = 0, empty_rows = 0;  // of the last step; the tile is config.model.attention's

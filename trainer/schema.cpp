@@ -171,6 +171,22 @@ Key data_mix() {
           }};
 }
 
+Key synthetic() {
+  return {
+      "data.synthetic",
+      "task",
+      "none | mqar: {vocabulary, pairs, power_a, filler} | copy: {vocabulary, lengths or shortest, longest} | needle: {vocabulary, distances or "
+      "shortest, longest}",
+      "Instead of data.path: made-up sequences that ask for what stood earlier, with loss and accuracy at the answers alone. mqar: `pairs` (8) of "
+      "a key and its value, then each key again, sooner the smaller power_a (0.01; 1: anywhere), among tokens that are `filler`: random or "
+      "padding. copy: a random string, a separator, the string again. needle: a key and its value among random tokens, and at the end the key "
+      "again. lengths, distances: numbers to draw from; without them the logarithm is uniform from shortest (1) to longest (0: as far as the "
+      "sequence goes). vocabulary (8192) is the model's. Validation is on 1024 sequences, the same for every seed.",
+      false,
+      [](Config& c, const Value& value, Problems& problems) { read_synthetic(c.data.synthetic, value, problems); },
+      [](const Config& c) { return write_synthetic(c.data.synthetic); }};
+}
+
 Key pattern() {
   return {
       "attention.pattern",
@@ -275,8 +291,9 @@ std::vector<Key> make_schema() {
       choice<Visit>("attention.visit", FIELD(model.attention.visit), {{"all", Visit::all}, {"active", Visit::active}},
                     "Whether tiles without an active edge are computed all the same. Same bits either way; all is slower."),
 
-      text("data.path", FIELD(data.path), true, "Folder that `tessera prepare` wrote. Training needs it, or data.mix."),
+      text("data.path", FIELD(data.path), true, "Folder that `tessera prepare` wrote. Training needs it, data.mix or data.synthetic."),
       data_mix(),
+      synthetic(),
       text("data.tokenizer", FIELD(data.tokenizer), true,
            "The tokenizer that the data must have been made with: bytes, gpt2, bpe, or one itself, gpt2:DIR or bpe:FILE. Empty: whichever it was."),
       integer("data.prefetch", FIELD(data.prefetch), 1, 1024, "Micro-batches read ahead."),

@@ -83,6 +83,10 @@ std::string hash_of(const BlockMask& mask);
 /// Names of layers and heads in overrides that a model of this shape does not have are added to `problems`.
 void check_pattern(const PatternConfig& pattern, int layers, int heads, const std::string& place, Problems& problems);
 
+/// data.synthetic (schema_synthetic.cpp). `task` stays as it is when there are mistakes.
+void read_synthetic(std::optional<SyntheticTask>& task, const Value& value, Problems& problems);
+nlohmann::ordered_json write_synthetic(const std::optional<SyntheticTask>& task);
+
 /// Where each key that was set explicitly was set last.
 using Places = std::map<std::string, std::string>;
 /// Sets what follows from other keys and checks what no single key can (config_check.cpp).

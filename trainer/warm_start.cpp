@@ -15,6 +15,8 @@ namespace {
 /// "h.3.attn.scale" -> "attn.scale": what a notice says once for all layers.
 std::string kind_of(const std::string& name) { return name.starts_with("h.") ? name.substr(name.find('.', 2) + 1) : name; }
 
+std::string short_hash(const std::string& tokenizer) { return tokenizer.empty() ? "none" : "SHA-256 " + tokenizer.substr(0, 12); }
+
 std::string value_of(const char* key, const Config& config) { return find_key(key)->write(config).dump(); }
 
 /// The thresholds that the controller moves.
@@ -48,8 +50,7 @@ WarmStart plan_warm_start(const Config& config, const std::string& tokenizer_has
   if (info.dataset.vocabulary != config.model.vocabulary)
     differences.push_back(fmt::format("vocabulary: {} tokens there, {} here", info.dataset.vocabulary, config.model.vocabulary));
   else if (info.dataset.tokenizer_hash != tokenizer_hash)
-    differences.push_back(
-        fmt::format("tokenizer: SHA-256 {} there, {} here", info.dataset.tokenizer_hash.substr(0, 12), tokenizer_hash.substr(0, 12)));
+    differences.push_back(fmt::format("tokenizer: {} there, {} here", short_hash(info.dataset.tokenizer_hash), short_hash(tokenizer_hash)));
   if (!differences.empty())
     throw ConfigError(fmt::format("run.init {}: its parameters do not fit this model:\n  {}", start.from.path, fmt::join(differences, "\n  ")));
 

@@ -292,6 +292,8 @@ class RandomConfig {
         value = pattern(2);
       else if (path == "data.mix")
         value = mix();
+      else if (path == "data.synthetic")
+        continue;  // instead of others: below
       else if (key["type"] == "integer")
         value = integer(range);
       else if (key["type"] == "number")
@@ -309,6 +311,10 @@ class RandomConfig {
       sets.push_back(path + "=" + value);
     }
     if (mixed_) sets.push_back("data.path=");
+    if (context_ >= 4 && pick(3) == 0) {
+      for (const char* without : {"data.path=", "data.mix=[]", "data.tokenizer=", "sample.every=0", "model.vocabulary=0"}) sets.push_back(without);
+      sets.push_back("data.synthetic=" + synthetic());
+    }
     sets.push_back(fmt::format("model.width={}", heads_ * 8 * (1 + pick(16))));
     sets.push_back(fmt::format("train.tokens_per_step={}", context_ * micro_ * (1 + pick(16))));
     sets.push_back(fmt::format("optimizer.warmup={}", pick(static_cast<int>(steps_))));
@@ -358,6 +364,21 @@ class RandomConfig {
     mixed_ = !list.empty();
     return "[" + list + "]";
   }
+  std::string synthetic() {
+    const auto up_to = [&](std::int64_t most) { return 1 + pick(static_cast<int>(most)); };
+    switch (pick(5)) {
+      case 0: return context_ < 32 ? "copy" : "mqar";
+      case 1:
+        return fmt::format("{{mqar: {{pairs: {}, vocabulary: {}, power_a: {}, filler: {}}}}}", up_to(context_ / 4), context_ + 4 + pick(999),
+                           number("> 0 and <= 100"), option("random | padding"));
+      case 2: return fmt::format("{{copy: {{lengths: [{}, {}]}}}}", up_to(context_ / 2), up_to(context_ / 2));
+      case 3: return fmt::format("{{needle: {{distances: {}}}}}", up_to(context_ - 2));
+      default: {
+        const int longest = up_to(context_ - 2);
+        return fmt::format("{{needle: {{vocabulary: {}, shortest: {}, longest: {}}}}}", 4 + pick(99), up_to(longest), longest);
+      }
+    }
+  }
   std::string pattern(int depth) {
     switch (pick(depth > 0 ? 9 : 6)) {
       case 0: return "causal";
@@ -399,6 +420,7 @@ TEST(Config, RandomConfigurationsComeBackEqual) {
     ASSERT_EQ(to_yaml(again), to_yaml(c));
     ASSERT_EQ(to_json(again), to_json(c));
     ASSERT_EQ(again.data.mix, c.data.mix);
+    ASSERT_EQ(again.data.synthetic, c.data.synthetic);
     ASSERT_EQ(again.sample.prompt, c.sample.prompt);
     ASSERT_EQ(again.model.attention.pattern.overrides.size(), c.model.attention.pattern.overrides.size());
     ASSERT_EQ(again.model.attention.threshold.rate, c.model.attention.threshold.rate);

@@ -243,6 +243,49 @@ TEST_F(Reports, RunFoldersBySeedAndName) {
   }
 }
 
+TEST_F(Reports, AccuracyByDistanceOfTheLastEvaluation) {
+  const Sweep s =
+      of("list:\n  - {name: far}\n  - {name: near, set: {optimizer.lr: 0.02}}\n  - {name: text, set: {optimizer.lr: 0.03}}\nseeds: [1, 2]");
+  const auto evaluated = [](int step, double accuracy, double far) {
+    return Json{{"step", step},
+                {"tokens", 512 * step},
+                {"loss", 1},
+                {"validation_loss", 1},
+                {"validation_accuracy", accuracy},
+                {"accuracy_by_distance",
+                 {{{"from", 1}, {"to", 1}, {"answers", 7}, {"accuracy", 1}}, {{"from", 64}, {"to", 127}, {"answers", 90}, {"accuracy", far}}}}}
+               .dump() +
+           "\n";
+  };
+  for (const SweepRun& r : s.runs) {
+    run(r.config, kSteps, 2, true);
+    const double seed = static_cast<double>(r.config.run.seed);
+    if (r.variant != "text")
+      write_file(r.config.run.dir + "/metrics.jsonl", evaluated(10, 0.1, 0.1) + evaluated(20, 0.5 + 0.1 * seed, r.variant == "far" ? 0.75 : 0.03125));
+  }
+  write_file(s.runs[1].config.run.dir + "/metrics.jsonl", read_file(s.runs[1].config.run.dir + "/metrics.jsonl") +
+                                                              "{\"step\":21,\"tokens\":1,\"loss\":1,\"accuracy_by_distance\":[{\"from\":1}]}\n");
+  const Report report = gather(s, nothing_measured());
+  EXPECT_NEAR(row(report, "far")["accuracy"].get<double>(), 0.65, 1e-12);               // of 0.6 and 0.7
+  EXPECT_NEAR(row(report, "far")["accuracy_sd"].get<double>(), 0.0707106781187, 1e-9);  // n - 1
+  EXPECT_TRUE(row(report, "text")["accuracy"].is_null());
+  const auto figures = draw_figures(report, {});
+  const auto figure = std::ranges::find(figures, "accuracy_distance", &Figure::id);
+  ASSERT_NE(figure, figures.end());
+  EXPECT_EQ(xml_problem(svg_file(*figure)), "");
+  EXPECT_EQ(figure->csv,
+            "run,from,to,answers,accuracy\r\nfar,1,1,7,1\r\nfar,64,127,90,0.75\r\nnear,1,1,7,1\r\nnear,64,127,90,0.03125\r\n"
+            "\"far,seed=2\",1,1,7,1\r\n\"far,seed=2\",64,127,90,0.75\r\n\"near,seed=2\",1,1,7,1\r\n\"near,seed=2\",64,127,90,0.03125\r\n");
+  EXPECT_EQ(figure->body.find(">text<"), std::string::npos) << "only runs that have it are in the legend";
+  const std::string page = report_page(report, figures, "now");
+  for (const char* part : {"0.6500 \u00b1 0.0707", "<abbr title=\"only of synthetic tasks\">"}) EXPECT_NE(page.find(part), std::string::npos) << part;
+  std::string notices;
+  for (const std::string& notice : report.notices) notices += notice + "\n";
+  expect_error(notices, "step 21: accuracy_by_distance is not a list of {from, to, answers, accuracy}; left out");
+  EXPECT_NE(report_text(s, read_results(s)).find("0.6500 +- 0.0707"), std::string::npos);
+  EXPECT_NE(report_csv(s, read_results(s)).find("accuracy,accuracy_sd"), std::string::npos);
+}
+
 TEST_F(Reports, OddLinesAreNamedAndLeftOut) {
   const Sweep s = of("");
   run(s.runs[0].config, 4, 2, false);

@@ -95,7 +95,7 @@ class RunTest : public ::testing::Test {
   static Json computed(const Json& row) {
     Json some;
     for (const char* key : {"step", "tokens", "loss", "lr", "grad_norm", "edge_sparsity", "tile_skip_rate", "empty_row_share", "skipped",
-                            "skipped_total", "validation_loss", "bits_per_byte", "thresholds"})
+                            "skipped_total", "validation_loss", "bits_per_byte", "validation_accuracy", "accuracy_by_distance", "thresholds"})
       if (row.contains(key)) some[key] = row[key];
     return some;
   }

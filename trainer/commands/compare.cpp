@@ -2,6 +2,7 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <iostream>
 #include <memory>
 #include <string>
@@ -44,7 +45,7 @@ std::string count(const Json& row, const char* key) {
   return found == row.end() || !found->is_number() ? "-" : format_count(found->get<double>());
 }
 
-std::vector<std::string> cells(const Json& row) {
+std::vector<std::string> cells(const Json& row, bool accuracy) {
   std::string skip = text(row, "tile_skip_rate", "{:.4f}");
   if (row.contains("tile") && skip != "-") skip += fmt::format(" ({}x{})", row["tile"][0].get<int>(), row["tile"][1].get<int>());
   std::string memory = "-";
@@ -59,23 +60,23 @@ std::vector<std::string> cells(const Json& row) {
   std::string progress = "";
   if (row.contains("finished") && !row["finished"].get<bool>())
     progress = fmt::format(" (step {} of {})", row["step"].get<std::int64_t>(), row["steps"].get<std::int64_t>());
-  return {row["run"].get<std::string>() + progress,
-          row.contains("attention") ? row["attention"].get<std::string>() : "-",
-          count(row, "parameters"),
-          count(row, "tokens"),
-          text(row, "validation_loss", "{:.4f}") + (partial ? "*" : ""),
-          text(row, "bits_per_byte", "{:.4f}"),
-          text(row, "edge_sparsity", "{:.4f}"),
-          skip,
-          core,
-          count(row, "tokens_per_s"),
-          memory};
+  std::vector<std::string> out = {row["run"].get<std::string>() + progress,
+                                  row.contains("attention") ? row["attention"].get<std::string>() : "-",
+                                  count(row, "parameters"),
+                                  count(row, "tokens"),
+                                  text(row, "validation_loss", "{:.4f}") + (partial ? "*" : ""),
+                                  text(row, "bits_per_byte", "{:.4f}")};
+  if (accuracy) out.push_back(text(row, "accuracy", "{:.4f}"));
+  out.insert(out.end(), {text(row, "edge_sparsity", "{:.4f}"), skip, core, count(row, "tokens_per_s"), memory});
+  return out;
 }
 
 void print(const std::vector<Json>& rows) {
-  std::vector<std::vector<std::string>> table = {{"run", "attention", "parameters", "tokens", "validation loss", "bits/byte", "edges zero",
-                                                  "tiles skipped", "CORE", "tokens/s", "memory a rank"}};
-  for (const Json& row : rows) table.push_back(cells(row));
+  const bool accuracy = std::ranges::any_of(rows, [](const Json& row) { return row.contains("accuracy") && row["accuracy"].is_number(); });
+  std::vector<std::vector<std::string>> table = {{"run", "attention", "parameters", "tokens", "validation loss", "bits/byte"}};
+  if (accuracy) table[0].push_back("accuracy");
+  table[0].insert(table[0].end(), {"edges zero", "tiles skipped", "CORE", "tokens/s", "memory a rank"});
+  for (const Json& row : rows) table.push_back(cells(row, accuracy));
   fmt::print("{}", text_table(table));
   fmt::print(
       "\nLosses are nats a token of a run's own tokenizer and text: they compare only where both are the same. Edges zero: of the causal edges; "

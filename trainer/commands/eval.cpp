@@ -1,4 +1,4 @@
-// tessera eval: the loss of a checkpoint on a split of prepared data, alone or under mpirun; CORE is in eval_core.cpp.
+// tessera eval: the loss of a checkpoint on a split of prepared data or on its synthetic task, alone or under mpirun; CORE is in eval_core.cpp.
 
 #include <fmt/core.h>
 
@@ -30,8 +30,25 @@ struct Options {
   bool json = false;
 };
 
-/// unigram_loss: nats a token of a guess from the training tokens' frequencies alone, the first thing a model must beat.
-Json to_json(const Evaluation& e, const OpenCheckpoint& c, const DatasetInfo& data, const std::string& split) {
+/// What there is to say of text. unigram_loss: nats a token of a guess from the training tokens' frequencies alone, the first thing a model must
+/// beat.
+Json of_text(const Evaluation& e, const DatasetInfo& data, const std::string& split) {
+  return {{"perplexity", e.perplexity()},
+          {"bits_per_byte", e.bits_per_byte},
+          {"unigram_loss", split == "train" ? data.unigram_entropy : data.validation_unigram_loss},
+          {"tokens", e.tokens},
+          {"bytes", e.bytes}};
+}
+
+/// And of a task. chance: accuracy of any guess that does not look.
+Json of_task(const Evaluation& e, const SyntheticTask& task) {
+  return {{"accuracy", e.accuracy()},
+          {"chance", 1.0 / static_cast<double>(possible_answers(task))},
+          {"tokens", e.tokens},
+          {"accuracy_by_distance", accuracy_by_distance(*e.answers)}};
+}
+
+Json to_json(const Evaluation& e, const OpenCheckpoint& c, const std::string& data, const std::string& split, const Json& more) {
   const AttentionConfig& a = c.config.model.attention;
   const AttentionCounts counts(c.config.model, e.counters, e.sequences, e.sequence_tokens);
   const AttentionShares all = counts.all();
@@ -40,37 +57,39 @@ Json to_json(const Evaluation& e, const OpenCheckpoint& c, const DatasetInfo& da
     const AttentionShares s = counts.layer(l);
     layers.push_back({{"layer", l}, {"edge_sparsity", s.edge_sparsity}, {"tile_skip_rate", s.tile_skip_rate}, {"empty_row_share", s.empty_rows}});
   }
-  return {{"checkpoint", c.info.directory},
-          {"step", c.info.position.step},
-          {"data", data.directory},
-          {"split", split},
-          {"loss", e.loss},
-          {"perplexity", e.perplexity()},
-          {"bits_per_byte", e.bits_per_byte},
-          {"unigram_loss", split == "train" ? data.unigram_entropy : data.validation_unigram_loss},
-          {"tokens", e.tokens},
-          {"bytes", e.bytes},
-          {"sequences", e.sequences},
-          {"sequence_tokens", e.sequence_tokens},
-          {"edge_sparsity", all.edge_sparsity},
-          {"tile_skip_rate", all.tile_skip_rate},
-          {"tile", {a.tile_query, a.tile_key}},
-          {"empty_row_share", all.empty_rows},
-          {"device", c.ops->device_name()},
-          {"visit", a.visit == Visit::all ? "all" : "active"},
-          {"losses_compared", e.compared},
-          {"layers", layers},
-          {"seconds", e.seconds}};
+  Json out = {{"checkpoint", c.info.directory}, {"step", c.info.position.step}, {"data", data}, {"split", split}, {"loss", e.loss}};
+  out.update(more);
+  out.update({{"sequences", e.sequences},
+              {"sequence_tokens", e.sequence_tokens},
+              {"edge_sparsity", all.edge_sparsity},
+              {"tile_skip_rate", all.tile_skip_rate},
+              {"tile", {a.tile_query, a.tile_key}},
+              {"empty_row_share", all.empty_rows},
+              {"device", c.ops->device_name()},
+              {"visit", a.visit == Visit::all ? "all" : "active"},
+              {"losses_compared", e.compared},
+              {"layers", layers},
+              {"seconds", e.seconds}});
+  return out;
 }
 
 void print(const Json& r) {
   fmt::print("checkpoint      {} (step {})\n", r["checkpoint"].get<std::string>(), r["step"].get<std::int64_t>());
-  fmt::print("data            {}, {}: {} tokens in {} sequences, {} bytes of text\n", r["data"].get<std::string>(), r["split"].get<std::string>(),
-             r["tokens"].get<std::int64_t>(), r["sequences"].get<std::int64_t>(), r["bytes"].get<std::int64_t>());
-  fmt::print("loss            {:.6f} nats a token\n", r["loss"].get<double>());
-  fmt::print("perplexity      {:.4f}\n", r["perplexity"].get<double>());
-  fmt::print("bits per byte   {:.6f}\n", r["bits_per_byte"].get<double>());
-  fmt::print("unigram guess   {:.6f} nats a token, from the frequencies of the training tokens alone\n", r["unigram_loss"].get<double>());
+  const bool text = !r.contains("accuracy");
+  fmt::print("data            {}, {}: {} {} in {} sequences, {}\n", r["data"].get<std::string>(), r["split"].get<std::string>(),
+             r["tokens"].get<std::int64_t>(), text ? "tokens" : "answers", r["sequences"].get<std::int64_t>(),
+             text ? fmt::format("{} bytes of text", r["bytes"].get<std::int64_t>()) : fmt::format("{} tokens each", r["sequence_tokens"].dump()));
+  fmt::print("loss            {:.6f} nats {}\n", r["loss"].get<double>(), text ? "a token" : "an answer");
+  if (text) {
+    fmt::print("perplexity      {:.4f}\n", r["perplexity"].get<double>());
+    fmt::print("bits per byte   {:.6f}\n", r["bits_per_byte"].get<double>());
+    fmt::print("unigram guess   {:.6f} nats a token, from the frequencies of the training tokens alone\n", r["unigram_loss"].get<double>());
+  } else {
+    fmt::print("accuracy        {:.6f}; by chance {:.6f}\n", r["accuracy"].get<double>(), r["chance"].get<double>());
+    for (const Json& row : r["accuracy_by_distance"])
+      fmt::print("  {:<13} {:.6f} of {} answers\n", fmt::format("{}-{}", row["from"].dump(), row["to"].dump()), row["accuracy"].get<double>(),
+                 row["answers"].dump());
+  }
   const auto shares = [](const std::string& name, const Json& s) {
     fmt::print("{:<15} edge sparsity {:.4f}, tile skip rate {:.4f}, empty rows {:.4f}\n", name, s["edge_sparsity"].get<double>(),
                s["tile_skip_rate"].get<double>(), s["empty_row_share"].get<double>());
@@ -107,7 +126,14 @@ void eval(const Options& o, Communicator& comm) {
   if (!o.data.empty()) agree(comm, [&] { data.parts.push_back({open_data(o.data, "--data"), 1}); });
   const OpenCheckpoint open(o.checkpoint, OpenCheckpoint::Use::evaluate, options, comm);
   agree(comm, [&] {
+    if (!o.data.empty()) require_text(open.info, "--data");
     if (o.data.empty()) data = open_training_data(open.config.data);
+    const auto places = o.open.sequence > 1 ? open.model->positions() : std::vector<std::int32_t>{};
+    if (data.synthetic) {
+      const auto split = o.split == "train" ? SyntheticSource::Split::train : SyntheticSource::Split::validation;
+      evaluators.emplace_back(SyntheticSource(*data.synthetic, open.context, split, open.config.run.seed), open.micro_batch, places);
+      return;
+    }
     const DatasetInfo& first = data.first();
     if (open.info.dataset.tokenizer_hash != first.tokenizer_hash)
       throw ConfigError(
@@ -117,8 +143,7 @@ void eval(const Options& o, Communicator& comm) {
                       open.info.dataset.tokenizer_hash.substr(0, 12), open.info.directory));
     for (const MixPart& part : data.parts) {
       const SplitInfo& split = o.split == "train" ? part.data.train : part.data.validation;
-      evaluators.emplace_back(part.data, split, *open.tokenizer, open.context, open.micro_batch,
-                              o.open.sequence > 1 ? open.model->positions() : std::vector<std::int32_t>{});
+      evaluators.emplace_back(part.data, split, *open.tokenizer, open.context, open.micro_batch, places);
       if (evaluators.back().batches() == 0) throw ConfigError(fmt::format("{}: split {} holds no text to evaluate", part.data.directory, o.split));
     }
   });
@@ -129,7 +154,10 @@ void eval(const Options& o, Communicator& comm) {
   std::vector<double> shares;
   for (std::size_t i = 0; i < evaluators.size(); ++i) {
     found.push_back(evaluators[i].run(*open.model, *open.ops, comm, open.ranks, *open.batch, o.batches, skipping));
-    results.push_back(to_json(found.back(), open, data.parts[i].data, o.split));
+    const Evaluation& e = found.back();
+    const DatasetInfo* text = data.synthetic ? nullptr : &data.parts[i].data;
+    results.push_back(
+        to_json(e, open, text ? text->directory : data.names(), o.split, text ? of_text(e, *text, o.split) : of_task(e, *data.synthetic)));
     shares.push_back(data.share(i));
   }
   if (comm.rank() != 0) return;
@@ -154,7 +182,8 @@ void add_eval_command(CLI::App& app) {
   auto o = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand("eval", "Loss, perplexity, bits per byte and sparsity of a checkpoint on prepared data, or its CORE");
   command->add_option("CHECKPOINT", o->checkpoint, "A step folder, or a run folder (its newest checkpoint)")->type_name("")->required();
-  command->add_option("--data", o->data, "Folder that tessera prepare wrote (default: what the checkpoint was trained on)")->type_name("DIR");
+  command->add_option("--data", o->data, "Folder that tessera prepare wrote (default: what the checkpoint was trained on, synthetic tasks too)")
+      ->type_name("DIR");
   command->add_option("--split", o->split, "Which part of it")->check(CLI::IsMember({"train", "validation"}))->capture_default_str();
   command->add_option("--batches", o->batches, "Evaluate this many micro-batches from the start of the split; 0: all of it")
       ->type_name("N")

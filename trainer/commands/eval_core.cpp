@@ -62,6 +62,7 @@ void eval_core(const std::string& checkpoint, const EvalCoreOptions& o, const Op
   std::vector<CoreTask> tasks;
   agree(comm, [&] { tasks = choose_tasks(read_core_bundle(o.bundle), o, scope); });
   const OpenCheckpoint open(checkpoint, OpenCheckpoint::Use::evaluate, options, comm);
+  agree(comm, [&] { require_text(open.info, "CORE"); });
   const BatchLimits limits{static_cast<std::size_t>(open.batch->shape()[0]), static_cast<std::size_t>(open.batch->shape()[1])};
   std::vector<CoreWork> works;
   agree(comm, [&] {

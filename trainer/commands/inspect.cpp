@@ -21,6 +21,7 @@
 #include "trainer/metrics.h"
 #include "trainer/progress.h"
 #include "trainer/run_folder.h"
+#include "trainer/schema.h"
 
 namespace tessera {
 namespace {
@@ -52,6 +53,7 @@ Json describe_checkpoint(const std::string& directory) {
                   {"tokenizer_hash", info.dataset.tokenizer_hash},
                   {"vocabulary", info.dataset.vocabulary},
                   {"train_tokens", info.dataset.train_tokens}};
+  if (config.data.synthetic) dataset = {{"synthetic", write_synthetic(config.data.synthetic)}, {"vocabulary", info.dataset.vocabulary}};
   for (const Provenance::Part& part : info.dataset.mix)
     dataset["mix"].push_back({{"path", part.path}, {"share", part.share}, {"train_tokens", part.train_tokens}});
   Json described{{"kind", "checkpoint"},           {"path", directory},
@@ -78,7 +80,7 @@ Json describe_run(const std::string& directory) {
   if (fs::exists(folder.config())) {
     const Config config = load_config(folder.config(), {});
     run["steps"] = config.train.steps;
-    run["data"] = config.data.path;
+    run["data"] = config.data.synthetic ? write_synthetic(config.data.synthetic) : Json(config.data.path);
     for (const MixEntry& entry : config.data.mix) {
       if (!run["data"].is_array()) run["data"] = Json::array();
       run["data"].push_back({{"path", entry.path}, {"weight", entry.weight}});

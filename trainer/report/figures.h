@@ -16,6 +16,9 @@ Figure loss_curves(const Report& report, Against against);  // tokens, time
 /// Validation loss of every variant with its spread against edge sparsity or tokens a second, and the Pareto front of the finished ones.
 Figure loss_scatter(const Report& report, Against against);  // sparsity, speed
 
+/// Accuracy at the answers of synthetic tasks against their distance, a line a run that has it. One run at least must.
+Figure accuracy_curves(const Report& report);
+
 /// Active / causal edges over training, a row a layer and head. The run must have such rows.
 Figure active_share_map(const ReportRun& run);
 /// Thresholds over training, a line a layer and head. The run must have such rows.

@@ -31,9 +31,22 @@ std::vector<std::vector<double>> by_head(const Json& row, const char* key, const
   return {};
 }
 
+/// accuracy_by_distance of a row; empty, and its step in `odd`, where it is not what a run writes.
+std::vector<DistanceAccuracy> read_accuracy(const Json& row, std::vector<std::int64_t>& odd) {
+  std::vector<DistanceAccuracy> out;
+  try {
+    for (const Json& entry : row.at("accuracy_by_distance"))
+      out.push_back({entry.at("from"), entry.at("to"), entry.at("answers"), entry.at("accuracy")});
+  } catch (const Json::exception&) {
+    out.clear();
+    odd.push_back(row["step"].get<std::int64_t>());
+  }
+  return out;
+}
+
 void read_metrics(ReportRun& run, std::vector<std::string>& notices) {
   const std::string file = RunFolder{run.state.summary->directory}.metrics();
-  std::vector<std::int64_t> odd, no_tokens;
+  std::vector<std::int64_t> odd, odd_accuracy, no_tokens;
   double seconds = 0;
   for (const Json& row : MetricsFile::rows(file, &notices)) {
     const std::int64_t step = row["step"].get<std::int64_t>();
@@ -42,6 +55,8 @@ void read_metrics(ReportRun& run, std::vector<std::string>& notices) {
     if (!tokens) no_tokens.push_back(step);
     if (const auto loss = MetricsFile::number(row, "loss"); tokens && loss) run.training.push_back({step, *tokens, seconds, *loss});
     if (const auto loss = MetricsFile::number(row, "validation_loss"); tokens && loss) run.validation.push_back({step, *tokens, seconds, *loss});
+    if (row.contains("accuracy_by_distance"))
+      if (auto accuracy = read_accuracy(row, odd_accuracy); !accuracy.empty()) run.accuracy = std::move(accuracy);
     HeadRow heads{step, by_head(row, "active_share", run.config.model, odd), by_head(row, "thresholds", run.config.model, odd)};
     if (!heads.active_share.empty() || !heads.thresholds.empty()) run.heads.push_back(std::move(heads));
   }
@@ -49,6 +64,9 @@ void read_metrics(ReportRun& run, std::vector<std::string>& notices) {
   if (!odd.empty())
     notices.push_back(fmt::format("{}: step {}: active_share or thresholds are not numbers [{} layers, {} heads]; left out", file, odd[0],
                                   run.config.model.layers, run.config.model.heads));
+  if (!odd_accuracy.empty())
+    notices.push_back(
+        fmt::format("{}: step {}: accuracy_by_distance is not a list of {{from, to, answers, accuracy}}; left out", file, odd_accuracy[0]));
   if (run.training.empty()) notices.push_back(fmt::format("{}: no step with a loss yet", file));
 }
 

@@ -19,6 +19,12 @@ struct HeadRow {
   std::vector<std::vector<double>> active_share, thresholds;
 };
 
+/// An entry of accuracy_by_distance of metrics.jsonl: the answers that stand `from` to `to` tokens back.
+struct DistanceAccuracy {
+  std::int64_t from = 0, to = 0, answers = 0;
+  double accuracy = 0;
+};
+
 struct ReportRun {
   std::string name, variant;
   RunState state;
@@ -29,6 +35,7 @@ struct ReportRun {
   };
   std::vector<Loss> training, validation;  // nats a token
   std::vector<HeadRow> heads;
+  std::vector<DistanceAccuracy> accuracy;  // of the last evaluation; none of text
   std::optional<TileMeasurement> tiles;
   std::string no_tiles;  // why there are none
 };

@@ -1,4 +1,4 @@
-// Loss against tokens, time, sparsity and speed.
+// Loss against tokens, time, sparsity and speed; accuracy against distance.
 
 #include <algorithm>
 #include <cmath>
@@ -239,6 +239,59 @@ Figure loss_scatter(const Report& report, Against against) {
               speed           ? ""
               : twins.empty() ? ""
                               : " Dashed level: the softmax twin."),
+          .run = "",
+          .width = plot.width(),
+          .height = plot.height(),
+          .body = plot.body(),
+          .csv = csv.text()};
+}
+
+Figure accuracy_curves(const Report& report) {
+  const auto series = styles(report);
+  const auto place = [](std::int64_t from) { return std::log2(static_cast<double>(from)); };
+  const auto distances = [](const DistanceAccuracy& a) {
+    return a.from == a.to ? fmt::format("{}", a.from)
+                          : fmt::format("{}\u2013{}", tick_count(static_cast<double>(a.from)), tick_count(static_cast<double>(a.to)));
+  };
+  std::map<std::int64_t, std::string> ticks;
+  for (const ReportRun& run : report.runs)
+    for (const DistanceAccuracy& a : run.accuracy) ticks[a.from] = distances(a);
+  Plot::Axis x{"distance of the answer, tokens", place(ticks.begin()->first) - 0.5, place(ticks.rbegin()->first) + 0.5, {}};
+  const std::size_t every = (ticks.size() + 11) / 12;  // labels that the width takes
+  std::size_t n = 0;
+  for (const auto& [from, text] : ticks)
+    if (n++ % every == 0) x.ticks.push_back({place(from), text});
+  Plot plot(kWidth, kHeight, x, linear_axis("accuracy", 0, 1, 6, plain));
+  Csv csv({"run", "from", "to", "answers", "accuracy"});
+  for (const bool twin : {false, true})  // drawn last, over the others
+    for (const ReportRun& run : report.runs) {
+      const Style style = series.at(run.variant);
+      if (style.twin != twin) continue;
+      std::vector<Point> points;
+      for (const DistanceAccuracy& a : run.accuracy) {
+        points.push_back({place(a.from), a.accuracy});
+        csv.row(run.name, a.from, a.to, a.answers, a.accuracy);
+      }
+      plot.line(points, with_class("line", style), run.name, run.variant);
+      for (std::size_t i = 0; i < points.size(); ++i) {
+        const DistanceAccuracy& a = run.accuracy[i];
+        plot.dot(points[i], with_class("dot", style) + " small",
+                 fmt::format("{}: {:.4f} of {} answers, {} tokens back", run.name, a.accuracy, a.answers, distances(a)), run.variant);
+      }
+    }
+  std::vector<LegendEntry> legend;
+  for (const Json& row : report.variants) {
+    const std::string variant = row["variant"].get<std::string>();
+    if (std::ranges::none_of(report.runs, [&](const ReportRun& run) { return run.variant == variant && !run.accuracy.empty(); })) continue;
+    const Style style = series.at(variant);
+    legend.push_back({variant_label(variant, style.twin), with_class("line", style), variant});
+  }
+  plot.legend(legend);
+  return {.id = "accuracy_distance",
+          .title = "Accuracy by distance",
+          .caption =
+              "The share of the answers of each synthetic task that are the likeliest token, by how many tokens back they stand. A line a run, "
+              "of its last evaluation.",
           .run = "",
           .width = plot.width(),
           .height = plot.height(),

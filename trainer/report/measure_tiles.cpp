@@ -3,6 +3,8 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <functional>
+#include <memory>
 
 #include "data/loader.h"
 #include "trainer/metrics.h"
@@ -16,13 +18,31 @@ namespace {
 
 constexpr int kSmall = kTileSizes.front();
 
-/// The first dataset of the run that has validation text.
-DatasetInfo validation_data(const OpenCheckpoint& open) {
+/// Sequences to measure on, `tokens` each.
+struct ValidationSequences {
+  std::string name;  // of the data
+  std::int64_t count = 0, tokens = 0;
+  std::function<HostBatch(std::int64_t)> read;
+};
+
+/// Of the first dataset of the run that has validation text, or of its synthetic task.
+ValidationSequences validation_sequences(const OpenCheckpoint& open) {
   const TrainingData data = open_training_data(open.config.data);
+  if (data.synthetic) {
+    const SyntheticSource source(*data.synthetic, open.context, SyntheticSource::Split::validation, open.config.run.seed);
+    return {data.names(), kSyntheticValidation, open.context,
+            [source](std::int64_t s) { return read_sequences(source, static_cast<std::uint64_t>(s), 1); }};
+  }
   if (data.first().tokenizer_hash != open.info.dataset.tokenizer_hash)
     throw ConfigError(fmt::format("{}: made with another tokenizer than {} was trained with", data.names(), open.info.directory));
-  for (const MixPart& part : data.parts)
-    if (part.data.validation.tokens >= 2) return part.data;
+  for (const MixPart& part : data.parts) {
+    const SplitInfo& split = part.data.validation;
+    if (split.tokens < 2) continue;
+    const auto last = static_cast<std::int64_t>(split.tokens) - 1, tokens = std::min(open.context, last);
+    return {part.data.directory, last / tokens, tokens, [reader = std::make_shared<TokenReader>(part.data, split), tokens](std::int64_t s) {
+              return read_sequences(*reader, static_cast<std::uint64_t>(s), 1, tokens);
+            }};
+  }
   throw ConfigError(fmt::format("{}: no validation split", data.names()));
 }
 
@@ -78,17 +98,16 @@ TileMeasurement measure_tiles(const std::string& run, const MeasureOptions& o) {
   options.tile = kSmall;
   options.context = std::min(o.tokens, read_checkpoint(run).config.model.context);
   const OpenCheckpoint open(run, OpenCheckpoint::Use::evaluate, options, *alone);
-  const DatasetInfo data = validation_data(open);
-  TokenReader reader(data, data.validation);
+  const ValidationSequences data = validation_sequences(open);
   const ModelConfig& model = open.config.model;
-  const std::int64_t tokens = std::min<std::int64_t>(open.context, static_cast<std::int64_t>(data.validation.tokens) - 1);
+  const std::int64_t tokens = data.tokens;
 
   TileMeasurement m;
   m.checkpoint = open.info.directory;
-  m.data = data.directory;
+  m.data = data.name;
   m.step = open.info.position.step;
   m.tokens = tokens;
-  m.sequences = std::min<std::int64_t>(o.sequences, (static_cast<std::int64_t>(data.validation.tokens) - 1) / tokens);
+  m.sequences = std::min(o.sequences, data.count);
   const std::int64_t tiles = (tokens + kSmall - 1) / kSmall;
   const Tensor bitmap = active_tiles(open);
   const std::int64_t rows = model.heads * tiles;
@@ -119,7 +138,7 @@ TileMeasurement measure_tiles(const std::string& run, const MeasureOptions& o) {
       if (block > 0) take(block - 1, s == 0);
     };
     open.model->set_hooks(hooks);
-    open.model->forward(open.batch->upload(*open.ops, read_sequences(reader, static_cast<std::uint64_t>(s), 1, tokens)));
+    open.model->forward(open.batch->upload(*open.ops, data.read(s)));
     take(model.layers - 1, s == 0);
   }
   open.model->set_hooks({});

@@ -51,9 +51,10 @@ Cell number_cell(const Json& value, const std::string& why, Text text) {
   return {text(value.get<double>()), fmt::format("{}", value.get<double>())};
 }
 
-Cell loss_cell(const Json& row) {
-  Cell cell = number_cell(row["validation_loss"], "no validation loss yet", [](double v) { return fmt::format("{:.4f}", v); });
-  if (row["validation_loss_sd"].is_number()) cell.text += fmt::format(" \u00b1 {:.4f}", row["validation_loss_sd"].get<double>());
+/// A mean over seeds with its spread.
+Cell mean_cell(const Json& mean, const Json& spread, const std::string& why) {
+  Cell cell = number_cell(mean, why, [](double v) { return fmt::format("{:.4f}", v); });
+  if (spread.is_number()) cell.text += fmt::format(" \u00b1 {:.4f}", spread.get<double>());
   return cell;
 }
 
@@ -73,9 +74,11 @@ std::string table(const Report& report) {
   std::vector<Column> columns = {{"#", "number in the figures"},
                                  {"variant", "", true},
                                  {"state", "of its runs", true},
-                                 {"validation loss", "nats a token, \u00b1 standard deviation over seeds"},
-                                 {"over softmax", "validation loss above that of the softmax twin"},
-                                 {"edges zero", "1 - active / causal edges, in the last step"}};
+                                 {"validation loss", "nats a token, \u00b1 standard deviation over seeds"}};
+  const bool accuracy = std::ranges::any_of(report.variants, [](const Json& row) { return row["accuracy"].is_number(); });
+  if (accuracy) columns.push_back({"accuracy", "at the answers of its synthetic task, \u00b1 standard deviation over seeds"});
+  columns.insert(columns.end(),
+                 {{"over softmax", "validation loss above that of the softmax twin"}, {"edges zero", "1 - active / causal edges, in the last step"}});
   for (const int size : kTileSizes)
     columns.push_back(
         {fmt::format("tiles skipped, {}", size), fmt::format("1 - active / causal tiles of {0} x {0}, measured on validation text", size)});
@@ -104,11 +107,12 @@ std::string table(const Report& report) {
         {std::to_string(number), std::to_string(number)},
         {variant_label(variant, softmax), variant},
         {row["state"].get<std::string>(), row["state"].get<std::string>(), provisional ? "no run is finished: numbers so far" : ""},
-        loss_cell(row),
-        number_cell(row["over_twin"], softmax ? "this is softmax" : "there is no softmax twin with a loss",
-                    [](double v) { return fmt::format("{:+.4f}", v); }),
-        number_cell(row["edge_sparsity"], softmax ? "softmax: every visible edge is active" : "no step yet",
-                    [](double v) { return fmt::format("{:.4f}", v); })};
+        mean_cell(row["validation_loss"], row["validation_loss_sd"], "no validation loss yet")};
+    if (accuracy) cells.push_back(mean_cell(row["accuracy"], row["accuracy_sd"], "only of synthetic tasks"));
+    cells.insert(cells.end(), {number_cell(row["over_twin"], softmax ? "this is softmax" : "there is no softmax twin with a loss",
+                                           [](double v) { return fmt::format("{:+.4f}", v); }),
+                               number_cell(row["edge_sparsity"], softmax ? "softmax: every visible edge is active" : "no step yet",
+                                           [](double v) { return fmt::format("{:.4f}", v); })});
     for (std::size_t size = 0; size < kTileSizes.size(); ++size)
       cells.push_back(
           number_cell(row["skip_rates"].is_null() ? Json() : row["skip_rates"][size], no_tiles, [](double v) { return fmt::format("{:.4f}", v); }));
@@ -138,7 +142,7 @@ std::string table_caption(const Report& report) {
     text += fmt::format("Tiles skipped: of each run's newest checkpoint, on {} validation sequence{} of {} tokens, in fp32 on the CPU. ", sequences,
                         sequences == 1 ? "" : "s", fewest == most ? fmt::format("{}", most) : fmt::format("{} to {}", fewest, most));
   }
-  text += "Losses compare only between runs on the same text and tokenizer. ";
+  text += "Losses compare only between runs on the same text and tokenizer, or the same synthetic task. ";
   text += "The share of a step that attention takes is not in the table: training does not time the parts of a step.";
   return text;
 }

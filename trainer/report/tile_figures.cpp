@@ -207,6 +207,8 @@ std::string FigureNames::of(const std::string& name) {
 std::vector<Figure> draw_figures(const Report& report, const std::vector<Head>& heads) {
   std::vector<Figure> figures = {loss_curves(report, Against::tokens), loss_curves(report, Against::time), loss_scatter(report, Against::sparsity),
                                  loss_scatter(report, Against::speed)};
+  if (std::ranges::any_of(report.runs, [](const ReportRun& run) { return !run.accuracy.empty(); }))
+    figures.insert(figures.begin(), accuracy_curves(report));
   FigureNames names;
   for (const ReportRun& run : report.runs) {
     std::vector<Figure> own;

@@ -140,6 +140,8 @@ Json report_json(const Sweep& sweep, const SweepResults& results) {
                 {"seeds", seeds[variant->variant]},
                 {"validation_loss", mean(runs, "validation_loss")},
                 {"validation_loss_sd", spread(runs, "validation_loss")},
+                {"accuracy", mean(runs, "accuracy")},
+                {"accuracy_sd", spread(runs, "accuracy")},
                 {"twin", twin.empty() || twin == variant->variant ? Json(nullptr) : Json(twin)},
                 {"over_twin", nullptr},
                 {"edge_sparsity", mean(runs, "edge_sparsity")},
@@ -166,16 +168,22 @@ std::string report_text(const Sweep& sweep, const SweepResults& results) {
   std::ranges::stable_sort(variants, {},
                            [](const Json& v) { return v["validation_loss"].is_number() ? v["validation_loss"].get<double>() : INFINITY; });
   const auto any = [&](const char* key) { return std::ranges::any_of(variants, [&](const Json& v) { return !v[key].is_null(); }); };
-  const bool sd = any("validation_loss_sd"), twins = any("twin");
+  const bool sd = any("validation_loss_sd"), twins = any("twin"), accuracy = any("accuracy");
   std::vector<std::vector<std::string>> rows = {{"variant", "seeds", "validation loss"}};
+  if (accuracy) rows[0].push_back("accuracy");
   if (twins) rows[0].push_back("over softmax");
   for (const char* title : {"edges zero", "tiles skipped", "tile", "tokens/s", "memory a rank", "time a run"}) rows[0].emplace_back(title);
   for (const Json& v : variants) {
-    std::string loss = number(v["validation_loss"], "{:.4f}");
-    if (sd && v["validation_loss_sd"].is_number()) loss += fmt::format(" +- {:.4f}", v["validation_loss_sd"].get<double>());
+    const auto with_spread = [&](const char* key, const char* spread_key) {
+      std::string text = number(v[key], "{:.4f}");
+      if (v[spread_key].is_number()) text += fmt::format(" +- {:.4f}", v[spread_key].get<double>());
+      return text;
+    };
     std::vector<std::string> row = {
         v["variant"].get<std::string>() + (v["softmax"] == true ? " *" : ""),
-        v["finished"] == v["seeds"] ? v["seeds"].dump() : fmt::format("{} of {}", v["finished"].dump(), v["seeds"].dump()), loss};
+        v["finished"] == v["seeds"] ? v["seeds"].dump() : fmt::format("{} of {}", v["finished"].dump(), v["seeds"].dump()),
+        with_spread("validation_loss", "validation_loss_sd")};
+    if (accuracy) row.push_back(with_spread("accuracy", "accuracy_sd"));
     if (twins) row.push_back(number(v["over_twin"], "{:+.4f}"));
     row.push_back(number(v["edge_sparsity"], "{:.4f}"));
     row.push_back(number(v["tile_skip_rate"], "{:.4f}"));
@@ -202,10 +210,10 @@ std::string report_csv(const Sweep& sweep, const SweepResults& results) {
     for (const char c : text) quoted += c == '"' ? "\"\"" : std::string(1, c);
     return quoted + "\"";
   };
-  const std::vector<std::string> columns = {
-      "variant",      "softmax",      "seeds",         "finished",       "validation_loss", "validation_loss_sd",
-      "twin",         "over_twin",    "edge_sparsity", "tile_skip_rate", "tile_query",      "tile_key",
-      "tokens_per_s", "memory_bytes", "seconds",       "parameters",     "tokens"};
+  const std::vector<std::string> columns = {"variant",    "softmax",     "seeds",        "finished",     "validation_loss", "validation_loss_sd",
+                                            "accuracy",   "accuracy_sd", "twin",         "over_twin",    "edge_sparsity",   "tile_skip_rate",
+                                            "tile_query", "tile_key",    "tokens_per_s", "memory_bytes", "seconds",         "parameters",
+                                            "tokens"};
   std::string text = fmt::format("{}\r\n", fmt::join(columns, ","));
   const Json report = report_json(sweep, results);
   for (Json v : report["variants"]) {
