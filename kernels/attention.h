@@ -117,7 +117,7 @@ struct AttentionForward {
 struct AttentionBackward {
   AttentionForward forward;  // the same arguments as the forward call, its outputs now inputs; counters not used
   HeadsView d_o;             // in
-  HeadsView dq, dk, dv;      // out: every element is written; each of the compute type or, where parts will be added up, f32
+  HeadsView dq, dk, dv;      // out: every element is written
   Tensor dscale;             // in/out, optional [H] f32, added to
   Tensor dthreshold;         // in/out, optional [H] f32, added to; nothing with length_beta or softmax
   Tensor workspace;          // f32, at least attention_backward_workspace(...) elements

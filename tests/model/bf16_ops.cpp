@@ -43,7 +43,7 @@ class Call {
   std::deque<Buffer> buffers_;
 };
 
-/// The same for tensors with strides: fp32 copies [B, H, rows, D]. Gradients may be f32, and stay where they are.
+/// The same for tensors with strides: fp32 copies [B, H, rows, D].
 class HeadsCall {
  public:
   explicit HeadsCall(const AttentionShape& shape) : s_(shape) {}
@@ -63,7 +63,6 @@ class HeadsCall {
     Buffer& b = buffers_.emplace_back(Buffer{v, rows, std::vector<float>(static_cast<std::size_t>(s_.batch * s_.heads * rows * s_.head_size)), true});
     return {b.values.data(), DType::f32, s_.heads * rows * s_.head_size, rows * s_.head_size, s_.head_size};
   }
-  HeadsView gradient(const HeadsView& v, std::int64_t rows) { return v.dtype == DType::f32 ? v : out(v, rows); }
 
  private:
   struct Buffer {
@@ -185,7 +184,6 @@ class Bf16Ops final : public Ops {
     cpu_->gelu(c.out(y), c.in(x));
   }
   void add(const Tensor& to, const Tensor& a, const Tensor& b) override {
-    if (to.dtype == DType::f32) return cpu_->add(to, a, b);
     Call c;
     cpu_->add(c.out(to), c.in(a), c.in(b));
   }
@@ -205,7 +203,7 @@ class Bf16Ops final : public Ops {
     AttentionForward& f = g.forward;
     const std::int64_t T = f.shape.tokens, keys = f.key_count();
     f.q = c.in(f.q, T), f.k = c.in(f.k, keys), f.v = c.in(f.v, keys), f.o = c.in(f.o, T);
-    g.d_o = c.in(a.d_o, T), g.dq = c.gradient(a.dq, T), g.dk = c.gradient(a.dk, keys), g.dv = c.gradient(a.dv, keys);
+    g.d_o = c.in(a.d_o, T), g.dq = c.out(a.dq, T), g.dk = c.out(a.dk, keys), g.dv = c.out(a.dv, keys);
     cpu_->attention_backward(g);
   }
   void move_rows(const MoveRows& a) override {

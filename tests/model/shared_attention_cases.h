@@ -156,17 +156,17 @@ class Memory {
   std::size_t bytes_;
 };
 
-/// A call on rows of `tokens` tokens a sequence, without what tiles need. Gradients of q, k, v are of the compute type or, `wide`, f32.
+/// A call on rows of `tokens` tokens a sequence, without what tiles need.
 class Call {
  public:
-  Call(Ops& ops, const Case& c, const Inputs& in, std::int64_t tokens, bool wide = false)
+  Call(Ops& ops, const Case& c, const Inputs& in, std::int64_t tokens)
       : type_(compute_type(ops.kind())),
         qkv_(ops, type_, in.qkv),
         d_o_(ops, type_, in.d_o),
         scale_(ops, in.scale),
         threshold_(ops, in.threshold),
         o_(ops, type_, std::ssize(in.d_o)),
-        gradients_(ops, wide ? DType::f32 : type_, std::vector<float>(in.qkv.size())),
+        gradients_(ops, type_, std::vector<float>(in.qkv.size())),
         dscale_(ops, std::vector<float>(in.scale.size())),
         dthreshold_(ops, std::vector<float>(in.scale.size())),
         counters_(ops, std::vector<std::uint64_t>(in.scale.size() * kAttentionCounters)) {
@@ -203,12 +203,12 @@ class Call {
   const Memory qkv_, d_o_, scale_, threshold_, o_, gradients_, dscale_, dthreshold_, counters_;
 };
 
-inline Results alone(const Case& c, const Inputs& in, bool wide = false) {
+inline Results alone(const Case& c, const Inputs& in) {
   const auto ops = c.device();
   const auto map = map_of(c);
   const auto tiles = ops->upload_tiles(map);
   const std::int64_t B = c.sequences, H = c.heads;
-  Call call(*ops, c, in, c.tokens, wide);
+  Call call(*ops, c, in, c.tokens);
   const Memory z(*ops, DType::f32, B * H * c.tokens), bitmap(*ops, DType::u32, B * H * map->query_tiles * bitmap_words(map->key_tiles)),
       workspace(*ops, DType::f32, attention_backward_workspace(call.a.forward.shape, c.tile_query)), document_start(*ops, in.document_start);
   call.a.forward.tiles = tiles.get();
@@ -425,7 +425,10 @@ inline constexpr Tolerances kBf16{3.0 / 256, 3.0 / 256, 3.0 / 256, 0.05};
 inline double roundings_of_dv(const Case& c, std::int64_t keys, unsigned seed) {
   Inputs in = make_inputs(c, seed);
   for (auto& x : in.d_o) x = std::abs(x);  // sums that grow
-  const auto exact = part_of(alone(c, in, true).gradients, c, 2);
+  Case in_fp32 = c;
+  in_fp32.kind = Case{}.kind;
+  in_fp32.device = Case{}.device;
+  const auto exact = part_of(alone(in_fp32, in).gradients, c, 2);
   const OnRanks ranks = on_ranks(c, in);
   double error = 0, once = 0;
   for (int rank = 0; rank < c.ranks; ++rank) {

@@ -87,7 +87,7 @@ struct Args {
   int power;
   float epsilon, length_alpha, length_beta;
   // Forward pass over keys in parts.
-  float* carry;  // [B, H, T, D + kCarryExtra], unless first and last
+  float* carry;  // [B, H, T, D + kCarryExtra] or null
   bool carry_first, carry_last;
 };
 
