@@ -70,7 +70,7 @@ std::string synthetic_problem(const SyntheticTask& t, std::int64_t context) {
   if (t.kind == Kind::mqar) {
     if (t.pairs < 1 || !(t.power_a > 0)) return "pairs must be at least 1, and power_a above 0";
     if (4 * t.pairs > context)
-      return fmt::format("{} pair{} and {} take {} tokens, and a sequence has {}; expected {}a longer model.context", t.pairs,
+      return fmt::format("{} pair{} and {} take {} tokens, and a sequence has {}; expected {}a longer context", t.pairs,
                          t.pairs == 1 ? "" : "s", t.pairs == 1 ? "its query" : "their queries", 4 * t.pairs, context,
                          context < 4 ? "" : fmt::format("at most {} pairs, or ", context / 4));
     if (t.pairs > t.vocabulary / 2 - 1)
@@ -81,9 +81,9 @@ std::string synthetic_problem(const SyntheticTask& t, std::int64_t context) {
   const bool copy = t.kind == Kind::copy;
   const char* what = copy ? "length" : "distance";
   const std::int64_t most = farthest(t, context);
-  if (most < 1) return fmt::format("a sequence of {} tokens is too short; expected a model.context of at least {}", context, copy ? 2 : 3);
+  if (most < 1) return fmt::format("a sequence of {} tokens is too short; expected a context of at least {}", context, copy ? 2 : 3);
   const auto too_far = [&](std::int64_t distance) {
-    return fmt::format("a {} of {} takes {} tokens, and a sequence has {}; expected at most {}, or a longer model.context", what, distance,
+    return fmt::format("a {} of {} takes {} tokens, and a sequence has {}; expected at most {}, or a longer context", what, distance,
                        copy ? 2 * distance : distance + 2, context, most);
   };
   for (const std::int64_t distance : t.distances) {

@@ -45,17 +45,22 @@ configure_and_build() {
   cmake --build "$folder" --target "$@" || die "the build failed (see above)"
 }
 
-# python_environment NAME PACKAGE...: makes the virtual environment build/NAME with these packages, unless it is there. Where that fails (no network), it is
-# not there afterwards.
+# python_environment NAME PACKAGE...: makes the virtual environment build/NAME with these packages, unless it has them. Where that fails (no network), what
+# was there stays.
 python_environment() {
-  local environment="$root/build/$1"
+  local environment="$root/build/$1" made="$root/build/$1.new"
   shift
-  [ ! -e "$environment/.complete" ] || return 0
+  [ "$(cat "$environment/.packages" 2>/dev/null)" != "$*" ] || return 0
   say "Installing $* into build/" >&2
-  rm -rf "$environment"
-  { python3 -m venv "$environment" &&
-    timeout 300 "$environment/bin/pip" -q --disable-pip-version-check install --only-binary :all: --retries 1 "$@" &&
-    touch "$environment/.complete"; } >&2 || rm -rf "$environment"
+  rm -rf "$made"
+  if { python3 -m venv "$made" &&
+    timeout 300 "$made/bin/python" -m pip -q --disable-pip-version-check install --only-binary :all: --retries 1 "$@"; } >&2; then
+    echo "$*" > "$made/.packages"
+    rm -rf "$environment"
+    mv "$made" "$environment"
+  else
+    rm -rf "$made"
+  fi
 }
 
 # arrow_root: the folder of a pyarrow package, with Arrow's headers and libraries, in a virtual environment under build/, where it is installed first

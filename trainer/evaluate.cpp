@@ -148,7 +148,7 @@ Evaluation Evaluator::run(Gpt& model, Ops& ops, Communicator& host, const RankLa
     }
     if (compares) {
       compare_skipping(model, ops, on_device, first, losses);
-      compared += losses.size();
+      compared += static_cast<std::size_t>(std::ranges::count_if(batch.target, [](std::int32_t target) { return target >= 0; }));
       ops.download(found.data(), model.counters());
       std::ranges::transform(counters, found, counters.begin(), std::plus());
       model.zero_counters();

@@ -16,8 +16,8 @@ namespace tessera {
 double learning_rate(const OptimizerConfig& config, std::int64_t steps, std::int64_t t);
 
 /// Density (active / causal edges) that head `head` of a layer's `heads` ends with: 1 - target_edge_sparsity times spread^(-head/(heads-1)) over the
-/// mean of that over the heads. So a layer meets the target, its densities fall geometrically from first head to last, and head_spread is the first
-/// over the last.
+/// mean of that over the heads. So a layer meets the target (where no pattern lets a head see less than that), its densities fall geometrically from
+/// first head to last, and head_spread is the first over the last.
 double head_target(const ThresholdConfig& config, int heads, int head);
 
 /// Density that the threshold controller steers a head for at step t: geometric from anneal_from (t = 0) to `target` (t = anneal x steps), then

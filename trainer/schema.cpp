@@ -278,10 +278,10 @@ std::vector<Key> make_schema() {
              "Share of the run over which the wanted density falls geometrically from anneal_from to 1 - target_edge_sparsity."),
       number("attention.threshold.anneal_from", FIELD(model.attention.threshold.anneal_from), {0, 1, true, false},
              "Wanted density at the first step."),
-      number("attention.threshold.head_spread", FIELD(model.attention.threshold.head_spread), {1, 1e6},
-             "Mode controlled: the first head of a layer ends with this many times the density of the last, those between fall geometrically; their "
-             "mean "
-             "is the target. 1: all heads alike."),
+      number(
+          "attention.threshold.head_spread", FIELD(model.attention.threshold.head_spread), {1, 1e6},
+          "Mode controlled: the first head of a layer ends with this many times the density of the last, those between fall geometrically; the mean "
+          "is the target, unless a static pattern lets a head see less than its share. 1: all heads alike."),
       number("attention.threshold.rate", FIELD(model.attention.threshold.rate), {0, 10, true, false},
              "Gain of mode controlled: the most a threshold moves a step."),
       number("attention.threshold.beta", FIELD(model.attention.threshold.beta), {0, 10, true, false}, "Factor of mode length."),

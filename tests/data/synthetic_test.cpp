@@ -208,7 +208,7 @@ TEST(Synthetic, WhatDoesNotFitIsSaid) {
   expect(range(Kind::needle, 64, 1, 15), 16, "expected at most 14");
   expect(range(Kind::needle, 64, 15, 0), 16, "shortest 15 and longest 14 (as far as the sequence goes)");
   expect(range(Kind::needle, 64, 5, 4), 16, "shortest 5 and longest 4;");
-  expect(range(Kind::needle, 64, 1, 0), 2, "too short; expected a model.context of at least 3");
+  expect(range(Kind::needle, 64, 1, 0), 2, "too short; expected a context of at least 3");
   EXPECT_EQ(synthetic_problem(mqar(66, 32), 128), "");
   EXPECT_EQ(synthetic_problem(of(Kind::needle, 4, {14}), 16), "");
   EXPECT_EQ(possible_answers(of(Kind::copy, 10, {})), 8);

@@ -86,8 +86,10 @@ TEST_F(EventFileTest, NumbersOfARowAreScalars) {
                {"lr", 1e-3},
                {"validation", {{{"data", "my/data"}, {"share", 1.0}, {"loss", 2.5}, {"bits_per_byte", 1.25}, {"tokens", 10}}}}},
               nullptr);
+  file.append({{"step", 9}, {"validation_accuracy", 0.75}, {"accuracy_by_distance", {{{"from", 8}, {"to", 15}, {"answers", 4}, {"accuracy", 0.25}}}}},
+              nullptr);
   const auto events = read_events(read_file(file.path()));
-  ASSERT_EQ(events.size(), 4u);
+  ASSERT_EQ(events.size(), 5u);
   EXPECT_EQ(events[0].version, "brain.Event:2");
   EXPECT_EQ(events[1].session, 1u);
   EXPECT_EQ(events[1].step, 7);
@@ -99,7 +101,7 @@ TEST_F(EventFileTest, NumbersOfARowAreScalars) {
   };
   EXPECT_EQ(events[2].step, 7);
   EXPECT_EQ(scalars(events[2]), (std::map<std::string, float>{{"train/loss", 2.25f}, {"train/skipped_steps", 3}, {"other/recall_at_8", 0.5f}}));
-  EXPECT_EQ(events[2].find("train/loss")->description, "nats a token, over the step's tokens");
+  EXPECT_EQ(events[2].find("train/loss")->description, "nats a target token, over the step");
   auto second = scalars(events[3]);
   EXPECT_TRUE(std::isnan(second["train/loss"]));
   EXPECT_EQ(events[2].find("train/loss")->plugin, "scalars");
@@ -107,6 +109,7 @@ TEST_F(EventFileTest, NumbersOfARowAreScalars) {
   second.erase("train/loss");
   EXPECT_EQ(second,
             (std::map<std::string, float>{{"train/lr", 1e-3f}, {"validation/my/data/loss", 2.5f}, {"validation/my/data/bits_per_byte", 1.25f}}));
+  EXPECT_EQ(scalars(events[4]), (std::map<std::string, float>{{"validation/accuracy", 0.75f}, {"accuracy/distance_00008_to_00015", 0.25f}}));
 }
 
 TEST_F(EventFileTest, HeadsAreHistogramsLayersAndAnImage) {

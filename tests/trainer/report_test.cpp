@@ -187,6 +187,12 @@ TEST_F(Reports, ASweepsVariants) {
             "1,gate=relu,false,false,2000,2.1,0.1,false\r\n"
             "2,base,false,true,1500,2.55,0.0707106781187,false\r\n"
             "3,soft,true,false,2000,1.9,0.1,true\r\n");
+  // Losses on different data have no common front.
+  Report mixed = report;
+  mixed.runs[0].config.data.path = "other";
+  const Figure apart = loss_scatter(mixed, Against::speed);
+  EXPECT_EQ(apart.csv.find("true\r\n"), std::string::npos) << apart.csv;
+  EXPECT_EQ(apart.body.find("class=\"pareto"), std::string::npos);
   EXPECT_NE(by_id.at("gate_relu.active_share")->csv.find("\r\n10,0,0,0.05\r\n"), std::string::npos);
   EXPECT_NE(by_id.at("gate_relu.thresholds")->csv.find("\r\n20,1,1,2.5\r\n"), std::string::npos);
   // Context 64: tiles of one token; causal, so each is visible.

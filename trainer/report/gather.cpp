@@ -82,7 +82,7 @@ void measure(ReportRun& run, const GatherOptions& o, std::vector<std::string>& n
     notices.push_back(fmt::format("{}: no checkpoint: its tiles are not measured", folder));
     return;
   }
-  o.progress(fmt::format("{}: tiles on validation text", run.name));
+  o.progress(fmt::format("{}: tiles on validation sequences", run.name));
   try {
     run.tiles = measure_tiles(folder, o.measure);
   } catch (const std::exception& e) {  // the page goes without: it is one run's

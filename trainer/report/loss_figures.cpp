@@ -145,6 +145,17 @@ Plot::Axis sparsity_axis(double low, double high) {
   return axis;
 }
 
+/// Whether all runs learned from the same data: losses on different data have no common front.
+bool same_data(const Report& report) {
+  const auto data = [](const ReportRun& run) {
+    const DataConfig& d = run.config.data;
+    std::vector<std::string> paths{d.path};
+    for (const MixEntry& entry : d.mix) paths.push_back(entry.path);
+    return std::pair(paths, d.synthetic);
+  };
+  return std::ranges::all_of(report.runs, [&](const ReportRun& run) { return data(run) == data(report.runs.front()); });
+}
+
 Plot::Axis speed_axis(double low, double high) {
   if (high < 8 * low) return linear_axis("tokens a second", low, high, 6, tick_count);
   Plot::Axis axis{"tokens a second (logarithmic)", std::log10(low) - 0.05, std::log10(high) + 0.05, {}};
@@ -191,10 +202,11 @@ Figure loss_scatter(const Report& report, Against against) {
   if (!speed)
     for (const Variant& twin : twins) plot.horizontal(twin.loss, with_class("level", twin.style), fmt::format("{}: {:.4f}", twin.name, twin.loss));
 
+  const bool one_front = same_data(report);
   std::vector<Point> finished;
   std::vector<const Variant*> of_finished;
   for (const Variant& v : placed) {
-    if (v.provisional) continue;
+    if (v.provisional || !one_front) continue;
     finished.push_back({v.at, v.loss});
     of_finished.push_back(&v);
   }
@@ -206,7 +218,7 @@ Figure loss_scatter(const Report& report, Against against) {
     steps.push_back(p);
     front.push_back(of_finished[i]);
   }
-  plot.line(steps, "pareto", "Pareto front: no variant has both a lower loss and more of this");
+  if (one_front) plot.line(steps, "pareto", "Pareto front: no variant has both a lower loss and more of this");
 
   Csv csv({"number", "variant", "softmax", "provisional", key, "validation_loss", "validation_loss_sd", "pareto"});
   for (const Variant& v : placed) {

@@ -96,7 +96,8 @@ TileMeasurement measure_tiles(const std::string& run, const MeasureOptions& o) {
   options.device = "cpu";
   options.micro_batch = 1;
   options.tile = kSmall;
-  options.context = std::min(o.tokens, read_checkpoint(run).config.model.context);
+  const Config config = read_checkpoint(run).config;
+  options.context = config.data.synthetic ? config.model.context : std::min(o.tokens, config.model.context);  // a task is made for its context
   const OpenCheckpoint open(run, OpenCheckpoint::Use::evaluate, options, *alone);
   const ValidationSequences data = validation_sequences(open);
   const ModelConfig& model = open.config.model;

@@ -81,7 +81,7 @@ std::string table(const Report& report) {
                  {{"over softmax", "validation loss above that of the softmax twin"}, {"edges zero", "1 - active / causal edges, in the last step"}});
   for (const int size : kTileSizes)
     columns.push_back(
-        {fmt::format("tiles skipped, {}", size), fmt::format("1 - active / causal tiles of {0} x {0}, measured on validation text", size)});
+        {fmt::format("tiles skipped, {}", size), fmt::format("1 - active / causal tiles of {0} x {0}, measured on validation sequences", size)});
   columns.push_back({"tokens/s", "median of the last half of the steps"});
   columns.push_back({"memory a rank", "in use on the device, else as planned before the run; all of it is allocated at the start"});
   columns.push_back({"time a run", "of steps, without evaluation and checkpoints"});

@@ -29,18 +29,19 @@ struct ScalarTag {
   std::string_view key, tag, description;
 };
 constexpr ScalarTag kScalarTags[] = {
-    {"loss", "train/loss", "nats a token, over the step's tokens"},
+    {"loss", "train/loss", "nats a target token, over the step"},
     {"lr", "train/lr", "learning rate"},
     {"grad_norm", "train/grad_norm", "norm of the gradient, before it is clipped"},
-    {"tokens", "train/tokens", "target tokens seen so far"},
+    {"tokens", "train/tokens", "tokens seen so far"},
     {"skipped_total", "train/skipped_steps", "steps so far whose loss or gradient was not finite"},
     {"validation_loss", "validation/loss", "nats a token"},
+    {"validation_accuracy", "validation/accuracy", "answers of a synthetic task that are right / answers"},
     {"bits_per_byte", "validation/bits_per_byte", "validation loss in bits over the bytes of the text"},
     {"validation_tokens", "validation/tokens", "target tokens evaluated"},
     {"edge_sparsity", "attention/edge_sparsity", "1 - active / causal edges"},
     {"tile_skip_rate", "attention/tile_skip_rate", "1 - active / causal tiles"},
     {"empty_row_share", "attention/empty_row_share", "queries without an active edge / queries"},
-    {"tokens_per_s", "speed/tokens_per_s", "target tokens of all ranks a second"},
+    {"tokens_per_s", "speed/tokens_per_s", "tokens of all ranks a second"},
     {"step_ms", "speed/step_ms", "milliseconds of the step"},
     {"mfu", "speed/mfu", "model FLOPs utilisation, of active tiles alone"},
     {"mfu_dense_equivalent", "speed/mfu_dense_equivalent", "model FLOPs utilisation if no tile were skipped in this time"},
@@ -137,6 +138,10 @@ void add_scalars(const Json& row, Values& values) {
     else
       values.scalar("other/" + key, "as in metrics.jsonl", value.get<double>());
   }
+  if (const auto distances = row.find("accuracy_by_distance"); distances != row.end())
+    for (const Json& d : *distances)
+      values.scalar(fmt::format("accuracy/distance_{:05}_to_{:05}", d.at("from").get<std::int64_t>(), d.at("to").get<std::int64_t>()),
+                    "right answers of a synthetic task that stand so many tokens back / all such answers", d.at("accuracy").get<double>());
   const auto parts = row.find("validation");  // of several datasets, each
   if (parts == row.end()) return;
   for (const Json& part : *parts) {
