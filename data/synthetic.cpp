@@ -70,8 +70,8 @@ std::string synthetic_problem(const SyntheticTask& t, std::int64_t context) {
   if (t.kind == Kind::mqar) {
     if (t.pairs < 1 || !(t.power_a > 0)) return "pairs must be at least 1, and power_a above 0";
     if (4 * t.pairs > context)
-      return fmt::format("{} pair{} and {} take {} tokens, and a sequence has {}; expected {}a longer context", t.pairs,
-                         t.pairs == 1 ? "" : "s", t.pairs == 1 ? "its query" : "their queries", 4 * t.pairs, context,
+      return fmt::format("{} pair{} and {} take {} tokens, and a sequence has {}; expected {}a longer context", t.pairs, t.pairs == 1 ? "" : "s",
+                         t.pairs == 1 ? "its query" : "their queries", 4 * t.pairs, context,
                          context < 4 ? "" : fmt::format("at most {} pairs, or ", context / 4));
     if (t.pairs > t.vocabulary / 2 - 1)
       return fmt::format("{} pairs want as many keys, and a vocabulary of {} has {}; expected a vocabulary of at least {}", t.pairs, t.vocabulary,

@@ -58,8 +58,8 @@ class SharedAttention {
   /// queries or heads. o and z are the bits that one rank would have got; with exchange ring, sums in another order.
   virtual void forward(int layer, const AttentionForward& own) = 0;
   /// Gradients, after forward() or one with the same inputs; dq, dk, dv in one packed [B, T, 3, H, D] that is zero before. dscale and dthreshold get
-  /// what this rank's edges add. dq is the bits that one rank would have got (ring: a sum over parts); dk and dv are sums over ranks in a fixed order.
-  /// All such sums are in fp32, of terms in the compute type, and rounded to it once.
+  /// what this rank's edges add. dq is the bits that one rank would have got (ring: a sum over parts); dk and dv are sums over ranks in a fixed
+  /// order. All such sums are in fp32, of terms in the compute type, and rounded to it once.
   virtual void backward(int layer, const AttentionBackward& own) = 0;
 };
 

@@ -42,8 +42,9 @@ SequenceCosts sequence_costs(const Config& config, const std::vector<std::shared
 std::string name_of(SequenceLayout layout);
 
 /// As `tessera plan --json` prints it under "sequence": "ranks", "layout", "exchange" (auto: the cheapest), "bytes" of each exchange over all layers
-/// (with train.recompute block the forward pass of all but the last once more), "layers_computed_again", and "layers": [{"layers": [...], "ranks": [{"rank", "tokens", "visible_tiles", "keys", "needed": {"forward_sent", ...}, "ring", "heads"}]}].
-/// Throws std::invalid_argument when the sequence cannot be split so, or when exchange heads is asked for and the heads cannot be dealt.
+/// (with train.recompute block the forward pass of all but the last once more), "layers_computed_again", and "layers": [{"layers": [...], "ranks":
+/// [{"rank", "tokens", "visible_tiles", "keys", "needed": {"forward_sent", ...}, "ring", "heads"}]}]. Throws std::invalid_argument when the sequence
+/// cannot be split so, or when exchange heads is asked for and the heads cannot be dealt.
 nlohmann::ordered_json plan_sequence(const Config& config, int ranks);
 
 }  // namespace tessera
