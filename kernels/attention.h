@@ -123,8 +123,9 @@ struct AttentionBackward {
   Tensor workspace;          // f32, at least attention_backward_workspace(...) elements
 };
 
-/// Where generation keeps the keys and values of the tokens so far: data [sequences, 2, heads, capacity, head_size] of the compute type, keys (after
-/// Ops::qk_transform_forward) and then values; row p of a head is token p. A head's keys lie together: a query reads them as one stream.
+/// Where generation keeps the keys and values of the tokens so far: data [sequences, heads, 2, capacity, head_size] of the compute type, keys (after
+/// Ops::qk_transform_forward) and then values of a head; row p is token p. A head's keys lie together: a query reads them as one stream. Rows without
+/// a token may hold anything finite: they are multiplied with weights of 0.
 struct KeyValueCache {
   Tensor data;
   std::int64_t sequences = 0, heads = 0, capacity = 0, head_size = 0;
@@ -152,15 +153,19 @@ struct AttentionDecode {
   Tensor scale;           // in [H] f32
   Tensor threshold;       // in [H] f32
   Tensor o;               // out [B, H, D]
-  Tensor workspace;       // f32, attention_decode_workspace(...) elements; the CPU wants none
+  Tensor workspace;       // f32, attention_decode_workspace(cache) elements, 16-byte aligned; the CPU wants none
 };
 
 /// Most parts that a GPU cuts a decoding query's list into, so that a single sequence keeps it busy.
 inline constexpr std::int64_t kDecodeParts = 64;
 
-/// Elements of f32 workspace that decoding wants on a GPU: of every part of every head a sum of D values, and three numbers.
-constexpr std::int64_t attention_decode_workspace(std::int64_t sequences, std::int64_t heads, std::int64_t head_size) {
-  return sequences * heads * kDecodeParts * (head_size + 3);
+/// Elements of f32 workspace that decoding every sequence of a cache wants on a GPU, in either way. In parts: of each a sum of D values, and three
+/// numbers. By the forward kernel, of every head: kDecodeRows rows of q and o in bf16, of z, and of the bitmap; its list, scale and threshold.
+inline constexpr std::int64_t kDecodeRows = 192;
+constexpr std::int64_t attention_decode_workspace(const KeyValueCache& c) {
+  const std::int64_t in_parts = kDecodeParts * (c.head_size + 3),
+                     by_forward = kDecodeRows * (c.head_size + 1) + kDecodeRows / 64 * ((c.capacity + 2047) / 2048) + 8;
+  return c.sequences * c.heads * (in_parts > by_forward ? in_parts : by_forward);
 }
 
 /// Elements of f32 workspace a backward call wants: four values a row of every query tile (on the GPU 1/z, delta, the offset of x and the

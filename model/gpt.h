@@ -110,8 +110,8 @@ class Gpt {
     std::int32_t token;
   };
   /// Adds a token to each of these sequences (started, each named once, not full). Next-token logits of each, [next.size(), vocabulary] on the host:
-  /// those of next_logits() of the whole sequence, but for the order of sums (on a GPU: and the rounding of bf16). On the CPU the bits are the same
-  /// in any company of up to kFewRows.
+  /// those of next_logits() of the whole sequence, to the bit with batch-invariant operations (make_cuda_ops), else but for the order of sums (on a
+  /// GPU: and the rounding of bf16). The bits are the same in any company on such a GPU, and on the CPU in one of up to kFewRows.
   std::vector<float> decode(std::span<const NextToken> next);
   std::int64_t cached_tokens(std::int64_t sequence) const;
 

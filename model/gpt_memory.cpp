@@ -139,10 +139,11 @@ GptMemory::GptMemory(const ModelConfig& config, const ParameterLayout& layout, c
   prompt_positions = reserve(workspace, "prompt positions", {T}, DType::i32);
   prompt_document = reserve(workspace, "prompt document", {T}, DType::i32);
   if (S > 0) {
-    cache = reserve(activations, "key/value cache", {L, S, 2 * H * T, D}, compute);
+    cache = reserve(activations, "key/value cache", {L, S, H * 2 * T, D}, compute);
     cache_sequences = reserve(workspace, "cached sequences", {S}, DType::i32);
     cache_positions = reserve(workspace, "cached positions", {S}, DType::i32);
-    if (device == DeviceKind::cuda) decode_workspace = reserve(workspace, "attention of cached sequences", {attention_decode_workspace(S, H, D)});
+    if (device == DeviceKind::cuda)
+      decode_workspace = reserve(workspace, "attention of cached sequences", {attention_decode_workspace({{}, S, H, T, D})});
   }
 }
 

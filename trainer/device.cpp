@@ -58,26 +58,27 @@ DeviceKind device_kind(const std::string& device) {
   throw std::invalid_argument("device: expected cpu or cuda, found " + device);
 }
 
-std::unique_ptr<Ops> make_ops(const std::string& device, int threads) {
+std::unique_ptr<Ops> make_ops(const std::string& device, int threads, bool batch_invariant) {
   require(device);
 #ifdef TESSERA_HAS_CUDA
-  if (device == "cuda") return make_cuda_ops(0);
+  if (device == "cuda") return make_cuda_ops(0, batch_invariant);
 #endif
+  (void)batch_invariant;
   return make_cpu_ops(threads);
 }
 
-std::unique_ptr<Ops> make_ops(const std::string& device, int threads, const ParallelConfig& parallel, Communicator& host) {
+std::unique_ptr<Ops> make_ops(const std::string& device, int threads, const ParallelConfig& parallel, Communicator& host, bool batch_invariant) {
   agree(host, [&] { require(device); });
   int gpu = 0;
 #ifdef TESSERA_HAS_CUDA
   if (device == "cuda") gpu = own_gpu(parallel, host);
 #endif
-  (void)parallel, (void)gpu;
+  (void)parallel, (void)gpu, (void)batch_invariant;
   std::unique_ptr<Ops> ops;
   agree(host, [&] {
 #ifdef TESSERA_HAS_CUDA
     if (device == "cuda") {
-      ops = make_cuda_ops(gpu);
+      ops = make_cuda_ops(gpu, batch_invariant);
       return;
     }
 #endif

@@ -60,7 +60,7 @@ OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, const Options& 
     if (!o.visit.empty()) config.model.attention.visit = o.visit == "all" ? Visit::all : Visit::active;
   });
   choose_device(o.device, host);
-  ops = make_ops(config.device, o.threads, config.parallel, host);
+  ops = make_ops(config.device, o.threads, config.parallel, host, use == Use::generate && !o.fast);
   ranks = lay_out_ranks(host, o.sequence);
   if (o.sequence > 1) comm = make_device_communicator(config.parallel, host, *ops);
   agree(host, [&] {

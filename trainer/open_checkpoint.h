@@ -46,6 +46,7 @@ struct OpenCheckpoint {
     /// Use::generate:
     std::int64_t cache_sequences = 0;  // whose keys and values are kept
     std::int64_t sequence_tokens = 0;  // of the longest text; 0 or more than the context: the context
+    bool fast = false;                 // on a GPU: not batch_invariant, see make_cuda_ops()
   };
   /// `path`: see resolve_checkpoint(). Throws std::invalid_argument when it is no checkpoint or its device is not here, std::runtime_error naming the
   /// file when it is damaged. Collective: each rank of `host` has a model of its own; ranks share GPUs where there are fewer.

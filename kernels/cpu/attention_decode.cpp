@@ -30,9 +30,7 @@ struct Cache {
     }
   }
   /// Part 0 (keys) or 1 (values) of row b's cache: [capacity, D] of a head.
-  float* of(std::int64_t b, std::int64_t part, std::int64_t head) const {
-    return data + ((sequence[b] * std::int64_t{2} + part) * heads + head) * capacity * size;
-  }
+  float* of(std::int64_t b, std::int64_t part, std::int64_t head) const { return data + ((sequence[b] * heads + head) * 2 + part) * capacity * size; }
   /// Part 0, 1, 2 (q, k, v) of a new token.
   const float* token(std::int64_t b, std::int64_t t, std::int64_t part, std::int64_t head) const {
     return packed + (((b * tokens + t) * 3 + part) * heads + head) * size;

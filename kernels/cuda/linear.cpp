@@ -50,6 +50,7 @@ cublasLtMatrixLayoutOpaque_t layout(DType type, std::int64_t rows, std::int64_t 
 }  // namespace
 
 Linear::Linear(LinearPolicy policy) : policy_(policy), workspace_(allocate_device(kWorkspaceBytes)) {
+  if (policy_.batch_invariant) policy_.fuse_gelu_forward = false;
   cublasLtHandle_t handle = nullptr;
   check(cublasLtCreate(&handle), "starting");
   handle_.reset(handle);
@@ -88,8 +89,36 @@ std::unique_ptr<Linear::Plan> Linear::make_plan(const Product& p) const {
                              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
     set(preference, operand, kAlignment);
 
-  choose(plan, preference, k);
+  if (policy_.batch_invariant && !k.left_transposed && !k.adds && k.epilogue <= Epilogue::bias)
+    choose_for_any_rows(plan, preference, k);
+  else
+    choose(plan, preference, k);
   return made;
+}
+
+// The first answer for kInvariantRows rows that does not split sums. Every element is then one sum over the inner extent, a piece of the tile's depth
+// at a time, whichever tile it falls into.
+void Linear::choose_for_any_rows(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, const Key& key) const {
+  set(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<std::uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE));
+  cublasLtMatrixLayoutOpaque_t rows = layout(DType::bf16, kInvariantRows, key.k), to = layout(DType::bf16, kInvariantRows, key.m);
+  std::vector<cublasLtMatmulHeuristicResult_t> answers(static_cast<std::size_t>(std::max(1, policy_.answers)));
+  int found = 0;
+  const cublasStatus_t s = cublasLtMatmulAlgoGetHeuristic(handle_.get(), &plan.operation, &plan.first, &rows, &to, &to, &preference,
+                                                          static_cast<int>(answers.size()), answers.data(), &found);
+  if (s != CUBLAS_STATUS_NOT_SUPPORTED && s != CUBLAS_STATUS_INVALID_VALUE) check(s, "choosing an algorithm");
+  answers.resize(s == CUBLAS_STATUS_SUCCESS ? static_cast<std::size_t>(found) : 0);
+  const auto whole = [](const auto& a) {
+    return a.state == CUBLAS_STATUS_SUCCESS && get<std::int32_t>(a.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) <= 1 &&
+           get<std::uint32_t>(a.algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME) == CUBLASLT_REDUCTION_SCHEME_NONE;
+  };
+  const auto at = std::find_if(answers.begin(), answers.end(), whole);
+  if (at == answers.end()) return;
+  plan.choice = *at;
+  cublasLtMatmulHeuristicResult_t here{};
+  plan.found = cublasLtMatmulAlgoCheck(handle_.get(), &plan.operation, &plan.first, &plan.second, &plan.to, &plan.to, &plan.choice.algo, &here) ==
+                   CUBLAS_STATUS_SUCCESS &&
+               here.workspaceSize <= kWorkspaceBytes;
+  plan.choice.workspaceSize = here.workspaceSize, plan.choice.wavesCount = here.wavesCount;
 }
 
 // Of the answers that run in clusters of blocks, which are those written for Hopper or later:

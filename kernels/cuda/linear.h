@@ -28,10 +28,14 @@ struct LinearPolicy {
   int answers = 8;
   /// Not negative: this of the answers to any product (0: the first), and no algorithm where there are not so many.
   int answer = -1;
+  /// Forward products take one algorithm whatever the number of rows, and no split sums, so that a row of y has the same bits alone and among others
+  /// (batch invariance). GELU is then a kernel of its own.
+  bool batch_invariant = false;
 };
 
 class Linear {
  public:
+  static constexpr std::int64_t kInvariantRows = 64;  // for which batch-invariant products take their algorithm
   /// Generation asks for products of every length up to the context: so many are remembered before all are forgotten and asked for again.
   static constexpr std::size_t kMostPlans = 1024;
   static constexpr std::size_t kWorkspaceBytes = std::size_t{32} << 20;  // what NVIDIA recommends for Hopper
@@ -80,6 +84,7 @@ class Linear {
   std::unique_ptr<Plan> make_plan(const Product& p) const;
   /// Fills choice and found of a plan that is complete otherwise.
   void choose(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, const Key& key) const;
+  void choose_for_any_rows(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, const Key& key) const;
   /// False, with nothing done, where cuBLASLt has no algorithm.
   bool try_run(const Context& c, const Product& p);
   /// Throws std::logic_error there.

@@ -101,7 +101,7 @@ class CudaGraph final : public RecordedWork {
 
 class CudaOps final : public Ops {
  public:
-  explicit CudaOps(int device) : device_(device) {
+  CudaOps(int device, bool batch_invariant) : device_(device), batch_invariant_(batch_invariant) {
     check(cudaSetDevice(device), "choosing a GPU");
     cudaStream_t made = nullptr;
     check(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking), "creating a stream");
@@ -109,7 +109,7 @@ class CudaOps final : public Ops {
     multiprocessors_ = attribute(cudaDevAttrMultiProcessorCount, device);
     name_ = name_of_gpu(device);
     ring_ = std::make_unique<UploadRing>();
-    linear_ = std::make_unique<cuda::Linear>();
+    linear_ = std::make_unique<cuda::Linear>(cuda::LinearPolicy{.batch_invariant = batch_invariant});
     // A first kernel: a library without code for this GPU is found out here, not in the middle of a run.
     grow_scratch(kSumScratch);
     const Tensor from(scratch_.get(), DType::f32, {64}), to(static_cast<char*>(scratch_.get()) + from.bytes(), DType::bf16, {64});
@@ -238,7 +238,9 @@ class CudaOps final : public Ops {
   void move_rows(const MoveRows& a) override { cuda::move_rows(context(), a); }
   void look_up(const Tensor& out, const Tensor& table, const Tensor& index) override { cuda::look_up(context(), out, table, index); }
   void cache_append(const CacheAppend& a) override { cuda_cache_append(a, stream()); }
-  void attention_decode(const AttentionDecode& a) override { cuda_attention_decode(a, stream()); }
+  void attention_decode(const AttentionDecode& a) override {
+    batch_invariant_ ? cuda_attention_decode_exact(a, stream()) : cuda_attention_decode(a, stream());
+  }
 
   void add_sum(const Tensor& out, const Tensor& x) override { cuda::add_sum(context(kSumScratch), out, x); }
   void add_sum_of_squares(const Tensor& out, const Tensor& x) override { cuda::add_sum_of_squares(context(kSumScratch), out, x); }
@@ -272,6 +274,7 @@ class CudaOps final : public Ops {
   }
 
   int device_, multiprocessors_ = 0;
+  bool batch_invariant_;
   std::string name_;
   cuda::Stream stream_;
   std::unique_ptr<UploadRing> ring_;
@@ -324,7 +327,7 @@ int cuda_device_count() {
   return 0;
 }
 
-std::unique_ptr<Ops> make_cuda_ops(int device) {
+std::unique_ptr<Ops> make_cuda_ops(int device, bool batch_invariant) {
   if (const std::string problem = cuda_problem(); !problem.empty()) throw std::invalid_argument("cannot compute on a GPU: " + problem);
   const int count = cuda_device_count();
   if (device < 0 || device >= count) {
@@ -334,7 +337,7 @@ std::unique_ptr<Ops> make_cuda_ops(int device) {
     throw std::invalid_argument(
         fmt::format("GPU {} ({}) has compute capability {}.{}; 8.0 or more is needed", device, name_of_gpu(device), found / 10, found % 10));
   }
-  return std::make_unique<CudaOps>(device);
+  return std::make_unique<CudaOps>(device, batch_invariant);
 }
 
 cudaStream_t cuda_stream(Ops& ops) { return cuda_ops(ops, "cuda_stream").stream(); }

@@ -22,7 +22,10 @@ int cuda_device_count();
 /// is reported by the next call that meets it, at the latest by download() or synchronize().
 /// memory_available() leaves a reserve for kernels' code and does not subtract what is allocated later: prepare(), tile lists, the caller's own.
 /// Uploads leave the host's memory free on return, and wait only when 16 MiB or 64 of them are on their way.
-std::unique_ptr<Ops> make_cuda_ops(int device);
+///
+/// batch_invariant: for generation. A row of linear_forward and attention_decode has the bits that it has among the rows of the whole text's forward
+/// pass, in which linear_forward takes one algorithm for any number of rows. Slower for many rows; training takes the fastest.
+std::unique_ptr<Ops> make_cuda_ops(int device, bool batch_invariant = false);
 
 /// The stream that orders the operations of an Ops from make_cuda_ops(). Throws std::logic_error for another Ops.
 cudaStream_t cuda_stream(Ops& ops);

@@ -12,6 +12,7 @@
 #include "kernels/cuda/ops.h"
 #include "tests/model/bf16_ops.h"
 #include "tests/model/gpt_bf16_cases.h"
+#include "tests/model/pattern_cases.h"
 
 namespace tessera::test {
 namespace {
@@ -141,48 +142,106 @@ TEST_F(GptCuda, EvaluationAndGeneration) {
   }
 }
 
-/// Greedy text of sequences at different lengths, from the cache: at every token as near to the fp32 model on the same tokens as computing the whole
-/// text is. The tokens are the GPU's own choice; where recomputation would choose another, the two logits are nearly equal.
-TEST_F(GptCuda, GenerationWithACacheIsThatWithout) {
+/// Greedy text of three sequences at different lengths, from the cache. Calls check(sequence, text, logits) for every token.
+template <class Check>
+void generate_greedily(TestModel& model, std::int64_t vocabulary, std::span<const std::int32_t> tokens, int steps, Check check) {
+  std::vector<std::vector<std::int32_t>> text;
+  std::vector<std::vector<float>> logits(3);
+  for (std::int64_t s = 0; s < 3; ++s) {
+    text.emplace_back(tokens.begin(), tokens.begin() + 1 + 62 * s);
+    logits[s] = model.gpt.prefill(s, text[s]);
+  }
+  for (int step = 0; step < steps && !::testing::Test::HasFatalFailure(); ++step) {
+    std::vector<Gpt::NextToken> next;
+    for (std::int64_t s = 0; s < (step / 9 % 2 ? 2 : 3); ++s) {  // one stops now and then, and goes on
+      const auto likeliest = static_cast<std::int32_t>(std::max_element(logits[s].begin(), logits[s].end()) - logits[s].begin());
+      text[s].push_back(likeliest);
+      next.push_back({s, likeliest});
+    }
+    const auto made = model.gpt.decode(next);
+    for (std::int64_t s = 0; s < static_cast<std::int64_t>(next.size()); ++s) {
+      logits[s].assign(made.begin() + s * vocabulary, made.begin() + (s + 1) * vocabulary);
+      check(step, text[s], logits[s]);
+    }
+  }
+}
+
+/// At every token as near to the fp32 model on the same tokens as computing the whole text is. The tokens are the GPU's own choice; where
+/// recomputation would choose another, the two logits are nearly equal.
+TEST_F(GptCuda, FastGenerationIsRecomputationUpToBf16) {
   for (auto [name, config] : bf16_configs()) {
     config.attention.document_mask = false;  // one document anyway
     SCOPED_TRACE(name);
     Bf16Model fp32(config, make_cpu_ops());
     TestModel cached(config, {.micro_batch = 1, .training = false, .cache = 3}, 1, make_cuda_ops(0));
     cached.fill(1, 0.08f, true);
-    const Sequences batch = bf16_sequences(config, 9);
-    std::vector<std::vector<std::int32_t>> text;
-    std::vector<std::vector<float>> logits(3);
-    for (std::int64_t s = 0; s < 3; ++s) {
-      text.emplace_back(batch.tokens.begin(), batch.tokens.begin() + 1 + 62 * s);
-      logits[s] = cached.gpt.prefill(s, text[s]);
-    }
     int differ = 0, tokens = 0;
-    for (int step = 0; step < 70; ++step) {
-      std::vector<Gpt::NextToken> next;
-      for (std::int64_t s = 0; s < (step / 9 % 2 ? 2 : 3); ++s) {  // one stops now and then, and goes on
-        const auto likeliest = static_cast<std::int32_t>(std::max_element(logits[s].begin(), logits[s].end()) - logits[s].begin());
-        text[s].push_back(likeliest);
-        next.push_back({s, likeliest});
-      }
-      const auto made = cached.gpt.decode(next);
-      for (std::int64_t s = 0; s < static_cast<std::int64_t>(next.size()); ++s) {
-        logits[s].assign(made.begin() + s * config.vocabulary, made.begin() + (s + 1) * config.vocabulary);
-        const auto whole = cached.gpt.next_logits(text[s]);
-        const auto choice = std::max_element(whole.begin(), whole.end()) - whole.begin();
-        const double top = *std::max_element(logits[s].begin(), logits[s].end());
-        differ += logits[s][choice] < top;
-        ++tokens;
-        EXPECT_LT(relative_error(logits[s].data(), whole.data(), whole.size()), 0.04) << text[s].size() << " tokens";
-        if (step % 10 == 0) {
-          const auto wanted = fp32.gpt.next_logits(text[s]);
-          EXPECT_LT(relative_error(logits[s].data(), wanted.data(), wanted.size()), 0.04) << text[s].size() << " tokens";
-        }
-      }
-    }
+    generate_greedily(cached, config.vocabulary, bf16_sequences(config, 9).tokens, 70, [&](int step, const auto& text, const auto& logits) {
+      const auto whole = cached.gpt.next_logits(text);
+      const auto choice = std::max_element(whole.begin(), whole.end()) - whole.begin();
+      differ += logits[choice] < *std::max_element(logits.begin(), logits.end());
+      ++tokens;
+      EXPECT_LT(relative_error(logits.data(), whole.data(), whole.size()), 0.04) << text.size() << " tokens";
+      if (step % 10 != 0) return;
+      const auto wanted = fp32.gpt.next_logits(text);
+      EXPECT_LT(relative_error(logits.data(), wanted.data(), wanted.size()), 0.04) << text.size() << " tokens";
+    });
     EXPECT_LE(differ, tokens / 10);
     std::printf("%-40s %d of %d tokens chosen differently\n", name.c_str(), differ, tokens);
   }
+}
+
+/// Every logit of every token to the bit.
+void expect_recomputations_bits(const ModelConfig& config, int steps) {
+  TestModel model(config, {.micro_batch = 1, .training = false, .cache = 3}, 1, make_cuda_ops(0, true));
+  model.fill(1, 0.08f, true);
+  generate_greedily(model, config.vocabulary, bf16_sequences(config, 9).tokens, steps, [&](int, const auto& text, const auto& logits) {
+    const auto whole = model.gpt.next_logits(text);
+    int differ = 0;
+    for (std::size_t v = 0; v < whole.size(); ++v) differ += logits[v] != whole[v];
+    ASSERT_EQ(differ, 0) << "of " << whole.size() << " logits after " << text.size() << " tokens, the largest difference "
+                         << relative_error(logits.data(), whole.data(), whole.size());
+  });
+}
+
+TEST_F(GptCuda, GenerationIsRecomputationForEveryGateAndPattern) {
+  for (const Gate gate : {Gate::relu, Gate::relu2, Gate::relu4, Gate::softmax})
+    for (const PatternSpec& p : {causal(), window(70), strided(21, 3), dilated(30, 5), any({global(3), window(40)}), bigbird(2, 1, 2, 16),
+                                 blocks(64, 5, 5), all({window(150), strided(5, 3)})}) {
+      ModelConfig config = bf16_config();
+      config.context = 330;  // 200 tokens after the longest prompt
+      config.attention.gate = gate;
+      config.attention.pattern.base = p;
+      SCOPED_TRACE(describe(p) + " gate " + std::to_string(static_cast<int>(gate)));
+      expect_recomputations_bits(config, 200);
+      if (HasFatalFailure()) return;
+    }
+}
+
+TEST_F(GptCuda, GenerationIsRecomputationForEveryScoreNormalizerAndThreshold) {
+  for (auto& [name, config] : bf16_configs()) {
+    SCOPED_TRACE(name);
+    expect_recomputations_bits(config, 70);
+    if (HasFatalFailure()) return;
+  }
+  unsigned n = 0;
+  for (const Score score : {Score::dot, Score::cosine, Score::fidelity})
+    for (const Normalizer normalizer : {Normalizer::none, Normalizer::length, Normalizer::sum, Normalizer::rms})
+      for (const ThresholdMode mode : {ThresholdMode::fixed, ThresholdMode::length}) {
+        if (mode == ThresholdMode::length && score != Score::cosine) continue;
+        ModelConfig config = bf16_config();
+        config.attention.score = score;
+        config.attention.normalizer = normalizer;
+        config.attention.threshold.mode = mode;
+        config.attention.threshold.init = score == Score::fidelity ? 0.01f : 0.05f;
+        config.heads = ++n % 2 ? 2 : 1;  // of 64 and 128
+        config.positions = n % 4 > 1 ? Positions::learned : Positions::rotary;
+        config.bias = n % 3 == 0;
+        SCOPED_TRACE("score " + std::to_string(static_cast<int>(score)) + " normalizer " + std::to_string(static_cast<int>(normalizer)) +
+                     " threshold " + std::to_string(static_cast<int>(mode)));
+        expect_recomputations_bits(config, 40);
+        if (HasFatalFailure()) return;
+      }
 }
 
 TEST_F(GptCuda, ShorterAndSmallerBatches) {

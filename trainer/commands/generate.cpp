@@ -103,6 +103,7 @@ void generate_command(Options o) {
   const OpenCheckpoint open(o.checkpoint, OpenCheckpoint::Use::generate, o.open, *alone);
   const auto note = [](const std::string& text) { fmt::print(stderr, "tessera: note: {}\n", text); };
   if (!open.notice.empty()) note(open.notice);
+  if (o.open.fast && open.ops->kind() == DeviceKind::cpu) note("--fast has no effect on the CPU, which has one way to decode");
 
   Printer printer(o, open);
   printer.begin();
@@ -160,6 +161,10 @@ void add_generate_command(CLI::App& app) {
       ->check(CLI::Range(std::int64_t{1}, kFewRows))
       ->capture_default_str();
   command->add_flag("--recompute", o->recompute, "Without the cache: each token from the whole text, one text at a time. To check, and slow");
+  command->add_flag(
+      "--fast", o->open.fast,
+      "On a GPU: the fastest kernels for each number of texts and length. The whole text's pass then has the same logits only up to bf16 "
+      "rounding, and a near tie may fall the other way");
   command->add_option("--device", o->open.device, "Where to compute (default: as in training where that is there, else cpu)")
       ->check(CLI::IsMember({"cpu", "cuda"}));
   command->add_option("--threads", o->open.threads, "CPU threads; 0: all cores")->type_name("N")->check(CLI::Range(0, 4096))->capture_default_str();
@@ -167,11 +172,9 @@ void add_generate_command(CLI::App& app) {
   command->add_flag("--json", o->json, "Print a JSON object a line for each text when it is done, with its tokens and speeds");
   command->footer(
       "One text is printed as it is made, several are each when they are done, in order; speeds go to stderr.\n"
-      "On the CPU the keys and values of earlier tokens are kept, so that a token costs one position. On device cuda each token is still computed "
-      "from\n"
-      "the whole text, as with --recompute. Beyond the context the model sees the last tokens of its context: then each token is computed from all "
-      "of\n"
-      "them, on any device.\n"
+      "The keys and values of earlier tokens are kept, so that a token costs one position. It is the token that computing the whole text gives\n"
+      "(--recompute): on a GPU to the bit of its logits but for --fast, on the CPU up to the order of fp32 sums. Beyond the context the model sees\n"
+      "the last tokens of its context: then each token is computed from all of them.\n"
       "Examples:\n"
       "  tessera generate runs/mine --prompt \"The function returns\" --tokens 100 --temperature 0.7 --top-k 40 --top-p 0.95 --seed 1\n"
       "  tessera generate runs/mine --prompts questions.jsonl --prompt-key question --samples 4 --tokens 200 --json");

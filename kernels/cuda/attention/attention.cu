@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/cuda/attention/host.h"
 #include "kernels/cuda/attention/kernels.h"
-#include "kernels/cuda/attention/tiles.h"
 
 namespace tessera {
 namespace cuda_attention {
@@ -41,7 +41,8 @@ EncodeTiled encode_tiled() {
   return found;
 }
 
-/// The [B, H, rows, D] tensor in boxes of 64 columns x 64 rows.
+}  // namespace
+
 CUtensorMap tensor_map(const View& v, const AttentionShape& s, std::int64_t rows) {
   CUtensorMap map;
   const cuuint64_t extents[4] = {static_cast<cuuint64_t>(s.head_size), static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(s.heads),
@@ -63,6 +64,21 @@ bool choose_path(CudaAttentionPath path) {
   return path == CudaAttentionPath::portable ? false : has_hopper;
 }
 
+void set_math(Args& a, const AttentionMath& math) {
+  a.fidelity = math.score == Score::fidelity, a.softmax = math.gate == Gate::softmax, a.power = gate_power(math.gate);
+  a.bounded = !a.softmax && math.score != Score::dot;
+  a.normalize_sum = !a.softmax && math.normalizer == Normalizer::sum;
+  a.normalize_length = !a.softmax && math.normalizer == Normalizer::length;
+  a.epsilon = math.epsilon, a.length_alpha = math.length_alpha, a.length_beta = a.softmax ? 0.f : math.length_beta;
+}
+
+int section_of(std::int64_t keys, std::int64_t head_size) {
+  constexpr std::int64_t kSectionBytes = 24 << 20;  // 50 MB of L2 on an H100, 60 on an H200
+  return static_cast<int>(std::max<std::int64_t>(1, kSectionBytes / (keys * head_size * 4)));
+}
+
+namespace {
+
 Args arguments(const AttentionForward& f, bool hopper) {
   const AttentionShape& s = f.shape;
   require(s.batch >= 1 && s.heads >= 1 && s.tokens >= 1, "an empty shape");
@@ -83,8 +99,7 @@ Args arguments(const AttentionForward& f, bool hopper) {
   a.keys = static_cast<int>(f.key_count());
   a.query_tiles = (a.tokens + 63) / 64, a.key_tiles = (a.keys + 63) / 64;
   a.words = static_cast<int>(bitmap_words(a.key_tiles));
-  constexpr std::int64_t kSectionBytes = 24 << 20;  // keys and values that should stay in the L2 cache (50 MB on an H100, 60 on an H200)
-  a.section = static_cast<int>(std::max<std::int64_t>(1, kSectionBytes / (f.key_count() * s.head_size * 4)));
+  a.section = section_of(f.key_count(), s.head_size);
   a.scale = f.scale.as<float>(), a.threshold = f.threshold.as<float>(), a.z = f.z.as<float>(), a.active = f.active_tiles.as<std::uint32_t>();
   require(f.scale.numel() >= s.heads && f.threshold.numel() >= s.heads && f.scale && f.threshold, "scale and threshold need one value a head");
   require(f.z && f.z.numel() >= rows, "z is too small");
@@ -110,11 +125,7 @@ Args arguments(const AttentionForward& f, bool hopper) {
   a.group_of_head = tiles->group_of_head(), a.masks = tiles->masks(), a.masks_by_key = tiles->masks_by_key();
   a.by_key = tiles->by_key().lists();
   a.mask0_is_causal = map.mask0_is_causal, a.visit_all = f.visit == Visit::all;
-  a.fidelity = f.math.score == Score::fidelity, a.softmax = f.math.gate == Gate::softmax, a.power = gate_power(f.math.gate);
-  a.bounded = !a.softmax && f.math.score != Score::dot;
-  a.normalize_sum = !a.softmax && f.math.normalizer == Normalizer::sum;
-  a.normalize_length = !a.softmax && f.math.normalizer == Normalizer::length;
-  a.epsilon = f.math.epsilon, a.length_alpha = f.math.length_alpha, a.length_beta = a.softmax ? 0.f : f.math.length_beta;
+  set_math(a, f.math);
   if (hopper) a.map_q = tensor_map(a.q, s, s.tokens), a.map_k = tensor_map(a.k, s, a.keys), a.map_v = tensor_map(a.v, s, a.keys);
   return a;
 }

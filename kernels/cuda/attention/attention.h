@@ -46,10 +46,14 @@ std::unique_ptr<DeviceTiles> upload_tiles_cuda(std::shared_ptr<const TileMap> ti
 void cuda_attention_forward(const AttentionForward& a, cudaStream_t stream, const CudaAttentionOptions& options = {});
 void cuda_attention_backward(const AttentionBackward& a, cudaStream_t stream, const CudaAttentionOptions& options = {});
 
-/// Generation, on any GPU of sm_80 and later. A row's bits do not depend on the other sequences. They are not those of the forward pass, which rounds
-/// weights to bf16 before it multiplies values with them; this does not. A sequence or a position that is not in the cache is not found out on the
-/// host: nothing is stored for it, and its output is NaN.
+/// Generation, on any GPU of sm_80 and later. A row's bits do not depend on the other sequences. A sequence or a position that is not in the cache is
+/// not found out on the host: nothing is stored for it, and its output is NaN.
+///
+/// cuda_attention_decode: fastest over long contexts, as a row's keys are cut into parts. Equal to the forward pass up to bf16: that rounds weights
+/// before it multiplies values with them, this does not.
+/// cuda_attention_decode_exact: the bits of cuda_attention_forward's row. Without document_start.
 void cuda_attention_decode(const AttentionDecode& a, cudaStream_t stream);
+void cuda_attention_decode_exact(const AttentionDecode& a, cudaStream_t stream, const CudaAttentionOptions& options = {});
 void cuda_cache_append(const CacheAppend& a, cudaStream_t stream);
 
 }  // namespace tessera

@@ -9,7 +9,7 @@
 
 #include "kernels/cuda/attention/attention.h"
 #include "kernels/cuda/attention/gate.cuh"
-#include "kernels/cuda/attention/tiles.h"
+#include "kernels/cuda/attention/host.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/vector.cuh"
 
@@ -31,8 +31,8 @@ constexpr int kWarps = 4;  // of a block
 struct DecodeArgs {
   const bf16 *cache, *qkv;
   bf16* o;
-  int batch, heads, cached;                // sequences: of the call, and in the cache
-  std::int64_t capacity, sequence_stride;  // elements of a sequence's cache
+  int batch, heads, cached;  // sequences: of the call, and in the cache
+  std::int64_t capacity;
   const int *sequences, *positions, *document_start;
   const float *scale, *threshold;
   BandLists lists;  // bands of two query tiles
@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(32 * kWarps) decode_kernel(const __grid_consta
   }
   const float scale = Softmax ? c * kLog2e : c;
   const int document = a.document_start ? a.document_start[b] : 0;
-  const bf16* keys = a.cache + a.sequences[b] * a.sequence_stride + h * a.capacity * D + column;
-  const bf16* values = keys + a.heads * a.capacity * D;
+  const bf16* keys = a.cache + (static_cast<std::int64_t>(a.sequences[b]) * a.heads + h) * 2 * a.capacity * D + column;
+  const bf16* values = keys + a.capacity * D;
   float q[8];
   unpack(load_piece(a.qkv + static_cast<std::int64_t>(b) * 3 * a.heads * D + h * D + column), q);
 
@@ -234,12 +234,13 @@ __global__ void append_kernel(const bf16* qkv, bf16* cache, const int* sequences
   if (n >= static_cast<std::int64_t>(batch) * tokens * 2 * heads * pieces) return;
   const int piece = static_cast<int>(n % pieces);
   n /= pieces;
-  const int part_head = static_cast<int>(n % (2 * heads));  // k of every head, then v
+  const int part_head = static_cast<int>(n % (2 * heads));  // k of every head, then v, as in qkv
+  const int part = part_head / heads, head = part_head % heads;
   n /= 2 * heads;
   const int b = static_cast<int>(n / tokens);
   const std::int64_t token = positions[b] + n % tokens;
   if (token < 0 || token >= capacity || sequences[b] < 0 || sequences[b] >= cached) return;
-  store_piece(cache + ((sequences[b] * 2ll * heads + part_head) * capacity + token) * size + piece * 8,
+  store_piece(cache + (((static_cast<std::int64_t>(sequences[b]) * heads + head) * 2 + part) * capacity + token) * size + piece * 8,
               load_piece(qkv + (n * 3 * heads + heads + part_head) * size + piece * 8));
 }
 
@@ -255,14 +256,7 @@ void launch_decode(const DecodeArgs& a, cudaStream_t stream) {
   }
 }
 
-const CudaTiles& checked_tiles(const char* operation, const AttentionDecode& a) {
-  const auto* tiles = dynamic_cast<const CudaTiles*>(a.tiles);
-  require(tiles != nullptr, operation, "tiles must come from upload_tiles_cuda");
-  require(static_cast<std::int64_t>(tiles->host().group_of_head.size()) == a.cache.heads, operation,
-          "the tile map is made for another number of heads");
-  require(a.cache.capacity <= tiles->host().tokens, operation, "the cache is longer than the tile map serves");
-  return *tiles;
-}
+}  // namespace
 
 void check_cache(const char* operation, const KeyValueCache& c) {
   require(c.sequences >= 1 && c.heads >= 1 && c.capacity >= 1, operation, "the cache must have sequences, heads and tokens");
@@ -270,33 +264,43 @@ void check_cache(const char* operation, const KeyValueCache& c) {
   cuda::bf16_elements(operation, "cache", c.data, c.sequences * 2 * c.heads * c.capacity * c.head_size);
 }
 
-}  // namespace
+const CudaTiles& check_decode(const char* operation, const AttentionDecode& a) {
+  const auto* tiles = dynamic_cast<const CudaTiles*>(a.tiles);
+  require(tiles != nullptr, operation, "tiles must come from upload_tiles_cuda");
+  require(static_cast<std::int64_t>(tiles->host().group_of_head.size()) == a.cache.heads, operation,
+          "the tile map is made for another number of heads");
+  require(a.cache.capacity <= tiles->host().tokens, operation, "the cache is longer than the tile map serves");
+  check_cache(operation, a.cache);
+  const std::int64_t B = a.positions.numel(), H = a.cache.heads, D = a.cache.head_size;
+  require(D == 64 || D == 128, operation, "the kernels have head sizes 64 and 128");
+  require(B <= 65535 && H <= 65535, operation, "there must be at most 65,535 sequences and heads");
+  require(a.math.length_beta <= 0 || a.math.score == Score::cosine, operation, "length_beta goes with score cosine");
+  if (B == 0) return *tiles;
+  cuda::bf16_elements(operation, "qkv", a.qkv, B * 3 * H * D), cuda::bf16_elements(operation, "o", a.o, B * H * D);
+  elements<std::int32_t>(operation, "sequences", a.sequences, B, 4), elements<std::int32_t>(operation, "positions", a.positions, B, 4);
+  elements<float>(operation, "scale", a.scale, H, 4), elements<float>(operation, "threshold", a.threshold, H, 4);
+  require(a.workspace.dtype == DType::f32 && a.workspace.numel() >= attention_decode_workspace(a.cache), operation, "the workspace is too small");
+  return *tiles;
+}
+
 }  // namespace cuda_attention
 
 using namespace cuda_attention;
 
 void cuda_attention_decode(const AttentionDecode& a, cudaStream_t stream) {
   constexpr const char* kOp = "attention_decode";
-  const CudaTiles& tiles = checked_tiles(kOp, a);
-  check_cache(kOp, a.cache);
+  const CudaTiles& tiles = check_decode(kOp, a);
   const std::int64_t B = a.positions.numel(), H = a.cache.heads, D = a.cache.head_size;
-  require(D == 64 || D == 128, kOp, "the kernels have head sizes 64 and 128");
-  require(B <= 65535 && H <= 65535, kOp, "there must be at most 65,535 sequences and heads");
-  require(a.math.length_beta <= 0 || a.math.score == Score::cosine, kOp, "length_beta goes with score cosine");
   if (B == 0) return;
   DecodeArgs d{};
-  d.cache = static_cast<const bf16*>(a.cache.data.data);
-  d.qkv = static_cast<const bf16*>(cuda::bf16_elements(kOp, "qkv", a.qkv, B * 3 * H * D));
-  d.o = static_cast<bf16*>(cuda::bf16_elements(kOp, "o", a.o, B * H * D));
+  d.cache = static_cast<const bf16*>(a.cache.data.data), d.qkv = static_cast<const bf16*>(a.qkv.data), d.o = static_cast<bf16*>(a.o.data);
   d.batch = static_cast<int>(B), d.heads = static_cast<int>(H), d.cached = static_cast<int>(a.cache.sequences);
-  d.capacity = a.cache.capacity, d.sequence_stride = 2 * H * a.cache.capacity * D;
-  d.sequences = elements<std::int32_t>(kOp, "sequences", a.sequences, B, 4);
-  d.positions = elements<std::int32_t>(kOp, "positions", a.positions, B, 4);
+  d.capacity = a.cache.capacity;
+  d.sequences = a.sequences.as<std::int32_t>(), d.positions = a.positions.as<std::int32_t>();
   d.document_start = cuda::optional_elements<std::int32_t>(kOp, "document_start", a.document_start, B, 4);
-  d.scale = elements<float>(kOp, "scale", a.scale, H, 4), d.threshold = elements<float>(kOp, "threshold", a.threshold, H, 4);
+  d.scale = a.scale.as<float>(), d.threshold = a.threshold.as<float>();
   d.lists = tiles.by_query(2).lists(), d.group_of_head = tiles.group_of_head(), d.masks = tiles.masks();
   d.parts = static_cast<int>(std::clamp<std::int64_t>((tiles.by_query(2).longest() + kWarps - 1) / kWarps, 1, kDecodeParts));
-  require(a.workspace.dtype == DType::f32 && a.workspace.numel() >= attention_decode_workspace(B, H, D), kOp, "the workspace is too small");
   d.partial = a.workspace.as<float>();
   d.fidelity = a.math.score == Score::fidelity, d.power = gate_power(a.math.gate);
   d.normalize_sum = a.math.normalizer == Normalizer::sum, d.normalize_length = a.math.normalizer == Normalizer::length;

@@ -1,5 +1,6 @@
-// Generation's attention on a GPU: every row against the naive definition in double precision. Weights are not rounded there, so that what remains is
-// fp32 sums and one rounding to bf16; against the forward kernel, which rounds weights, a row may differ by that.
+// Generation's attention on a GPU. The fast form: every row against the naive definition in double precision; weights are not rounded there, so that
+// what remains is fp32 sums and one rounding to bf16, and against the forward kernel, which rounds weights, a row may differ by that. The exact form:
+// the forward kernel's rows, to the bit.
 
 #include <gtest/gtest.h>
 
@@ -50,8 +51,8 @@ struct Cache {
     TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
   }
 
-  /// The rows [H, D] of one token of some sequences, in one call.
-  std::vector<Bf16> decode(const std::vector<std::pair<std::int64_t, std::int64_t>>& tokens) {
+  /// The rows [H, D] of one token of some sequences, in one call: by the fast form, or the exact one on a path.
+  std::vector<Bf16> decode(const std::vector<std::pair<std::int64_t, std::int64_t>>& tokens, const CudaAttentionPath* exact = nullptr) {
     const auto rows = static_cast<std::int64_t>(tokens.size());
     std::vector<Bf16> packed;
     std::vector<std::int32_t> sequence, position, start;
@@ -69,12 +70,30 @@ struct Cache {
     if (!start.empty()) a.document_start = {starts.get(), DType::i32, {rows}};
     a.scale = {scale.get(), DType::f32, {s.heads}}, a.threshold = {threshold.get(), DType::f32, {s.heads}};
     a.o = {o.get(), DType::bf16, {rows, s.heads, s.head_size}};
-    Device<float> workspace(attention_decode_workspace(rows, s.heads, s.head_size));
+    Device<float> workspace(attention_decode_workspace(cache));
     a.workspace = {workspace.get(), DType::f32, {static_cast<std::int64_t>(workspace.size())}};
-    cuda_attention_decode(a, nullptr);
+    exact ? cuda_attention_decode_exact(a, nullptr, {.path = *exact}) : cuda_attention_decode(a, nullptr);
     TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
     return o.host();
   }
+
+  /// o of the forward kernel over whole sequences, [B, T, H, D].
+  std::vector<Bf16> forward(CudaAttentionPath path) {
+    const auto [B, H, T, D] = s;
+    Device<Bf16> q(rounded(p.in.q)), k(rounded(p.in.k)), v(rounded(p.in.v)), o(B * H * T * D);
+    Device<float> z(B * H * T);
+    const std::int64_t words = (T + 63) / 64 * bitmap_words((T + 63) / 64);
+    Device<std::uint32_t> bits(B * H * words);
+    AttentionForward f;
+    f.shape = s, f.math = p.in.math, f.tiles = tiles.get();
+    f.q = packed(q.get(), s), f.k = packed(k.get(), s), f.v = packed(v.get(), s), f.o = packed(o.get(), s);
+    f.scale = {scale.get(), DType::f32, {H}}, f.threshold = {threshold.get(), DType::f32, {H}};
+    f.z = {z.get(), DType::f32, {B, H, T}}, f.active_tiles = {bits.get(), DType::u32, {B * H * words}};
+    cuda_attention_forward(f, nullptr, {.path = path});
+    TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
+    return o.host();
+  }
+  void zero() { TESSERA_CUDA_CHECK(cudaMemset(memory.get(), 0, memory.size() * sizeof(Bf16))); }
 
   const Problem& p;
   const AttentionShape s;
@@ -155,19 +174,8 @@ TEST(CudaAttentionDecode, AgreesWithTheForwardKernelOverALongContext) {
   for (const auto gate : {Gate::relu2, Gate::softmax}) {
     const Problem p = make_problem({B, H, T, D}, {.gate = gate, .epsilon = 1e-2f}, {is_causal}, false, 1.0, 4);
     Cache cache(p, T);
-    const auto lists = upload_tiles_cuda(make_window_tiles(T, H, 0));
     cache.tiles = upload_tiles_cuda(make_window_tiles(T, H, 0));
-    Device<Bf16> q(rounded(p.in.q)), k(rounded(p.in.k)), v(rounded(p.in.v)), o(B * H * T * D);
-    Device<float> z(B * H * T);
-    Device<std::uint32_t> bits(B * H * T / 64 * bitmap_words(T / 64));
-    AttentionForward f;
-    f.shape = p.in.shape, f.math = p.in.math, f.tiles = lists.get();
-    f.q = packed(q.get(), f.shape), f.k = packed(k.get(), f.shape), f.v = packed(v.get(), f.shape), f.o = packed(o.get(), f.shape);
-    f.scale = {cache.scale.get(), DType::f32, {H}}, f.threshold = {cache.threshold.get(), DType::f32, {H}};
-    f.z = {z.get(), DType::f32, {B, H, T}}, f.active_tiles = {bits.get(), DType::u32, {static_cast<std::int64_t>(bits.size())}};
-    cuda_attention_forward(f, nullptr);
-    TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
-    const auto whole = o.host();
+    const auto whole = cache.forward(CudaAttentionPath::automatic);
     cache.append(0, 0, T);
     for (const std::int64_t t : {std::int64_t{0}, std::int64_t{16383}, std::int64_t{16384}, T - 1}) {
       const auto row = cache.decode({{0, t}});
@@ -178,6 +186,58 @@ TEST(CudaAttentionDecode, AgreesWithTheForwardKernelOverALongContext) {
         }
     }
   }
+}
+
+/// Rows of both sequences, in one call and alone, against those of the forward pass over whole sequences.
+void compare_exactly(const Problem& p, std::int64_t capacity, std::int64_t stride, const std::string& what) {
+  const auto [B, H, T, D] = p.in.shape;
+  for (const CudaAttentionPath path : paths()) {
+    Cache cache(p, capacity);
+    cache.zero();
+    const auto whole = cache.forward(path);
+    std::vector<std::int64_t> known(B, 0);
+    for (std::int64_t step = 0; step < T; step += stride) {
+      std::vector<std::pair<std::int64_t, std::int64_t>> tokens;
+      for (std::int64_t b = 0; b < B; ++b) {
+        const std::int64_t t = step + 37 * b;
+        if (t >= T) continue;
+        cache.append(b, known[b], t + 1);
+        known[b] = t + 1;
+        tokens.emplace_back(b, t);
+      }
+      const auto made = cache.decode(tokens, &path), alone = cache.decode({tokens[0]}, &path);
+      ASSERT_EQ(std::memcmp(alone.data(), made.data(), H * D * sizeof(Bf16)), 0) << what << ": a row depends on the batch";
+      for (std::size_t r = 0; r < tokens.size(); ++r)
+        for (std::int64_t h = 0; h < H; ++h)
+          ASSERT_EQ(std::memcmp(&made[(r * H + h) * D], &whole[((tokens[r].first * H + h) * T + tokens[r].second) * D], D * sizeof(Bf16)), 0)
+              << describe(p.in.math, p.in.shape, path) << " " << what << " sequence " << tokens[r].first << " token " << tokens[r].second;
+    }
+  }
+}
+
+TEST(CudaAttentionDecode, ExactHasTheForwardKernelsBitsInEveryCombination) {
+  NEEDS_GPU();
+  const std::vector<std::vector<Pattern>> patterns = {{is_causal}, {windowed}, {strided, is_causal}, {sinks, holes}};
+  unsigned n = 0;
+  for (const auto score : {Score::dot, Score::cosine, Score::fidelity})
+    for (const auto gate : {Gate::relu, Gate::relu2, Gate::relu4, Gate::softmax})
+      for (const auto norm : {Normalizer::none, Normalizer::length, Normalizer::sum, Normalizer::rms})
+        for (const std::int64_t D : {64, 128}) {
+          ++n;
+          AttentionMath math;
+          math.score = score, math.gate = gate, math.normalizer = norm, math.length_alpha = n / 2 % 2 ? 1.0f : 0.5f;
+          if (score == Score::cosine && n % 3 == 0 && gate != Gate::softmax) math.length_beta = 0.6f;
+          const double tau = score == Score::fidelity ? 0.01 : score == Score::cosine ? 0.4 * int(n % 3) : 0.2;
+          const unsigned mix = n * 2654435761u >> 16;
+          const Problem p = make_problem({2, 2, 330, D}, math, patterns[mix % 4], false, tau, n);
+          compare_exactly(p, mix / 8 % 2 ? 330 : 450, 23, "case " + std::to_string(n));
+          if (::testing::Test::HasFatalFailure()) return;
+        }
+  Problem negative = make_problem({1, 2, 250, 64}, {.epsilon = 1e-2f}, {is_causal, windowed}, false, -0.5, 5);
+  for (double& c : negative.in.scale) c = -c;
+  compare_exactly(negative, 260, 31, "negative scale");
+  const Problem longer = make_problem({1, 1, 5000, 64}, {.epsilon = 1e-2f}, {is_causal}, false, 0.8, 3);
+  compare_exactly(longer, 5000, 1237, "T=5000");
 }
 
 TEST(CudaAttentionDecode, WhatIsNotInTheCacheIsNeitherReadNorWritten) {
@@ -191,15 +251,17 @@ TEST(CudaAttentionDecode, WhatIsNotInTheCacheIsNeitherReadNorWritten) {
   const Tensor at{positions.get(), DType::i32, {3}}, of{sequences.get(), DType::i32, {3}};
   cuda_cache_append({cache.cache, {qkv.get(), DType::bf16, {3, 1, 3, 128}}, of, at}, nullptr);
   AttentionDecode a;
-  Device<float> workspace(attention_decode_workspace(3, 2, 64));
+  Device<float> workspace(attention_decode_workspace(cache.cache));
   a.cache = cache.cache, a.math = p.in.math, a.tiles = cache.tiles.get(), a.qkv = {qkv.get(), DType::bf16, {3, 3, 2, 64}};
   a.sequences = of, a.positions = at, a.o = {o.get(), DType::bf16, {3, 2, 64}};
   a.scale = {cache.scale.get(), DType::f32, {2}}, a.threshold = {cache.threshold.get(), DType::f32, {2}};
   a.workspace = {workspace.get(), DType::f32, {static_cast<std::int64_t>(workspace.size())}};
-  TESSERA_CUDA_CHECK(cudaMemset(o.get(), 0, 3 * 2 * 64 * sizeof(Bf16)));
-  cuda_attention_decode(a, nullptr);
-  TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
-  for (const Bf16 x : o.host()) ASSERT_TRUE(std::isnan(__bfloat162float(x)));
+  for (const bool exact : {false, true}) {
+    TESSERA_CUDA_CHECK(cudaMemset(o.get(), 0, 3 * 2 * 64 * sizeof(Bf16)));
+    exact ? cuda_attention_decode_exact(a, nullptr) : cuda_attention_decode(a, nullptr);
+    TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
+    for (const Bf16 x : o.host()) ASSERT_TRUE(std::isnan(__bfloat162float(x)));
+  }
   const auto after = cache.memory.host();
   EXPECT_EQ(std::memcmp(before.data(), after.data(), before.size() * sizeof(Bf16)), 0);
 }
@@ -234,6 +296,16 @@ TEST(CudaAttentionDecode, RefusesWhatItCannotDo) {
   a.cache.head_size = 32, a.cache.capacity = 64, a.cache.data.shape = {2 * 2 * 64 * 32};
   a.positions = {cache.scale.get(), DType::i32, {1}};
   refuses(a, "head sizes 64 and 128");
+  a.cache = cache.cache;
+  Device<Bf16> rows(3 * 64);
+  Device<float> few(1), many(attention_decode_workspace(a.cache));
+  Device<std::int32_t> numbers(1);
+  a.positions = a.sequences = {numbers.get(), DType::i32, {1}}, a.qkv = {rows.get(), DType::bf16, {1, 3, 1, 64}};
+  a.o = {rows.get(), DType::bf16, {1, 1, 64}}, a.scale = a.threshold = {cache.scale.get(), DType::f32, {1}};
+  a.workspace = {few.get(), DType::f32, {1}};
+  refuses(a, "workspace is too small");
+  a.workspace = {many.get(), DType::f32, {static_cast<std::int64_t>(many.size())}}, a.document_start = a.positions;
+  EXPECT_THROW(cuda_attention_decode_exact(a, nullptr), std::logic_error);
 }
 
 }  // namespace

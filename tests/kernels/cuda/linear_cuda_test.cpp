@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/linear.h"
 
+#include <cstring>
 #include <tuple>
 
 #include "ops_cuda.h"
@@ -77,6 +78,47 @@ TEST(CudaLinear, ForwardMatchesTheDefinition) {
         expect_within_twice(argument.doubles(), z, bf16(z), what + (fused ? " argument, fused" : " argument"));
       }
     }
+  }
+}
+
+/// Row r of a product with many rows, and of one with r + 1 or with only that one.
+TEST(CudaLinear, BatchInvariantRowsHaveTheSameBitsInAnyCompany) {
+  TESSERA_NEEDS_GPU();
+  Linear invariant({.batch_invariant = true});
+  constexpr std::int64_t kMost = 1024;
+  for (const auto& [k, m] :
+       {std::pair<std::int64_t, std::int64_t>{64, 192}, {128, 512}, {768, 2304}, {1024, 1024}, {1024, 4096}, {4096, 1024}, {1024, 50304}}) {
+    const std::int64_t most = m > 8192 ? 200 : kMost;
+    const Doubles x = random_bf16(most * k, 1), w = random_bf16(m * k, 2, 1 / std::sqrt(static_cast<double>(k))), bias = random_bf16(m, 3);
+    const OnDevice dev_x(DType::bf16, {most, k}, x), dev_w(DType::bf16, {m, k}, w), dev_bias(DType::bf16, {m}, bias);
+    for (const bool with_bias : {false, true})
+      for (const Activation activation : {Activation::none, Activation::gelu}) {
+        if (m > 8192 && (with_bias || activation == Activation::gelu)) continue;
+        OnDevice all(DType::bf16, {most, m}), argument(DType::bf16, {most, m});
+        LinearForward a{.x = dev_x, .w = dev_w, .y = all, .activation = activation, .pre_activation = argument};
+        if (with_bias) a.bias = dev_bias;
+        invariant.forward(context(), a);
+        const auto expected = all.bytes();
+        const auto row_bytes = static_cast<std::size_t>(m) * 2;
+        const auto same = [&](std::int64_t first, std::int64_t count) {
+          OnDevice y(DType::bf16, {count, m}), z(DType::bf16, {count, m});
+          a.x = dev_x.tensor().slice(first * k, count * k).view({count, k}), a.y = y, a.pre_activation = z;
+          invariant.forward(context(), a);
+          const auto found = y.bytes();
+          return std::memcmp(found.data(), expected.data() + static_cast<std::size_t>(first) * row_bytes, found.size()) == 0;
+        };
+        for (const std::int64_t count : {1, 2, 3, 7, 8, 9, 16, 17, 63, 64, 65, 127, 128, 129, 200, 511, 512, 777})
+          if (count <= most) {
+            EXPECT_TRUE(same(0, count)) << count << " rows of [" << k << ", " << m << "]" << (with_bias ? " bias" : "")
+                                        << (activation == Activation::gelu ? " gelu" : "");
+          }
+        EXPECT_TRUE(same(37, 1)) << "row 37 of [" << k << ", " << m << "]";
+        EXPECT_TRUE(same(most - 1, 1)) << "the last row of [" << k << ", " << m << "]";
+      }
+  }
+  for (const std::string& line : invariant.describe()) {
+    EXPECT_EQ(line.find("no algorithm"), std::string::npos) << line;
+    if (line.starts_with("[1, ")) std::printf("%s\n", line.c_str());
   }
 }
 
