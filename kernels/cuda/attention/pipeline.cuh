@@ -262,7 +262,8 @@ struct Schedule {
   __device__ __forceinline__ Schedule(const Args& a, int tiles, int groups, bool descending)
       : bands((tiles + groups - 1) / groups), total(bands * a.batch * a.heads), descending(descending) {}
 
-  /// work(n) for each of the block's items.
+  /// work(n) for each of the block's items. Lanes that an item's end parted - the last rows are stored under a condition - are one warp again when
+  /// the next begins, as its ldmatrix and wgmma want.
   template <class Work>
   __device__ __forceinline__ void for_each(Work work) const {
     const int blocks = gridDim.x;
@@ -270,6 +271,7 @@ struct Schedule {
 #pragma unroll 1
     for (int first = 0; first < total; first += blocks) {
       if (n < total) work(n);
+      __syncwarp();
       n = 2 * (first + blocks) - 1 - n;
     }
   }
