@@ -149,6 +149,13 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, ui
   __trap();
 #endif
 }
+/// Before shared memory that this thread has read goes back to the copy engine: its reads, which may still be under way, come first. Reads of
+/// products (wgmma) need none, nor do reads whose values have been used.
+__device__ __forceinline__ void reads_before_copies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t bar) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(bar)

@@ -226,6 +226,7 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
         dot8 = fmaf(low_of(w8), dq[d][j][2], fmaf(high_of(w8), dq[d][j][3], dot8));
       }
     }
+    if constexpr (Hopper) reads_before_copies();
     ring.release_own(own.stage), own.next<kOwn>();
     if (!exists) return;
 
