@@ -72,9 +72,11 @@ void set_math(Args& a, const AttentionMath& math) {
   a.epsilon = math.epsilon, a.length_alpha = math.length_alpha, a.length_beta = a.softmax ? 0.f : math.length_beta;
 }
 
-int section_of(std::int64_t keys, std::int64_t head_size) {
+int section_of(std::int64_t keys, std::int64_t head_size, std::int64_t heads) {
   constexpr std::int64_t kSectionBytes = 24 << 20;  // 50 MB of L2 on an H100, 60 on an H200
-  return static_cast<int>(std::max<std::int64_t>(1, kSectionBytes / (keys * head_size * 4)));
+  const std::int64_t fit = std::max<std::int64_t>(1, kSectionBytes / (keys * head_size * 4));
+  const std::int64_t sections = (heads + fit - 1) / fit;  // of one size, so that none ends the walk of the heads with a few long lists
+  return static_cast<int>((heads + sections - 1) / sections);
 }
 
 namespace {
@@ -99,7 +101,7 @@ Args arguments(const AttentionForward& f, bool hopper) {
   a.keys = static_cast<int>(f.key_count());
   a.query_tiles = (a.tokens + 63) / 64, a.key_tiles = (a.keys + 63) / 64;
   a.words = static_cast<int>(bitmap_words(a.key_tiles));
-  a.section = section_of(f.key_count(), s.head_size);
+  a.section = section_of(f.key_count(), s.head_size, s.batch * s.heads);
   a.scale = f.scale.as<float>(), a.threshold = f.threshold.as<float>(), a.z = f.z.as<float>(), a.active = f.active_tiles.as<std::uint32_t>();
   require(f.scale.numel() >= s.heads && f.threshold.numel() >= s.heads && f.scale && f.threshold, "scale and threshold need one value a head");
   require(f.z && f.z.numel() >= rows, "z is too small");

@@ -113,7 +113,7 @@ void run(const AttentionDecode& a, const CudaTiles& tiles, bool hopper, cudaStre
   f.k = {keys, 0, 2 * capacity * D, D}, f.v = {keys + capacity * D, 0, 2 * capacity * D, D};
   f.batch = 1, f.heads = static_cast<int>(n), f.tokens = static_cast<int>(rows), f.keys = static_cast<int>(capacity);
   f.query_tiles = groups, f.key_tiles = (f.keys + kTile - 1) / kTile, f.words = static_cast<int>(bitmap_words(f.key_tiles));
-  f.section = section_of(capacity, D);
+  f.section = section_of(capacity, D, n);
   f.scale = e.scales, f.threshold = e.taus, f.z = z, f.active = bitmap;
   f.by_query = {e.offsets, lists.entries, e.order, 1};
   f.group_of_head = e.list_of_head, f.masks = tiles.masks(), f.masks_by_key = tiles.masks_by_key();

@@ -16,8 +16,8 @@ CUtensorMap tensor_map(const View& v, const AttentionShape& s, std::int64_t rows
 /// Score, gate, normalizer and their numbers.
 void set_math(Args& a, const AttentionMath& math);
 
-/// (batch, head) pairs whose keys and values should stay in the L2 cache together.
-int section_of(std::int64_t keys, std::int64_t head_size);
+/// Of `heads` (batch, head) pairs, how many follow each other so that their keys and values stay in the L2 cache.
+int section_of(std::int64_t keys, std::int64_t head_size, std::int64_t heads);
 
 /// A decoding call's descriptor, checked: the cache, the new tokens' tensors, the lists. Throws std::logic_error.
 void check_cache(const char* operation, const KeyValueCache& c);
