@@ -57,7 +57,7 @@ Linear::Linear(LinearPolicy policy) : policy_(policy), workspace_(allocate_devic
 }
 
 // The transposed product to' = right' left' is asked for, whose column-major matrices are the row-major ones as they lie in memory.
-std::unique_ptr<Linear::Plan> Linear::make_plan(const Product& p) const {
+std::unique_ptr<Linear::Plan> Linear::make_plan(const Product& p) {
   const Key& k = p.key;
   auto made = std::make_unique<Plan>();
   Plan& plan = *made;
@@ -96,29 +96,34 @@ std::unique_ptr<Linear::Plan> Linear::make_plan(const Product& p) const {
   return made;
 }
 
-// The first answer for kInvariantRows rows that does not split sums. Every element is then one sum over the inner extent, a piece of the tile's depth
-// at a time, whichever tile it falls into.
-void Linear::choose_for_any_rows(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, const Key& key) const {
-  set(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<std::uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE));
-  cublasLtMatrixLayoutOpaque_t rows = layout(DType::bf16, kInvariantRows, key.k), to = layout(DType::bf16, kInvariantRows, key.m);
-  std::vector<cublasLtMatmulHeuristicResult_t> answers(static_cast<std::size_t>(std::max(1, policy_.answers)));
-  int found = 0;
-  const cublasStatus_t s = cublasLtMatmulAlgoGetHeuristic(handle_.get(), &plan.operation, &plan.first, &rows, &to, &to, &preference,
-                                                          static_cast<int>(answers.size()), answers.data(), &found);
-  if (s != CUBLAS_STATUS_NOT_SUPPORTED && s != CUBLAS_STATUS_INVALID_VALUE) check(s, "choosing an algorithm");
-  answers.resize(s == CUBLAS_STATUS_SUCCESS ? static_cast<std::size_t>(found) : 0);
-  const auto whole = [](const auto& a) {
-    return a.state == CUBLAS_STATUS_SUCCESS && get<std::int32_t>(a.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) <= 1 &&
-           get<std::uint32_t>(a.algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME) == CUBLASLT_REDUCTION_SCHEME_NONE;
-  };
-  const auto at = std::find_if(answers.begin(), answers.end(), whole);
-  if (at == answers.end()) return;
-  plan.choice = *at;
+// Of the answers for kInvariantRows rows that do not split sums, the one with most blocks: a few rows are bound by how many multiprocessors read the
+// matrix. Every element is then one sum over the inner extent, a piece of the tile's depth at a time, whichever tile it falls into.
+void Linear::choose_for_any_rows(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, Key key) {
+  key.n = 0;
+  auto at = for_any_rows_.find(key);
+  if (at == for_any_rows_.end()) {
+    set(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<std::uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE));
+    cublasLtMatrixLayoutOpaque_t rows = layout(DType::bf16, kInvariantRows, key.k), to = layout(DType::bf16, kInvariantRows, key.m);
+    std::vector<cublasLtMatmulHeuristicResult_t> answers(kInvariantAnswers);
+    int found = 0;
+    const cublasStatus_t s = cublasLtMatmulAlgoGetHeuristic(handle_.get(), &plan.operation, &plan.first, &rows, &to, &to, &preference,
+                                                            static_cast<int>(answers.size()), answers.data(), &found);
+    if (s != CUBLAS_STATUS_NOT_SUPPORTED && s != CUBLAS_STATUS_INVALID_VALUE) check(s, "choosing an algorithm");
+    answers.resize(s == CUBLAS_STATUS_SUCCESS ? static_cast<std::size_t>(found) : 0);
+    std::erase_if(answers, [](const auto& a) {
+      return a.state != CUBLAS_STATUS_SUCCESS || get<std::int32_t>(a.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) > 1 ||
+             get<std::uint32_t>(a.algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME) != CUBLASLT_REDUCTION_SCHEME_NONE;
+    });
+    const auto most = std::max_element(answers.begin(), answers.end(), [](const auto& a, const auto& b) { return a.wavesCount < b.wavesCount; });
+    if (most == answers.end()) return;
+    at = for_any_rows_.emplace(key, most->algo).first;
+  }
   cublasLtMatmulHeuristicResult_t here{};
-  plan.found = cublasLtMatmulAlgoCheck(handle_.get(), &plan.operation, &plan.first, &plan.second, &plan.to, &plan.to, &plan.choice.algo, &here) ==
+  plan.found = cublasLtMatmulAlgoCheck(handle_.get(), &plan.operation, &plan.first, &plan.second, &plan.to, &plan.to, &at->second, &here) ==
                    CUBLAS_STATUS_SUCCESS &&
                here.workspaceSize <= kWorkspaceBytes;
-  plan.choice.workspaceSize = here.workspaceSize, plan.choice.wavesCount = here.wavesCount;
+  plan.choice = here;
+  plan.choice.algo = at->second;
 }
 
 // Of the answers that run in clusters of blocks, which are those written for Hopper or later:

@@ -35,7 +35,8 @@ struct LinearPolicy {
 
 class Linear {
  public:
-  static constexpr std::int64_t kInvariantRows = 64;  // for which batch-invariant products take their algorithm
+  static constexpr std::int64_t kInvariantRows = 64;    // for which batch-invariant products take their algorithm,
+  static constexpr std::size_t kInvariantAnswers = 16;  // of so many answers
   /// Generation asks for products of every length up to the context: so many are remembered before all are forgotten and asked for again.
   static constexpr std::size_t kMostPlans = 1024;
   static constexpr std::size_t kWorkspaceBytes = std::size_t{32} << 20;  // what NVIDIA recommends for Hopper
@@ -81,10 +82,10 @@ class Linear {
     void operator()(cublasLtHandle_t h) const { cublasLtDestroy(h); }
   };
 
-  std::unique_ptr<Plan> make_plan(const Product& p) const;
+  std::unique_ptr<Plan> make_plan(const Product& p);
   /// Fills choice and found of a plan that is complete otherwise.
   void choose(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, const Key& key) const;
-  void choose_for_any_rows(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, const Key& key) const;
+  void choose_for_any_rows(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, Key key);
   /// False, with nothing done, where cuBLASLt has no algorithm.
   bool try_run(const Context& c, const Product& p);
   /// Throws std::logic_error there.
@@ -94,6 +95,7 @@ class Linear {
   std::unique_ptr<cublasLtContext, Destroy> handle_;
   DeviceMemory workspace_;
   std::map<Key, std::unique_ptr<Plan>> plans_;
+  std::map<Key, cublasLtMatmulAlgo_t> for_any_rows_;  // keys without a number of rows
 };
 
 /// kernels/ops.h's Classifier, for as many rows at a time as the workspace holds.
