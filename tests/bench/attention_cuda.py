@@ -16,17 +16,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 H = 16
 
 
-def median_ms(f, repeats=30):
+def median_ms(f, repeats=30, calls=1):
+    """Median time of `calls` calls of f in a row, over their number."""
     for _ in range(5):
         f()
     times = []
     for _ in range(repeats):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        f()
+        for _ in range(calls):
+            f()
         stop.record()
         stop.synchronize()
-        times.append(start.elapsed_time(stop))
+        times.append(start.elapsed_time(stop) / calls)
     return sorted(times)[repeats // 2]
 
 
@@ -43,8 +45,8 @@ def sdpa(backend, batch, tokens, size):
         forward().backward(do)
 
     with torch.no_grad():
-        fwd = median_ms(forward)
-    return fwd, median_ms(both)
+        fwd, fwd_stream = median_ms(forward), median_ms(forward, 5, 20)
+    return fwd, median_ms(both), fwd_stream, median_ms(both, 5, 20)
 
 
 def gemm_tflops(n=8192):
@@ -67,13 +69,16 @@ def main():
             baseline[key] = [sdpa(b, *key) for b in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)]
         row = f"{r['case']:22}{r['B']:3}{r['T']:7}{r['fwd_ms']:9.3f}{r['fwd_tflops']:9.0f}{r['both_ms']:9.3f}{r['both_tflops']:9.0f}{r['both_tflops'] / light:9.2f}{r['active_tiles']:7.3f}"
         if key in baseline:
-            (cf, cb), (ff, fb) = baseline[key]
+            (cf, cb, *_), (ff, fb, *_) = baseline[key]
             row += f"{cf:9.3f}{cb:8.3f}{cf / r['fwd_ms']:7.2f}{cb / r['both_ms']:6.2f}{ff:8.3f}{fb:8.3f}"
         print(row, flush=True)
     print("\nthe same calls, ms: one at a time and twenty in a row with the automatic schedule; one at a time, a block a band and persistent")
-    print(f"{'case':22}{'B':>3}{'T':>7}{'fwd':>9}{'stream':>9}{'block':>9}{'persist':>9}{'f+b':>9}{'stream':>9}{'block':>9}{'persist':>9}")
+    print(f"{'case':22}{'B':>3}{'T':>7}{'fwd':>9}{'stream':>9}{'block':>9}{'persist':>9}{'f+b':>9}{'stream':>9}{'block':>9}{'persist':>9}{'cuDNN f stream':>16}{'f+b stream':>12}")
     for r in rows:
-        print(f"{r['case']:22}{r['B']:3}{r['T']:7}" + "".join(f"{r[k + t + '_ms']:9.3f}" for k in ("fwd", "both") for t in ("", "_stream", "_block", "_persistent")))
+        row = f"{r['case']:22}{r['B']:3}{r['T']:7}" + "".join(f"{r[k + t + '_ms']:9.3f}" for k in ("fwd", "both") for t in ("", "_stream", "_block", "_persistent"))
+        if (key := (r["B"], r["T"], r["D"])) in baseline:
+            row += f"{baseline[key][0][2]:16.3f}{baseline[key][0][3]:12.3f}"
+        print(row)
 
 
 if __name__ == "__main__":
