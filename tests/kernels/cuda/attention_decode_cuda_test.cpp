@@ -233,6 +233,10 @@ TEST(CudaAttentionDecode, ExactHasTheForwardKernelsBitsInEveryCombination) {
           compare_exactly(p, mix / 8 % 2 ? 330 : 450, 23, "case " + std::to_string(n));
           if (::testing::Test::HasFatalFailure()) return;
         }
+}
+
+TEST(CudaAttentionDecode, ExactOverLongListsAndNegativeScales) {
+  NEEDS_GPU();
   Problem negative = make_problem({1, 2, 250, 64}, {.epsilon = 1e-2f}, {is_causal, windowed}, false, -0.5, 5);
   for (double& c : negative.in.scale) c = -c;
   compare_exactly(negative, 260, 31, "negative scale");
