@@ -124,8 +124,8 @@ struct AttentionBackward {
 };
 
 /// Where generation keeps the keys and values of the tokens so far: data [sequences, heads, 2, capacity, head_size] of the compute type, keys (after
-/// Ops::qk_transform_forward) and then values of a head; row p is token p. A head's keys lie together: a query reads them as one stream. Rows without
-/// a token may hold anything finite: they are multiplied with weights of 0.
+/// Ops::qk_transform_forward) and then values of a head; row p is token p. A head's keys lie together: a query reads them as one stream. Filled by
+/// CacheAppend from token 0 on; rows without a token may hold anything.
 struct KeyValueCache {
   Tensor data;
   std::int64_t sequences = 0, heads = 0, capacity = 0, head_size = 0;
@@ -147,9 +147,9 @@ struct AttentionDecode {
   AttentionMath math;
   const DeviceTiles* tiles = nullptr;
   Tensor qkv;             // in [B, 3, H, D]: the packed projection of the new tokens after Ops::qk_transform_forward; q is read
-  Tensor sequences;       // in [B] i32: whose cache
+  Tensor sequences;       // in [B] i32: whose cache, each another one
   Tensor positions;       // in [B] i32: each sequence is at its own length
-  Tensor document_start;  // in, optional [B] i32: first token of the document that holds the new token
+  Tensor document_start;  // in, optional [B] i32: first token of the document that holds the new token; not with a GPU's batch-invariant operations
   Tensor scale;           // in [H] f32
   Tensor threshold;       // in [H] f32
   Tensor o;               // out [B, H, D]
@@ -160,7 +160,8 @@ struct AttentionDecode {
 inline constexpr std::int64_t kDecodeParts = 64;
 
 /// Elements of f32 workspace that decoding every sequence of a cache wants on a GPU, in either way. In parts: of each a sum of D values, and three
-/// numbers. By the forward kernel, of every head: kDecodeRows rows of q and o in bf16, of z, and of the bitmap; its list, scale and threshold.
+/// numbers. By the forward kernel, of every head: kDecodeRows rows (a band of its query tiles, at most) of q and o in bf16, of z, and of the bitmap;
+/// its list, scale and threshold.
 inline constexpr std::int64_t kDecodeRows = 192;
 constexpr std::int64_t attention_decode_workspace(const KeyValueCache& c) {
   const std::int64_t in_parts = kDecodeParts * (c.head_size + 3),

@@ -201,7 +201,8 @@ class Ops {
   virtual void head_norm_forward(const HeadNorm& a) = 0;
   virtual void head_norm_backward(const HeadNormBackward& a) = 0;
   virtual void classifier(const Classifier& a) = 0;
-  /// y = gelu(x). On a GPU linear_forward's own gelu reads the product before it is rounded to pre_activation: the same function, not the same bits.
+  /// y = gelu(x). On a GPU linear_forward's own gelu may read the product before it is rounded to pre_activation: the same function, not the same
+  /// bits.
   virtual void gelu(const Tensor& y, const Tensor& x) = 0;
   /// to[i] = a[i] + b[i]
   virtual void add(const Tensor& to, const Tensor& a, const Tensor& b) = 0;
@@ -218,7 +219,8 @@ class Ops {
 
   // -- generation with cached keys and values
   virtual void cache_append(const CacheAppend& a) = 0;
-  /// On the CPU, bit for bit the row that attention_forward gives. On a GPU the same up to the rounding of bf16: this rounds no weight.
+  /// On the CPU, and with a GPU's batch-invariant operations, bit for bit the row that attention_forward gives. Else the same up to the rounding of
+  /// bf16: this rounds no weight.
   virtual void attention_decode(const AttentionDecode& a) = 0;
 
   // -- optimizer

@@ -149,7 +149,6 @@ void Gpt::Impl::bind(const SequenceGroup& group) {
     ops.zero(gradients);
   }
   ops.zero(plan[memory.counters]);
-  if (options.cache > 0) ops.zero(plan[memory.cache]);  // rows without a token must be finite
   cached.assign(static_cast<std::size_t>(options.cache), 0);
   decoding = {};  // a recorded pass knows the old lists
   fill_tables();

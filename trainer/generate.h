@@ -63,8 +63,8 @@ struct GenerateTotals {
 /// nothing of the cache fits those, every token is computed from all of them, and a notice says so. A text that outgrows the cache below the context
 /// is a std::logic_error: Gpt::Options::tokens is the context or holds every prompt with its tokens.
 ///
-/// Draw n of sample s uses a hash of (seed, s, n): on the CPU a prompt's texts are a function of it, the options and the model, whatever else is in
-/// the batch (of at most kFewRows) and however many threads compute.
+/// Draw n of sample s uses a hash of (seed, s, n): on the CPU (a batch of at most kFewRows) and with a GPU's batch-invariant operations, a prompt's
+/// texts are a function of it, the options and the model, whatever else is in the batch and however many threads compute.
 GenerateTotals generate(Gpt& model, const Tokenizer& tokenizer, std::span<const std::string> prompts, const GenerateOptions& options,
                         const GenerateEvents& events);
 

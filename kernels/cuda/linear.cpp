@@ -10,7 +10,8 @@
 namespace tessera::cuda {
 namespace {
 
-constexpr std::uint32_t kAlignment = 16;  // bytes, of every operand: checked here, promised to cuBLASLt
+constexpr std::int64_t kServed[] = {1, 8, 4099, 32768};  // rows that a batch-invariant algorithm is tried for
+constexpr std::uint32_t kAlignment = 16;                 // bytes, of every operand: checked here, promised to cuBLASLt
 
 void check(cublasStatus_t s, const char* what) {
   if (s != CUBLAS_STATUS_SUCCESS) throw std::runtime_error(fmt::format("cuBLASLt, {}: {}", what, cublasLtGetStatusString(s)));
@@ -89,15 +90,16 @@ std::unique_ptr<Linear::Plan> Linear::make_plan(const Product& p) {
                              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
     set(preference, operand, kAlignment);
 
-  if (policy_.batch_invariant && !k.left_transposed && !k.adds && k.epilogue <= Epilogue::bias)
+  if (for_any_rows(k))
     choose_for_any_rows(plan, preference, k);
   else
     choose(plan, preference, k);
   return made;
 }
 
-// Of the answers for kInvariantRows rows that do not split sums, the one with most blocks: a few rows are bound by how many multiprocessors read the
-// matrix. Every element is then one sum over the inner extent, a piece of the tile's depth at a time, whichever tile it falls into.
+// Of the answers for kInvariantRows rows that do not split sums and serve few and many rows, the one that fills the GPU most: a few rows are bound by
+// how many multiprocessors read the matrix. Every element is then one sum over the inner extent, a piece of the tile's depth at a time, whichever
+// tile it falls into.
 void Linear::choose_for_any_rows(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, Key key) {
   key.n = 0;
   auto at = for_any_rows_.find(key);
@@ -114,16 +116,36 @@ void Linear::choose_for_any_rows(Plan& plan, cublasLtMatmulPreferenceOpaque_t& p
       return a.state != CUBLAS_STATUS_SUCCESS || get<std::int32_t>(a.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) > 1 ||
              get<std::uint32_t>(a.algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME) != CUBLASLT_REDUCTION_SCHEME_NONE;
     });
+    std::erase_if(answers, [&](const auto& a) {
+      return !std::all_of(std::begin(kServed), std::end(kServed), [&](std::int64_t n) {
+        const cublasLtMatrixLayoutOpaque_t x = layout(DType::bf16, n, key.k), y = layout(DType::bf16, n, key.m);
+        return serves(plan, a.algo, x, y).has_value();
+      });
+    });
     const auto most = std::max_element(answers.begin(), answers.end(), [](const auto& a, const auto& b) { return a.wavesCount < b.wavesCount; });
     if (most == answers.end()) return;
     at = for_any_rows_.emplace(key, most->algo).first;
   }
-  cublasLtMatmulHeuristicResult_t here{};
-  plan.found = cublasLtMatmulAlgoCheck(handle_.get(), &plan.operation, &plan.first, &plan.second, &plan.to, &plan.to, &at->second, &here) ==
-                   CUBLAS_STATUS_SUCCESS &&
-               here.workspaceSize <= kWorkspaceBytes;
-  plan.choice = here;
+  const auto here = serves(plan, at->second, plan.second, plan.to);
+  plan.found = here.has_value();
+  if (here) plan.choice = *here;
   plan.choice.algo = at->second;
+}
+
+/// What an algorithm needs for a product with `second` into `to`, if it does that.
+std::optional<cublasLtMatmulHeuristicResult_t> Linear::serves(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm,
+                                                              const cublasLtMatrixLayoutOpaque_t& second,
+                                                              const cublasLtMatrixLayoutOpaque_t& to) const {
+  auto operation = plan.operation;  // cuBLASLt takes what it does not change by pointers to what it may
+  auto first = plan.first, between = second, into = to;
+  cublasLtMatmulHeuristicResult_t result{};
+  const cublasStatus_t s = cublasLtMatmulAlgoCheck(handle_.get(), &operation, &first, &between, &into, &into, &algorithm, &result);
+  if (s != CUBLAS_STATUS_SUCCESS || result.workspaceSize > kWorkspaceBytes) return std::nullopt;
+  return result;
+}
+
+bool Linear::for_any_rows(const Key& k) const {
+  return policy_.batch_invariant && k.right_transposed && !k.left_transposed && !k.adds && k.epilogue <= Epilogue::bias;
 }
 
 // Of the answers that run in clusters of blocks, which are those written for Hopper or later:
@@ -177,6 +199,11 @@ bool Linear::try_run(const Context& c, const Product& p) {
 
 void Linear::run(const Context& c, const Product& p) {
   if (try_run(c, p)) return;
+  if (for_any_rows(p.key) && p.key.m % 8 == 0 && p.key.k % 8 == 0)
+    throw std::runtime_error(
+        fmt::format("cuBLASLt has no algorithm without split sums that serves any number of rows of a product [{}, {}] x [{}, {}] here: "
+                    "generation with the bits of the whole text's pass is not to be had on this GPU; take --fast",
+                    p.key.n, p.key.k, p.key.k, p.key.m));
   throw std::logic_error(
       fmt::format("cuBLASLt has no algorithm for a product [{}, {}] x [{}, {}]: every extent but the rows of a batch must be a "
                   "multiple of 8",

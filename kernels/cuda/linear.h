@@ -2,9 +2,9 @@
 // Matrix products through cuBLASLt: linear layers with bias and GELU in the product's epilogue, and the fused classifier.
 //
 // bf16 in, f32 sums. What is written in bf16 is rounded once; gradients of weights are added to f32 inside the product (beta = 1).
-// The algorithm of a product is one of cuBLASLt's answers for its shape, taken by its attributes: nothing is timed, and addresses do not matter
-// beyond their 16-byte alignment, so a shape has the same bits in every run on the same kind of GPU. Sums split over the inner extent are added
-// in f32 in a fixed order.
+// The algorithm of a product is one of cuBLASLt's answers for its shape (batch-invariant: without its rows), taken by its attributes: nothing is
+// timed, and addresses do not matter beyond their 16-byte alignment, so a shape has the same bits in every run on the same kind of GPU. Sums split
+// over the inner extent are added in f32 in a fixed order.
 
 #include <cublasLt.h>
 
@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -86,6 +87,9 @@ class Linear {
   /// Fills choice and found of a plan that is complete otherwise.
   void choose(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, const Key& key) const;
   void choose_for_any_rows(Plan& plan, cublasLtMatmulPreferenceOpaque_t& preference, Key key);
+  std::optional<cublasLtMatmulHeuristicResult_t> serves(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm,
+                                                        const cublasLtMatrixLayoutOpaque_t& second, const cublasLtMatrixLayoutOpaque_t& to) const;
+  bool for_any_rows(const Key& k) const;
   /// False, with nothing done, where cuBLASLt has no algorithm.
   bool try_run(const Context& c, const Product& p);
   /// Throws std::logic_error there.

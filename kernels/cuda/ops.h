@@ -24,7 +24,8 @@ int cuda_device_count();
 /// Uploads leave the host's memory free on return, and wait only when 16 MiB or 64 of them are on their way.
 ///
 /// batch_invariant: for generation. A row of linear_forward and attention_decode has the bits that it has among the rows of the whole text's forward
-/// pass, in which linear_forward takes one algorithm for any number of rows. Slower for many rows; training takes the fastest.
+/// pass, in which linear_forward takes one algorithm for any number of rows. Slower, for many rows above all; training takes the fastest. Where
+/// cuBLASLt has no such algorithm linear_forward throws std::runtime_error; attention_decode takes no document_start.
 std::unique_ptr<Ops> make_cuda_ops(int device, bool batch_invariant = false);
 
 /// The stream that orders the operations of an Ops from make_cuda_ops(). Throws std::logic_error for another Ops.

@@ -60,7 +60,7 @@ struct Packed {
     const float nan = std::numeric_limits<float>::quiet_NaN();
     const std::int64_t sequences = B + 1, capacity = p.tiles->tokens;
     std::vector<float> memory(sequences * 2 * H * capacity * D, nan), all(B * T * H * D, nan);
-    const KeyValueCache cache{{memory.data(), DType::f32, {sequences, 2, H * capacity, D}}, sequences, H, capacity, D};
+    const KeyValueCache cache{{memory.data(), DType::f32, {sequences, H * 2, capacity, D}}, sequences, H, capacity, D};
     const int before = omp_get_max_threads();
     omp_set_num_threads(threads);
     for (std::int64_t b = 0; b < B; ++b) {

@@ -182,6 +182,8 @@ TEST_F(RunCudaTest, EvaluatesAndGeneratesOnEitherDevice) {
   const Result text = tessera(generate);
   ASSERT_EQ(text.code, 0) << text;
   EXPECT_EQ(tessera(generate + "--device cuda").output, text.output);
+  EXPECT_EQ(tessera(generate + "--recompute").output, text.output);
+  EXPECT_EQ(tessera(generate + "--fast").code, 0);
   EXPECT_EQ(tessera(generate + "--device cpu").code, 0);
 }
 

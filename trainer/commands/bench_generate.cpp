@@ -104,7 +104,7 @@ Json measure(const Options& o, const Config& c, Ops& ops) {
           {"prompt_tokens", o.prompt},
           {"tokens", o.tokens},
           {"batch", o.batch},
-          {"batch_invariant", ops.kind() == DeviceKind::cpu || !o.fast},
+          {"batch_invariant", ops.kind() != DeviceKind::cpu && !o.fast},
           {"prefill_tokens_per_s", static_cast<double>(o.prompt) / prefill_ms * 1e3},
           {"decode_ms", decode_ms},
           {"decode_tokens_per_s", decode_rate},
@@ -156,7 +156,8 @@ void add_bench_generate(CLI::App& bench) {
   command->add_option("--prompt", o->prompt, "Tokens of the prompt")->type_name("N")->check(size)->capture_default_str();
   command->add_option("--tokens", o->tokens, "Tokens made after it")->type_name("N")->check(size)->capture_default_str();
   command->add_option("--batch", o->batch, "Texts at once")->type_name("N")->check(CLI::Range(std::int64_t{1}, kFewRows))->capture_default_str();
-  command->add_flag("--fast", o->fast, "As tessera generate --fast: on a GPU, for speed rather than for the bits of the whole text's pass");
+  command->add_flag("--fast", o->fast,
+                    "As tessera generate --fast: on a GPU, for speed rather than for the bits of the whole text's pass. No effect on the CPU");
   o->add_to(*command);
   command->footer(
       "Recomputation is timed at the length that the texts have in the middle of the run.\n"

@@ -152,7 +152,7 @@ void add_generate_command(CLI::App& app) {
       ->type_name("P")
       ->check(number_in(1e-6, 1))
       ->capture_default_str();
-  command->add_option("--seed", o->seed, "Same seed, same text, whatever else is in the batch")
+  command->add_option("--seed", o->seed, "Same seed, same text, whatever else is in the batch (with --fast up to rounding)")
       ->type_name("S")
       ->check(not_negative)
       ->capture_default_str();
@@ -163,8 +163,8 @@ void add_generate_command(CLI::App& app) {
   command->add_flag("--recompute", o->recompute, "Without the cache: each token from the whole text, one text at a time. To check, and slow");
   command->add_flag(
       "--fast", o->open.fast,
-      "On a GPU: the fastest kernels for each number of texts and length. The whole text's pass then has the same logits only up to bf16 "
-      "rounding, and a near tie may fall the other way");
+      "On a GPU: the fastest kernels for each number of texts and length. What a token is then depends on its company, and on --recompute, by the "
+      "rounding of bf16: a near tie may fall the other way");
   command->add_option("--device", o->open.device, "Where to compute (default: as in training where that is there, else cpu)")
       ->check(CLI::IsMember({"cpu", "cuda"}));
   command->add_option("--threads", o->open.threads, "CPU threads; 0: all cores")->type_name("N")->check(CLI::Range(0, 4096))->capture_default_str();

@@ -75,7 +75,8 @@ void set_math(Args& a, const AttentionMath& math) {
 int section_of(std::int64_t keys, std::int64_t head_size, std::int64_t heads) {
   constexpr std::int64_t kSectionBytes = 24 << 20;  // 50 MB of L2 on an H100, 60 on an H200
   const std::int64_t fit = std::max<std::int64_t>(1, kSectionBytes / (keys * head_size * 4));
-  const std::int64_t sections = (heads + fit - 1) / fit;  // of one size, so that none ends the walk of the heads with a few long lists
+  const std::int64_t sections =
+      (heads + fit - 1) / fit;  // about as large as each other, so that none ends the walk of the heads with a few long lists
   return static_cast<int>((heads + sections - 1) / sections);
 }
 

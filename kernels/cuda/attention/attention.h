@@ -52,7 +52,7 @@ void cuda_attention_backward(const AttentionBackward& a, cudaStream_t stream, co
 ///
 /// cuda_attention_decode: fastest over long contexts, as a row's keys are cut into parts. Equal to the forward pass up to bf16: that rounds weights
 /// before it multiplies values with them, this does not.
-/// cuda_attention_decode_exact: the bits of cuda_attention_forward's row. Without document_start.
+/// cuda_attention_decode_exact: the bits of cuda_attention_forward's row, by its kernel and on the GPUs that run it. Without document_start.
 void cuda_attention_decode(const AttentionDecode& a, cudaStream_t stream);
 void cuda_attention_decode_exact(const AttentionDecode& a, cudaStream_t stream, const CudaAttentionOptions& options = {});
 void cuda_cache_append(const CacheAppend& a, cudaStream_t stream);

@@ -226,22 +226,36 @@ __global__ void __launch_bounds__(D) finish_kernel(const __grid_constant__ Decod
       __float2bfloat16_rn(!list.valid ? __int_as_float(0x7fffffff) : (z > 0.f ? sum / z : 0.f) + 0.f);
 }
 
-/// k and v of token t of sequence b, 16 bytes a thread.
+/// k and v of token t of sequence b, 16 bytes a thread; and zeros to the values behind the last token, up to the end of its tile: the exact form
+/// reads whole tiles, and a weight of 0 makes 0 of finite values only.
 __global__ void append_kernel(const bf16* qkv, bf16* cache, const int* sequences, const int* positions, int batch, int tokens, int heads, int size,
                               int cached, std::int64_t capacity) {
   const int pieces = size / 8;
   std::int64_t n = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (n >= static_cast<std::int64_t>(batch) * tokens * 2 * heads * pieces) return;
   const int piece = static_cast<int>(n % pieces);
   n /= pieces;
+  const std::int64_t rows = static_cast<std::int64_t>(batch) * tokens * 2 * heads;
+  const auto value = [&](int sequence, int head, int part, std::int64_t token) {
+    return cache + (((static_cast<std::int64_t>(sequence) * heads + head) * 2 + part) * capacity + token) * size + piece * 8;
+  };
+  if (n >= rows) {
+    n -= rows;
+    const int behind = static_cast<int>(n % (kTile - 1)) + 1;
+    n /= kTile - 1;
+    const int head = static_cast<int>(n % heads);
+    n /= heads;
+    if (n >= batch || positions[n] < 0 || sequences[n] < 0 || sequences[n] >= cached) return;
+    const std::int64_t last = positions[n] + tokens - 1, token = last + behind;
+    if (last < capacity && token < capacity && token / kTile == last / kTile) store_piece(value(sequences[n], head, 1, token), Piece<8>{});
+    return;
+  }
   const int part_head = static_cast<int>(n % (2 * heads));  // k of every head, then v, as in qkv
   const int part = part_head / heads, head = part_head % heads;
   n /= 2 * heads;
   const int b = static_cast<int>(n / tokens);
   const std::int64_t token = positions[b] + n % tokens;
   if (token < 0 || token >= capacity || sequences[b] < 0 || sequences[b] >= cached) return;
-  store_piece(cache + (((static_cast<std::int64_t>(sequences[b]) * heads + head) * 2 + part) * capacity + token) * size + piece * 8,
-              load_piece(qkv + (n * 3 * heads + heads + part_head) * size + piece * 8));
+  store_piece(value(sequences[b], head, part, token), load_piece(qkv + (n * 3 * heads + heads + part_head) * size + piece * 8));
 }
 
 template <int D>
@@ -274,12 +288,14 @@ const CudaTiles& check_decode(const char* operation, const AttentionDecode& a) {
   const std::int64_t B = a.positions.numel(), H = a.cache.heads, D = a.cache.head_size;
   require(D == 64 || D == 128, operation, "the kernels have head sizes 64 and 128");
   require(B <= 65535 && H <= 65535, operation, "there must be at most 65,535 sequences and heads");
+  require(B <= a.cache.sequences, operation, "more rows than cached sequences: each is to be another one");
   require(a.math.length_beta <= 0 || a.math.score == Score::cosine, operation, "length_beta goes with score cosine");
   if (B == 0) return *tiles;
   cuda::bf16_elements(operation, "qkv", a.qkv, B * 3 * H * D), cuda::bf16_elements(operation, "o", a.o, B * H * D);
   elements<std::int32_t>(operation, "sequences", a.sequences, B, 4), elements<std::int32_t>(operation, "positions", a.positions, B, 4);
   elements<float>(operation, "scale", a.scale, H, 4), elements<float>(operation, "threshold", a.threshold, H, 4);
-  require(a.workspace.dtype == DType::f32 && a.workspace.numel() >= attention_decode_workspace(a.cache), operation, "the workspace is too small");
+  require(a.workspace.numel() >= attention_decode_workspace(a.cache), operation, "the workspace is too small");
+  elements<float>(operation, "workspace", a.workspace, a.workspace.numel());
   return *tiles;
 }
 
@@ -315,11 +331,11 @@ void cuda_cache_append(const CacheAppend& a, cudaStream_t stream) {
   const std::int64_t B = a.positions.numel(), H = a.cache.heads, D = a.cache.head_size;
   if (B == 0) return;
   require(a.qkv.numel() % (B * 3 * H * D) == 0, kOp, "qkv must be [B, T, 3, H, D]");
-  const std::int64_t tokens = a.qkv.numel() / (B * 3 * H * D), pieces = B * tokens * 2 * H * (D / 8);
+  const std::int64_t tokens = a.qkv.numel() / (B * 3 * H * D), pieces = (B * tokens * 2 * H + B * H * (kTile - 1)) * (D / 8);
   const auto* qkv = static_cast<const bf16*>(cuda::bf16_elements(kOp, "qkv", a.qkv, a.qkv.numel()));
   const auto* sequences = elements<std::int32_t>(kOp, "sequences", a.sequences, B, 4);
   const auto* positions = elements<std::int32_t>(kOp, "positions", a.positions, B, 4);
-  if (pieces == 0) return;
+  if (tokens == 0) return;
   append_kernel<<<static_cast<unsigned>((pieces + 255) / 256), 256, 0, stream>>>(
       qkv, static_cast<bf16*>(a.cache.data.data), sequences, positions, static_cast<int>(B), static_cast<int>(tokens), static_cast<int>(H),
       static_cast<int>(D), static_cast<int>(a.cache.sequences), a.cache.capacity);

@@ -1,6 +1,7 @@
 // Generation with the bits of the whole text's forward pass: the forward kernel itself, over one band of query tiles a head, in which the new token
 // stands at its own row and the others are zeros. A row's sums know nothing of its neighbours, and a band's list is that of the whole text, so that
-// every sum has the same terms in the same order. Costs a walk of the row's list by one block a head, where decode.cu cuts the list into parts.
+// every sum has the same terms in the same order. (With length_beta the scale that a row's weights are computed on depends on its length: a power of
+// two, which changes no bit short of underflow.) Costs a walk of the row's list by one block a head, where decode.cu cuts the list into parts.
 
 #include "kernels/cuda/attention/attention.h"
 #include "kernels/cuda/attention/host.h"
@@ -86,6 +87,7 @@ void run(const AttentionDecode& a, const CudaTiles& tiles, bool hopper, cudaStre
   const std::int64_t B = a.positions.numel(), H = a.cache.heads, S = a.cache.sequences, n = S * H;
   const int groups = forward_groups<D>(hopper);
   const std::int64_t rows = groups * kTile, capacity = a.cache.capacity;
+  require(n <= 1 << 29, "attention_decode", "too many heads of cached sequences");
 
   // The workspace, in attention_decode_workspace()'s order.
   ExactArgs e{};
@@ -116,9 +118,8 @@ void run(const AttentionDecode& a, const CudaTiles& tiles, bool hopper, cudaStre
   f.section = section_of(capacity, D, n);
   f.scale = e.scales, f.threshold = e.taus, f.z = z, f.active = bitmap;
   f.by_query = {e.offsets, lists.entries, e.order, 1};
-  f.group_of_head = e.list_of_head, f.masks = tiles.masks(), f.masks_by_key = tiles.masks_by_key();
+  f.group_of_head = e.list_of_head, f.masks = tiles.masks();
   f.mask0_is_causal = false;  // it is read: rows of the band do not stand where the arithmetic would have them
-  f.carry_first = f.carry_last = true;
   if (hopper) {
     const AttentionShape shape{1, n, rows, D};
     f.map_q = tensor_map(f.q, shape, rows), f.map_k = tensor_map(f.k, shape, capacity), f.map_v = tensor_map(f.v, shape, capacity);

@@ -93,7 +93,6 @@ struct Cache {
     TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
     return o.host();
   }
-  void zero() { TESSERA_CUDA_CHECK(cudaMemset(memory.get(), 0, memory.size() * sizeof(Bf16))); }
 
   const Problem& p;
   const AttentionShape s;
@@ -192,8 +191,7 @@ TEST(CudaAttentionDecode, AgreesWithTheForwardKernelOverALongContext) {
 void compare_exactly(const Problem& p, std::int64_t capacity, std::int64_t stride, const std::string& what) {
   const auto [B, H, T, D] = p.in.shape;
   for (const CudaAttentionPath path : paths()) {
-    Cache cache(p, capacity);
-    cache.zero();
+    Cache cache(p, capacity);  // NaN where nothing was put
     const auto whole = cache.forward(path);
     std::vector<std::int64_t> known(B, 0);
     for (std::int64_t step = 0; step < T; step += stride) {
@@ -240,8 +238,10 @@ TEST(CudaAttentionDecode, ExactOverLongListsAndNegativeScales) {
   Problem negative = make_problem({1, 2, 250, 64}, {.epsilon = 1e-2f}, {is_causal, windowed}, false, -0.5, 5);
   for (double& c : negative.in.scale) c = -c;
   compare_exactly(negative, 260, 31, "negative scale");
-  const Problem longer = make_problem({1, 1, 5000, 64}, {.epsilon = 1e-2f}, {is_causal}, false, 0.8, 3);
-  compare_exactly(longer, 5000, 1237, "T=5000");
+  for (const std::int64_t D : {64, 128}) {
+    const Problem longer = make_problem({1, 1, 5000, D}, {.epsilon = 1e-2f}, {is_causal}, false, 0.8, 3);
+    compare_exactly(longer, 5000, 1237, "T=5000");
+  }
 }
 
 TEST(CudaAttentionDecode, WhatIsNotInTheCacheIsNeitherReadNorWritten) {
@@ -308,6 +308,13 @@ TEST(CudaAttentionDecode, RefusesWhatItCannotDo) {
   a.o = {rows.get(), DType::bf16, {1, 1, 64}}, a.scale = a.threshold = {cache.scale.get(), DType::f32, {1}};
   a.workspace = {few.get(), DType::f32, {1}};
   refuses(a, "workspace is too small");
+  a.workspace = {many.get() + 1, DType::f32, {static_cast<std::int64_t>(many.size())}};
+  refuses(a, "workspace");
+  Device<std::int32_t> three(3);
+  Device<Bf16> three_rows(9 * 64);
+  AttentionDecode more = a;
+  more.positions = more.sequences = {three.get(), DType::i32, {3}}, more.qkv = {three_rows.get(), DType::bf16, {3, 3, 1, 64}};
+  refuses(more, "more rows than cached sequences");
   a.workspace = {many.get(), DType::f32, {static_cast<std::int64_t>(many.size())}}, a.document_start = a.positions;
   EXPECT_THROW(cuda_attention_decode_exact(a, nullptr), std::logic_error);
 }
