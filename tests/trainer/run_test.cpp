@@ -199,6 +199,9 @@ TEST_F(RunTest, GeneratesTheSameTextForTheSameSeed) {
   const Result told = tessera("generate runs/a --tokens 60 --ignore-end " + prompt);
   EXPECT_TRUE(told.says("then 59 tokens")) << told;
   EXPECT_EQ(told.count("tessera: note: beyond the context of 32 tokens"), 1) << told;
+  const Result fast = tessera("generate runs/a --tokens 60 --temperature 0 --fast " + prompt);
+  EXPECT_EQ(fast.count("tessera: note: --fast has no effect on the CPU"), 1) << fast;
+  EXPECT_TRUE(fast.says(greedy.output.substr(0, 20))) << fast;
   const Json j = Json::parse(text(prompt + "--temperature 0 --ignore-end --json").output);
   EXPECT_EQ(j["tokens"].size(), 60u);
   EXPECT_EQ(j["step"], 24);
