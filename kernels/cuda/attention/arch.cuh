@@ -121,6 +121,20 @@ __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 #endif
 }
+/// Programmatic dependent launch (Hopper path only; kernels.h: Start::early). The calling thread waits until the kernel before is through and what it
+/// wrote can be read. Returns at once in a kernel that started after the one before.
+__device__ __forceinline__ void await_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/// The next kernel's blocks may start where there is room, once a thread of every block of this kernel has called this or the block has ended.
+/// Nothing that this kernel writes is promised to them.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 /// Registers of a consumer thread: what 65,536 leave after a producer warpgroup of 24 or 32 each.
 constexpr int consumer_registers(int groups) { return groups == 2 ? 240 : 160; }
 constexpr int producer_registers(int groups) { return groups == 2 ? 24 : 32; }

@@ -8,6 +8,7 @@
 //   q, k                          of unit length for cosine and fidelity (up to bf16 rounding): the gate is computed on the scale that this bounds,
 //                                 and longer vectors give wrong values without an error
 //   tiles                         of 64 x 64, from upload_tiles_cuda; up to 131,072 tokens and beyond (64-bit offsets)
+//   dq, dk, dv                    overlap no input: dq is written while dk and dv are computed
 //   workspace                     16-byte aligned, attention_backward_workspace() elements
 //   carry                         8-byte aligned; the sum of a is four, top and edges seen stand behind them
 //

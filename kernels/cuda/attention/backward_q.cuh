@@ -2,6 +2,7 @@
 // Backward kernel for queries.   dq_i = c P sum_j ds_ij k_j, and the partial sums of dscale and dthreshold of each query tile
 //
 // A band is neighbouring query tiles of a head; it walks their active key tiles, ascending, as the forward kernel does.
+// On the Hopper path it starts while the dk, dv kernel still runs: it reads nothing of that, and writes nothing that it reads.
 // The gradient of the scale costs nothing: sum_j dx_ij s_ij = <q_i, sum_j dx_ij k_j>, a product of two rows at the end.
 
 #include "kernels/cuda/attention/gate.cuh"
@@ -252,6 +253,8 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
       a.partial_threshold[at_tile] = -total.y * factor * (Gate::kFidelity ? c : 1.f);
     }
   });
+  // Who waits for dq waits for dk, dv, too. One block is enough, the one that starts last: others leave their multiprocessor to the next.
+  if (Hopper && blockIdx.x == gridDim.x - 1) await_kernel_before();
 }
 
 }  // namespace tessera::cuda_attention

@@ -35,10 +35,14 @@ int backward_q_groups(bool hopper);
 /// What a kernel needs beside Shared::kBytes, at most.
 constexpr uint32_t kStaticShared = 1024;
 
+/// When the blocks of a kernel on the Hopper path may start: after the kernel before in the stream, or as soon as all blocks of that one allow it
+/// (let_next_kernel_start in arch.cuh).
+enum class Start { after, early };
+
 /// Launches the variant of the arguments: kernels[variant][hopper].
 using Kernel = void (*)(Args);
 template <class Shared, bool Hopper>
-cudaError_t launch(Kernel kernel, const Args& a, int tiles, bool persistent, cudaStream_t stream) {
+cudaError_t launch(Kernel kernel, const Args& a, int tiles, bool persistent, cudaStream_t stream, Start start) {
   int device = 0, blocks = 0, shared = 0;
   if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
   if (const cudaError_t e = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
@@ -52,14 +56,22 @@ cudaError_t launch(Kernel kernel, const Args& a, int tiles, bool persistent, cud
   const int64_t bands = (tiles + Shared::kGroups - 1) / Shared::kGroups, items = bands * a.batch * a.heads;
   if (items > 1 << 29) return cudaErrorInvalidConfiguration;            // Schedule counts in int
   if (!persistent || items < blocks) blocks = static_cast<int>(items);  // registers leave room for one block on a multiprocessor
-  kernel<<<blocks, threads_of(Shared::kGroups, Hopper), Shared::kBytes, stream>>>(a);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(threads_of(Shared::kGroups, Hopper));
+  config.dynamicSmemBytes = Shared::kBytes, config.stream = stream;
+  config.attrs = &early, config.numAttrs = Hopper && start == Start::early ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, a);
   return cudaGetLastError();
 }
 template <template <int, bool> class Shared, int D>
-cudaError_t launch(const Kernel (&kernels)[kVariants][2], const Args& a, int tiles, bool hopper, bool persistent, cudaStream_t stream) {
+cudaError_t launch(const Kernel (&kernels)[kVariants][2], const Args& a, int tiles, bool hopper, bool persistent, cudaStream_t stream,
+                   Start start = Start::after) {
   const Kernel kernel = kernels[variant_of(a.power, a.softmax, a.fidelity, a.bounded, a.length_beta > 0)][hopper];
-  return hopper ? launch<Shared<D, true>, true>(kernel, a, tiles, persistent, stream)
-                : launch<Shared<D, false>, false>(kernel, a, tiles, persistent, stream);
+  return hopper ? launch<Shared<D, true>, true>(kernel, a, tiles, persistent, stream, start)
+                : launch<Shared<D, false>, false>(kernel, a, tiles, persistent, stream, start);
 }
 
 /// All variants of a kernel for one head size. `l`: variants with length_beta, or those that do the same where offsets are a row's own anyway.
