@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
   if (threadIdx.x >= kGroups * kWarpgroup) {  // producer
     if constexpr (Hopper) fewer_registers<producer_registers(kGroups)>();
     if (threadIdx.x >= kGroups * kWarpgroup + 32) return;
+    if constexpr (Hopper) await_kernel_before();    // the rows' terms, which dq reads as well; consumers wait for what is loaded behind this
     if constexpr (Hopper) let_next_kernel_start();  // dq needs nothing of dk, dv: its blocks take the multiprocessors that have no more bands here
     const auto load_own = [&](const Item& i, int slot, uint32_t full) {
       for (int w = 0; w < kGroups; ++w) {

@@ -6,7 +6,7 @@ namespace tessera::cuda_attention {
 template <>
 cudaError_t launch_backward_kv<128>(const Args& a, bool hopper, bool persistent, cudaStream_t stream) {
   static const Kernel kernels[kVariants][2] = TESSERA_VARIANTS(backward_kv_kernel, 128, 11, 12, 13);
-  return launch<BackwardKvShared, 128>(kernels, a, a.key_tiles, hopper, persistent, stream);
+  return launch<BackwardKvShared, 128>(kernels, a, a.key_tiles, hopper, persistent, stream, Start::early);
 }
 
 }  // namespace tessera::cuda_attention

@@ -20,6 +20,8 @@ __global__ void architecture_probe(int* out) {
 /// A warp has 32 rows of [B, H, 64 query_tiles]: their dot products by D/8 lanes a row, 16 bytes a lane; then a lane works out one row's terms.
 template <int D>
 __global__ void row_info_kernel(const __grid_constant__ Args a) {
+  // dk, dv, whose blocks wait for this kernel's end before they load anything.
+  let_next_kernel_start();
   constexpr int kLanes = D / 8, kRows = 32 / kLanes, kAhead = 4;  // kRows at once; loads of kAhead times as many are under way together
   const int lane = threadIdx.x % 32;
   const int64_t padded = 64ll * a.query_tiles, first = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32 * 32;
