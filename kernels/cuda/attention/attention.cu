@@ -84,7 +84,9 @@ Args arguments(const AttentionForward& f, bool hopper) {
   a.query_tiles = (a.tokens + 63) / 64, a.key_tiles = (a.keys + 63) / 64;
   a.words = static_cast<int>(bitmap_words(a.key_tiles));
   constexpr std::int64_t kSectionBytes = 24 << 20;  // keys and values that should stay in the L2 cache (50 MB on an H100, 60 on an H200)
-  a.section = static_cast<int>(std::max<std::int64_t>(1, kSectionBytes / (f.key_count() * s.head_size * 4)));
+  const std::int64_t fit = std::max<std::int64_t>(1, kSectionBytes / (f.key_count() * s.head_size * 4)), all = s.batch * s.heads;
+  const std::int64_t sections = (all + fit - 1) / fit;  // of one size, so that none ends the walk of the heads with a few long lists
+  a.section = static_cast<int>((all + sections - 1) / sections);
   a.scale = f.scale.as<float>(), a.threshold = f.threshold.as<float>(), a.z = f.z.as<float>(), a.active = f.active_tiles.as<std::uint32_t>();
   require(f.scale.numel() >= s.heads && f.threshold.numel() >= s.heads && f.scale && f.threshold, "scale and threshold need one value a head");
   require(f.z && f.z.numel() >= rows, "z is too small");

@@ -255,19 +255,26 @@ __device__ __forceinline__ int cut_mask(const Args& a, int mask, int query_tile,
 ///
 /// Either every item has a block, and the hardware's own scheduling balances uneven lists. Or (short lists) there are as many blocks as fit the GPU
 /// and each takes items in turn, its producer running ahead into the next band while the consumers finish this one; then items are dealt there and
-/// back - 0 1 2 | 5 4 3 | 6 7 8 - so that who got the longest of a round gets the shortest of the next. What an item computes is the same.
+/// back - 0 1 2 | 5 4 3 | 6 7 8 - so that who got the longest of a round gets the shortest of the next. That evens out as long as lengths change
+/// little from one round to the next, and the lists of the last rounds are short. So every other section begins with its shortest lists, and the
+/// shortest of all sections come last of all. What an item computes is the same.
 struct Schedule {
-  int bands, total;
+  static constexpr int kLastRounds = 2;  // those that deal the shortest lists of all heads
+  int bands, heads, total, last;         // heads: of all sequences; last: how many bands of a head stand behind the sections
   bool descending;
   __device__ __forceinline__ Schedule(const Args& a, int tiles, int groups, bool descending)
-      : bands((tiles + groups - 1) / groups), total(bands * a.batch * a.heads), descending(descending) {}
+      : bands((tiles + groups - 1) / groups), heads(a.batch * a.heads), total(bands * heads), last(0), descending(descending) {
+    const int blocks = gridDim.x;
+    if (blocks < total) last = min(bands, (kLastRounds * blocks + heads - 1) / heads);
+  }
 
   /// work(n) for each of the block's items. Lanes that an item's end parted - the last rows are stored under a condition - are one warp again when
   /// the next begins, as its ldmatrix and wgmma want.
   template <class Work>
   __device__ __forceinline__ void for_each(Work work) const {
-    const int blocks = gridDim.x;
-    int n = blockIdx.x;
+    // The first blocks have an item in a last round that is not full: where a kernel starts early, they start before the others.
+    const int blocks = gridDim.x, rounds = (total + blocks - 1) / blocks;
+    int n = rounds % 2 ? blockIdx.x : blocks - 1 - blockIdx.x;
 #pragma unroll 1
     for (int first = 0; first < total; first += blocks) {
       if (n < total) work(n);
@@ -277,9 +284,16 @@ struct Schedule {
   }
   /// Item n and the number of its tile list.
   __device__ __forceinline__ Item item(const Args& a, const BandLists& lists, int n, int64_t& list) const {
-    const int all = a.batch * a.heads, per_section = min(a.section, all) * bands;
-    const int first = n / per_section * a.section, in_section = min(a.section, all - first);
-    const int within = n % per_section, rank = within / in_section, bh = first + within % in_section;
+    const int ranks = bands - last, behind = n - ranks * heads;
+    int rank, bh;
+    if (behind >= 0) {
+      rank = ranks + behind / heads, bh = behind % heads;
+    } else {
+      const int per_section = min(a.section, heads) * ranks, section = n / per_section, within = n % per_section;
+      const int first = section * a.section, in_section = min(a.section, heads - first);
+      rank = within / in_section, bh = first + within % in_section;
+      if (last > 0 && ((heads - 1) / a.section - section) % 2 != 0) rank = ranks - 1 - rank;  // the last section begins with its longest
+    }
     Item i;
     i.b = bh / a.heads, i.h = bh % a.heads;
     i.scale = a.scale[i.h], i.threshold = a.threshold[i.h];
