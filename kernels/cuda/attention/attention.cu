@@ -134,7 +134,7 @@ Args arguments(const AttentionForward& f, bool hopper) {
 }
 
 /// Below this mean length of a band's list, starting and ending bands counts for more than an even distribution over the GPU.
-constexpr double kShortList = 24;
+constexpr double kShortList = 48;
 
 bool persistent(CudaAttentionSchedule schedule, const Bands& bands, int tiles) {
   return schedule == CudaAttentionSchedule::automatic ? bands.mean_length(tiles) < kShortList : schedule == CudaAttentionSchedule::persistent;

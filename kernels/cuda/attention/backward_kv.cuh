@@ -111,8 +111,7 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
   const int group = uniform(threadIdx.x / kWarpgroup), warp = (threadIdx.x / 32) & 3;
   const int r0 = warp * 16 + lane / 4;
   Cursor at, own;
-  schedule.for_each([&](int) {
-    const Item item = ring.item(own);
+  consume_items(ring, own, [&](const Item& item) {
     const int tile = kGroups * item.band + group, j0 = tile * kTile + r0, j8 = j0 + 8;
     const float bound = gate_bound(a, item.scale, item.threshold, D);
     const float scale = kept_float(Gate::kSoftmax ? item.scale * kLog2e : item.scale / bound);

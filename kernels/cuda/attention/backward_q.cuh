@@ -76,8 +76,7 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
   const int group = uniform(threadIdx.x / kWarpgroup), warp = (threadIdx.x / 32) & 3, thread = threadIdx.x % kWarpgroup;
   const int r0 = warp * 16 + lane / 4;
   Cursor at, own;
-  schedule.for_each([&](int) {
-    const Item item = ring.item(own);
+  consume_items(ring, own, [&](const Item& item) {
     const int tile = kGroups * item.band + group, i0 = tile * kTile + r0, i8 = i0 + 8;
     const int64_t at_tile = (static_cast<int64_t>(item.b) * a.heads + item.h) * a.query_tiles + tile;
     const bool exists = tile < a.query_tiles;

@@ -125,8 +125,7 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
   // What a tile is checked for first depends on the tile before; the values never do.
   const bool visit_all = a.visit_all, counting = a.counters != nullptr;
   Cursor at, own;
-  schedule.for_each([&](int) {
-    const Item item = ring.item(own);
+  consume_items(ring, own, [&](const Item& item) {
     const int b = item.b, h = item.h, tile = kGroups * item.band + group;
     const bool exists = tile < a.query_tiles;
     const int i0 = tile * kTile + r0, i8 = i0 + 8;

@@ -63,7 +63,8 @@ cudaError_t launch(Kernel kernel, const Args& a, int tiles, bool persistent, cud
   config.gridDim = dim3(blocks), config.blockDim = dim3(threads_of(Shared::kGroups, Hopper));
   config.dynamicSmemBytes = Shared::kBytes, config.stream = stream;
   config.attrs = &early, config.numAttrs = Hopper && start == Start::early ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, a);
+  cudaLaunchKernelEx(&config, kernel, a);
+  return cudaGetLastError();
 }
 template <template <int, bool> class Shared, int D>
 cudaError_t launch(const Kernel (&kernels)[kVariants][2], const Args& a, int tiles, bool hopper, bool persistent, cudaStream_t stream,

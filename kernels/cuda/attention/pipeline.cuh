@@ -102,7 +102,7 @@ struct Cursor {
 
 /// A band of a (batch, head) and the head's parameters.
 struct Item {
-  int band, b, h;
+  int band, b, h;  // band -1: the block has no more
   float scale, threshold;
 };
 
@@ -268,11 +268,11 @@ struct Schedule {
     if (blocks < total) last = min(bands, (kLastRounds * blocks + heads - 1) / heads);
   }
 
-  /// work(n) for each of the block's items. The first blocks have one in a last round that is not full: where they start before others (on
-  /// multiprocessors that the kernel before leaves early), they have the time. Lanes that an item's end parted - the last rows are stored under a
-  /// condition - are one warp again when the next begins, as its ldmatrix and wgmma want.
+  /// work(n) for each of the block's items. Lanes that an item's end parted - the last rows are stored under a condition - are one warp again when
+  /// the next begins, as its ldmatrix and wgmma want.
   template <class Work>
   __device__ __forceinline__ void for_each(Work work) const {
+    // The first blocks have an item in a last round that is not full: where a kernel starts early, they start before the others.
     const int blocks = gridDim.x, rounds = (total + blocks - 1) / blocks;
     int n = rounds % 2 ? blockIdx.x : blocks - 1 - blockIdx.x;
 #pragma unroll 1
@@ -304,7 +304,8 @@ struct Schedule {
   }
 };
 
-/// The producer warp's part: own(item, at, bar) loads a band's own tiles, own_bytes in all; walk(item, at, list) calls produce.
+/// The producer warp's part: own(item, at, bar) loads a band's own tiles, own_bytes in all; walk(item, at, list) calls produce. Ends with an item of
+/// band -1.
 template <int Groups, bool Hopper, int Stages, int Own, class LoadOwn, class Walk>
 __device__ __forceinline__ void produce_items(const Args& a, const Schedule& schedule, const BandLists& lists,
                                               const Ring<Groups, Hopper, Stages, Own>& ring, uint32_t own_bytes, int lane, LoadOwn load_own,
@@ -323,6 +324,24 @@ __device__ __forceinline__ void produce_items(const Args& a, const Schedule& sch
     own.next<Own>();
     walk(item, at, list);
   });
+  const uint32_t full = ring.own_full(own.stage);
+  barrier_wait(ring.own_empty(own.stage), own.phase);
+  if (lane == 0) ring.put_item(own.stage, Item{-1, 0, 0, 0.f, 0.f});
+  open_loads<Hopper>(full, 0, lane);
+  close_loads<Hopper>(full, lane);
+}
+
+/// A consumer's part: work(item) for each band, which frees the band's slot and moves `own` on. The ring says where the items end: counting them
+/// would take registers that products need. __syncwarp: see Schedule::for_each.
+template <int Groups, bool Hopper, int Stages, int Own, class Work>
+__device__ __forceinline__ void consume_items(const Ring<Groups, Hopper, Stages, Own>& ring, const Cursor& own, Work work) {
+#pragma unroll 1
+  for (;;) {
+    const Item item = ring.item(own);
+    if (item.band < 0) return;
+    work(item);
+    __syncwarp();
+  }
 }
 
 /// Writes a warpgroup's 64 x 64 product, rows scaled, as bf16: rows i0 and i0 + 8 of this thread, columns from `column`.

@@ -26,9 +26,27 @@ struct Result {
   std::vector<std::uint64_t> counters;
 };
 
+/// Runs work(stream) from a CUDA graph.
+template <class Work>
+void run_recorded(Work work) {
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t recorded;
+  TESSERA_CUDA_CHECK(cudaStreamCreate(&stream));
+  TESSERA_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
+  work(stream);
+  TESSERA_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+  TESSERA_CUDA_CHECK(cudaGraphInstantiate(&recorded, graph, 0));
+  TESSERA_CUDA_CHECK(cudaGraphLaunch(recorded, stream));
+  TESSERA_CUDA_CHECK(cudaStreamSynchronize(stream));
+  TESSERA_CUDA_CHECK(cudaGraphExecDestroy(recorded));
+  TESSERA_CUDA_CHECK(cudaGraphDestroy(graph));
+  TESSERA_CUDA_CHECK(cudaStreamDestroy(stream));
+}
+
 /// Runs forward and backward; q, k, v and their gradients in the packed layout [B, T, 3, H, D].
 Result run(const Problem& p, CudaAttentionPath path, Visit visit, const DeviceTiles* shared_tiles = nullptr,
-           CudaAttentionSchedule schedule = CudaAttentionSchedule::automatic) {
+           CudaAttentionSchedule schedule = CudaAttentionSchedule::automatic, bool recorded = false) {
   const auto& s = p.in.shape;
   const auto [B, H, T, D] = s;
   const std::int64_t tiles = (T + 63) / 64, words = bitmap_words(tiles), token = 3 * H * D;
@@ -58,13 +76,20 @@ Result run(const Problem& p, CudaAttentionPath path, Visit visit, const DeviceTi
   if (!p.document_start.empty()) f.document_start = {d_documents.get(), DType::i32, {B, T}};
   f.z = {d_z.get(), DType::f32, {B, H, T}}, f.active_tiles = {d_bits.get(), DType::u32, {B, H, tiles, words}};
   f.counters = {d_counters.get(), DType::u64, {H, kAttentionCounters}};
-  cuda_attention_forward(f, nullptr, {path, schedule});
   AttentionBackward g;
   g.forward = f, g.d_o = packed(d_do.get(), s);
   g.dq = part(d_gradient, 0), g.dk = part(d_gradient, 1), g.dv = part(d_gradient, 2);
   g.dscale = {d_dscale.get(), DType::f32, {H}}, g.dthreshold = {d_dtau.get(), DType::f32, {H}};
   g.workspace = {d_work.get(), DType::f32, {static_cast<std::int64_t>(d_work.size())}};
-  cuda_attention_backward(g, nullptr, {path, schedule});
+  const auto work = [&](cudaStream_t stream) {
+    cuda_attention_forward(f, stream, {path, schedule});
+    cuda_attention_backward(g, stream, {path, schedule});
+  };
+  TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
+  if (recorded)
+    run_recorded(work);
+  else
+    work(nullptr);
   TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
 
   Result r;
@@ -286,6 +311,18 @@ TEST(CudaAttention, SchedulesGiveTheSameBits) {
           for (const auto visit : {Visit::active, Visit::all})
             expect_same_bits(once, run(p, path, visit, tiles.get(), CudaAttentionSchedule::persistent), what + (visit == Visit::all ? " all" : ""));
         }
+}
+
+TEST(CudaAttention, ARecordedCallGivesTheSameBits) {
+  NEEDS_GPU();
+  for (const auto path : paths())
+    for (const std::int64_t D : {64, 128})
+      for (const auto schedule : {CudaAttentionSchedule::block_a_band, CudaAttentionSchedule::persistent}) {
+        const Problem p = make_problem({4, 16, 700, D}, {}, {is_causal, holes, windowed, sinks}, true, 0.8, 52);
+        const auto tiles = upload_tiles_cuda(make_tiles(700, 16, p.patterns));
+        expect_same_bits(run(p, path, Visit::active, tiles.get(), schedule), run(p, path, Visit::active, tiles.get(), schedule, true),
+                         describe(p.in.math, p.in.shape, path));
+      }
 }
 
 TEST(CudaAttention, SomeQueriesOverTheKeysTheySeeGiveTheBitsOfTheWhole) {
