@@ -17,17 +17,19 @@ __global__ void architecture_probe(int* out) {
 #endif
 }
 
-/// A warp has 32 rows of [B, H, 64 query_tiles]: their dot products by D/8 lanes a row, 16 bytes a lane; then a lane works out one row's terms.
+/// A warp has 32 of a head's 64 query_tiles rows, the next warp the same of the next head, which lie beside them in memory: their dot products by D/8
+/// lanes a row, 16 bytes a lane; then a lane works out one row's terms. The bound on blocks gives ptxas the registers to load ahead.
 template <int D>
-__global__ void row_info_kernel(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(256, 4) row_info_kernel(const __grid_constant__ Args a) {
   // dk, dv, whose blocks wait for this kernel's end before they load anything.
   let_next_kernel_start();
   constexpr int kLanes = D / 8, kRows = 32 / kLanes, kAhead = 4;  // kRows at once; loads of kAhead times as many are under way together
   const int lane = threadIdx.x % 32;
-  const int64_t padded = 64ll * a.query_tiles, first = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32 * 32;
-  if (first >= padded * a.heads * a.batch) return;  // the whole warp; a head's rows are a multiple of 64
-  const int64_t bh = first / padded;
-  const int i0 = static_cast<int>(first % padded), b = static_cast<int>(bh / a.heads), h = static_cast<int>(bh % a.heads);
+  const unsigned warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, rows = warp / a.heads, of_head = 2 * a.query_tiles;
+  const int b = static_cast<int>(rows / of_head), h = static_cast<int>(warp % a.heads), i0 = static_cast<int>(rows % of_head) * 32, i = i0 + lane;
+  if (b >= a.batch) return;  // the whole warp
+  const int64_t bh = static_cast<int64_t>(b) * a.heads + h;
+  const float z = a.z[bh * a.tokens + min(i, a.tokens - 1)], c = a.scale[h], tau = a.threshold[h];
   float delta = 0;
   if (a.normalize_sum || a.softmax) {
     const int within = lane / kLanes, column = lane % kLanes * 8;
@@ -36,10 +38,10 @@ __global__ void row_info_kernel(const __grid_constant__ Args a) {
       uint4 x[kAhead], y[kAhead];
 #pragma unroll
       for (int n = 0; n < kAhead; ++n) {
-        const int i = i0 + (step + n) * kRows + within;
-        const bool valid = i < a.tokens;
-        x[n] = valid ? *reinterpret_cast<const uint4*>(a.o.row(b, h, i) + column) : uint4{};
-        y[n] = valid ? *reinterpret_cast<const uint4*>(a.d_o.row(b, h, i) + column) : uint4{};
+        // Under a condition, loads would wait for one another: rows past the end take up the last one's.
+        const int row = min(i0 + (step + n) * kRows + within, a.tokens - 1);
+        x[n] = *reinterpret_cast<const uint4*>(a.o.row(b, h, row) + column);
+        y[n] = *reinterpret_cast<const uint4*>(a.d_o.row(b, h, row) + column);
       }
 #pragma unroll
       for (int n = 0; n < kAhead; ++n) {
@@ -54,23 +56,21 @@ __global__ void row_info_kernel(const __grid_constant__ Args a) {
       }
     }
   }
-  const int i = i0 + lane;
   float offset = 0, inverse_z = 0;
   int document = 0;
   if (i < a.tokens) {
-    const float z = a.z[bh * a.tokens + i];
     if (a.softmax) {
       offset = -z * kLog2e;
       inverse_z = 1.f;
     } else {
-      offset = row_offset(a, a.scale[h], a.threshold[h], i, D) / gate_bound(a, a.scale[h], a.threshold[h], D);
+      offset = row_offset(a, c, tau, i, D) / gate_bound(a, c, tau, D);
       inverse_z = z > 0.f ? 1.f / z : 0.f;
     }
     if (a.document_start) document = a.document_start[static_cast<int64_t>(b) * a.tokens + i];
   } else {
     delta = 0;
   }
-  RowTile& to = a.rows[first / 64];
+  RowTile& to = a.rows[bh * a.query_tiles + i0 / 64];
   const int r = i0 % 64 + lane, at = RowTile::place(r);
   to.inverse_z[at] = inverse_z, to.minus_delta[at] = -delta, to.offset[at] = offset, to.document_start[r] = document;
 }
