@@ -44,7 +44,7 @@ void run_recorded(Work work) {
   TESSERA_CUDA_CHECK(cudaStreamDestroy(stream));
 }
 
-/// Runs forward and backward; q, k, v and their gradients in the packed layout [B, T, 3, H, D].
+/// Runs forward and backward; q, k, v and their gradients in the packed layout [B, T, 3, H, D]. What follows in the stream must find the gradients.
 Result run(const Problem& p, CudaAttentionPath path, Visit visit, const DeviceTiles* shared_tiles = nullptr,
            CudaAttentionSchedule schedule = CudaAttentionSchedule::automatic, bool recorded = false) {
   const auto& s = p.in.shape;
@@ -57,7 +57,7 @@ Result run(const Problem& p, CudaAttentionPath path, Visit visit, const DeviceTi
       for (std::int64_t h = 0; h < H; ++h)
         for (std::int64_t t = 0; t < T; ++t)
           for (std::int64_t d = 0; d < D; ++d) qkv[(b * T + t) * token + (n * H + h) * D + d] = parts[n][((b * H + h) * T + t) * D + d];
-  Device<Bf16> d_qkv(qkv), d_gradient(qkv.size()), d_out(B * H * T * D), d_do(rounded(p.d_o));
+  Device<Bf16> d_qkv(qkv), d_gradient(qkv.size()), d_follows(qkv.size()), d_out(B * H * T * D), d_do(rounded(p.d_o));
   Device<float> d_scale(std::vector<float>(p.in.scale.begin(), p.in.scale.end())), d_tau(std::vector<float>(p.in.tau.begin(), p.in.tau.end()));
   Device<float> d_z(B * H * T), d_dscale(std::vector<float>(H, 0.f)), d_dtau(std::vector<float>(H, 0.f)), d_work(attention_backward_workspace(s, 64));
   Device<std::uint32_t> d_bits(B * H * tiles * words);
@@ -84,6 +84,7 @@ Result run(const Problem& p, CudaAttentionPath path, Visit visit, const DeviceTi
   const auto work = [&](cudaStream_t stream) {
     cuda_attention_forward(f, stream, {path, schedule});
     cuda_attention_backward(g, stream, {path, schedule});
+    TESSERA_CUDA_CHECK(cudaMemcpyAsync(d_follows.get(), d_gradient.get(), qkv.size() * sizeof(Bf16), cudaMemcpyDeviceToDevice, stream));
   };
   TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
   if (recorded)
@@ -95,6 +96,7 @@ Result run(const Problem& p, CudaAttentionPath path, Visit visit, const DeviceTi
   Result r;
   r.o = d_out.host(), r.z = d_z.host(), r.dscale = d_dscale.host(), r.dtau = d_dtau.host(), r.bitmap = d_bits.host(), r.counters = d_counters.host();
   const std::vector<Bf16> gradient = d_gradient.host();
+  EXPECT_TRUE(same_bits(d_follows.host(), gradient)) << "what follows in the stream began before the gradients were there";
   std::vector<Bf16>* to[3] = {&r.dq, &r.dk, &r.dv};
   for (int n = 0; n < 3; ++n) {
     to[n]->resize(B * H * T * D);
@@ -311,6 +313,25 @@ TEST(CudaAttention, SchedulesGiveTheSameBits) {
           for (const auto visit : {Visit::active, Visit::all})
             expect_same_bits(once, run(p, path, visit, tiles.get(), CudaAttentionSchedule::persistent), what + (visit == Visit::all ? " all" : ""));
         }
+}
+
+TEST(CudaAttention, SchedulesGiveTheSameBitsOverSectionsOfHeads) {
+  NEEDS_GPU();
+  // 12 heads' keys and values fit the part of the L2 cache that is counted on: sections of 7 and 6 heads, and bands enough to fill them.
+  const Problem p = make_problem({1, 13, 4096, 128}, {}, {windowed, is_causal}, false, 0.8, 53);
+  const auto tiles = upload_tiles_cuda(make_tiles(4096, 13, p.patterns));
+  for (const auto path : paths())
+    expect_same_bits(run(p, path, Visit::active, tiles.get(), CudaAttentionSchedule::block_a_band),
+                     run(p, path, Visit::active, tiles.get(), CudaAttentionSchedule::persistent), describe(p.in.math, p.in.shape, path));
+}
+
+// The first keys' list is all queries, while a query's is short: dq, which starts before dk, dv ends, is done long before.
+TEST(CudaAttention, WhatFollowsWaitsForTheLongestList) {
+  NEEDS_GPU();
+  const Problem p = make_problem({1, 1, 8192, 64}, {}, {[](std::int64_t i, std::int64_t j) { return j < 64 || i - j < 8; }}, false, 0.1, 54);
+  const auto tiles = upload_tiles_cuda(make_tiles(8192, 1, p.patterns));
+  for (const auto path : paths())
+    for (const bool recorded : {false, true}) run(p, path, Visit::all, tiles.get(), CudaAttentionSchedule::automatic, recorded);
 }
 
 TEST(CudaAttention, ARecordedCallGivesTheSameBits) {
