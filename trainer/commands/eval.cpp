@@ -87,8 +87,7 @@ void print(const Json& r) {
   } else {
     fmt::print("accuracy        {:.6f}; by chance {:.6f}\n", r["accuracy"].get<double>(), r["chance"].get<double>());
     for (const Json& row : r["accuracy_by_distance"])
-      fmt::print("  {:<13} {:.6f} of {} answers\n", fmt::format("{}-{}", row["from"].dump(), row["to"].dump()), row["accuracy"].get<double>(),
-                 row["answers"].dump());
+      fmt::print("  {:<13} {:.6f} of {} answers\n", distance_text(row["from"], row["to"]), row["accuracy"].get<double>(), row["answers"].dump());
   }
   const auto shares = [](const std::string& name, const Json& s) {
     fmt::print("{:<15} edge sparsity {:.4f}, tile skip rate {:.4f}, empty rows {:.4f}\n", name, s["edge_sparsity"].get<double>(),
