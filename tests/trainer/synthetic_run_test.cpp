@@ -132,6 +132,9 @@ TEST_F(SyntheticRunTest, TrainsEvaluatesAndResumes) {
   EXPECT_EQ(Json::parse(tessera("eval runs/a --json").output)["sequences"], kSyntheticValidation);
   EXPECT_EQ(Json::parse(tessera("eval runs/a --context 50 --batches 2 --json").output)["sequence_tokens"], 50);
   EXPECT_TRUE(tessera("eval runs/a --batches 2").says("by chance 0.125000"));
+  const Result short_context = tessera("eval runs/a --context 7");
+  EXPECT_EQ(short_context.code, 2) << short_context;
+  EXPECT_TRUE(short_context.says("mqar at context 7: 2 pairs and their queries take 8 tokens")) << short_context;
 
   // Accuracy, by the naive way: the logits at every query from all that stands before it.
   const auto alone = make_single_communicator();

@@ -130,8 +130,6 @@ void eval(const Options& o, Communicator& comm) {
     const auto places = o.open.sequence > 1 ? open.model->positions() : std::vector<std::int32_t>{};
     if (data.synthetic) {
       const auto split = o.split == "train" ? SyntheticSource::Split::train : SyntheticSource::Split::validation;
-      if (const std::string problem = synthetic_problem(*data.synthetic, open.context); !problem.empty())
-        throw ConfigError(fmt::format("--context {}: {}: {}", open.context, name_of(data.synthetic->kind), problem));
       evaluators.emplace_back(SyntheticSource(*data.synthetic, open.context, split, open.config.run.seed), open.micro_batch, places);
       return;
     }
