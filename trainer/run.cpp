@@ -151,7 +151,7 @@ void Trainer::prepare() {
   device_ = std::make_unique<Device>(config_.device, threads, config_.parallel, comm_);
   Ops& ops = device_->ops();
   agree(comm_, [&] { state_ = std::make_unique<TrainState>(config_, ops, rank, ranks, ranks_.place); });
-  preflight({comm_, device_->comm(), ops, state_->plan.total_bytes(), ranks_.members});
+  preflight({comm_, device_->comm(), ops, state_->plan.total_bytes(), exchange_partners(ranks_, state_->model.options().sequence.exchange)});
   agree(comm_, [&] {
     state_->plan.allocate(ops);
     state_->bind(ops, device_->comm(), ranks_.members);
