@@ -194,6 +194,7 @@ TEST_F(Reports, ASweepsVariants) {
   const Figure apart = loss_scatter(mixed, Against::speed);
   EXPECT_EQ(apart.csv.find("true\r\n"), std::string::npos) << apart.csv;
   EXPECT_EQ(apart.body.find("class=\"pareto"), std::string::npos);
+  EXPECT_NE(apart.caption.find("No Pareto front"), std::string::npos);
   // Those of tasks are of their answers.
   mixed.runs[0].config.data.synthetic.emplace();
   EXPECT_NE(loss_scatter(mixed, Against::speed).body.find("validation loss, nats a token or answer<"), std::string::npos);
@@ -341,6 +342,8 @@ TEST_F(Reports, ManyLongRunsStaySmall) {
   EXPECT_LT(figures[0].body.size(), 500'000u);
   EXPECT_LT(report_page(report, figures, "now").size(), 10'000'000u);
   EXPECT_EQ(series_class(32, false), "line s2 d3");
+  EXPECT_EQ(series_class(0, true), "line twin");
+  EXPECT_EQ(series_class(1, true), "line twin d1");  // of another task
 }
 
 }  // namespace

@@ -25,10 +25,10 @@ struct Style {
 
 std::map<std::string, Style> styles(const Report& report) {
   std::map<std::string, Style> out;
-  std::size_t index = 0;
+  std::size_t index = 0, twins = 0;
   for (const Json& row : report.variants) {
     const bool twin = row["softmax"].get<bool>();
-    out[row["variant"].get<std::string>()] = {twin ? 0 : index++, twin};
+    out[row["variant"].get<std::string>()] = {twin ? twins++ : index++, twin};
   }
   return out;
 }
@@ -248,7 +248,8 @@ Figure loss_scatter(const Report& report, Against against) {
           .title = speed ? "Loss against speed" : "Loss against sparsity",
           .caption = fmt::format(
               "A dot a variant, numbered as below: mean over seeds, its bar the standard deviation over them; hollow: no run is finished. "
-              "Stepped line: the Pareto front.{}",
+              "{}{}",
+              one_front ? "Stepped line: the Pareto front." : "No Pareto front: the runs learn from different data.",
               speed           ? ""
               : twins.empty() ? ""
                               : " Dashed level: the softmax twin."),

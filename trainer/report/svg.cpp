@@ -76,7 +76,7 @@ std::string Csv::field(double value) { return std::isfinite(value) ? fmt::format
 void Csv::add(const std::vector<std::string>& fields) { text_ += fmt::format("{}\r\n", fmt::join(fields, ",")); }
 
 std::string series_class(std::size_t index, bool twin) {
-  if (twin) return "line twin";
+  if (twin) return index % 4 == 0 ? "line twin" : fmt::format("line twin d{}", index % 4);
   return fmt::format("line s{} d{}", index % 10, index / 10 % 4);
 }
 
