@@ -192,7 +192,8 @@ Provenance provenance_of(const TrainingData& data) {
     all.mix.push_back({info.directory, sha256_hex(checksums), data.share(i), info.train.tokens});
     parts += fmt::format("{} {}\n", all.mix.back().fingerprint, all.mix.back().share);
   }
-  all.working_directory = fs::current_path();
+  std::error_code gone;  // a folder that is removed while one is in it
+  all.working_directory = fs::current_path(gone).string();
   all.fingerprint = data.parts.size() == 1 ? all.mix[0].fingerprint : sha256_hex(parts);
   if (data.parts.size() == 1) all.mix.clear();
   return all;

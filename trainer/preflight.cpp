@@ -98,8 +98,8 @@ const char* corrupt(const Ops& ops) {
   return ops.kind() == DeviceKind::cuda
              ? "Connections between devices corrupt data; NCCL_DEBUG=INFO shows which are used, NCCL_P2P_DISABLE=1 avoids those between GPUs of a "
                "host"
-             : "MPI corrupts data on its way: is its library the same on every host (mpirun --version)? With OpenMPI, OMPI_MCA_btl=self,tcp avoids "
-               "shared memory and all networks but TCP";
+             : "MPI corrupts data on its way: is its library the same on every host (mpirun --version)? With OpenMPI, OMPI_MCA_pml=ob1 and "
+               "OMPI_MCA_btl=self,tcp leave TCP alone to carry it";
 }
 
 /// The collectives of a step over the devices, each rank giving other values. They also make the connections, which take memory, before the run
