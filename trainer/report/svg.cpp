@@ -133,7 +133,7 @@ void Plot::dot(Point at, const std::string& css, const std::string& tip, const s
 }
 
 void Plot::note(Point at, const std::string& text) {
-  inside_ += fmt::format(R"(<text class="note" x="{}" y="{}">{}</text>)", coordinate(x(at.x) + 7), coordinate(y(at.y) - 5), xml_text(text));
+  outside_ += fmt::format(R"(<text class="note" x="{}" y="{}">{}</text>)", coordinate(x(at.x) + 7), coordinate(y(at.y) - 5), xml_text(text));
 }
 
 void Plot::vertical(double at, double low, double high, const std::string& css) {
