@@ -102,7 +102,7 @@ std::string synthetic_problem(const SyntheticTask& t, std::int64_t context) {
 SyntheticSource::SyntheticSource(const SyntheticTask& task, std::int64_t context, Split split, std::uint64_t seed)
     : task_(task), context_(context), key_(split == Split::validation ? scramble(kValidationStream) : scramble(scramble(seed) + kTrainStream)) {
   if (const std::string problem = synthetic_problem(task, context); !problem.empty())
-    throw std::invalid_argument(fmt::format("{}: {}", name_of(task.kind), problem));
+    throw std::invalid_argument(fmt::format("{} at context {}: {}", name_of(task.kind), context, problem));
   if (task.longest == 0) task_.longest = farthest(task, context);
   if (task.kind == Kind::mqar)
     for (std::int64_t g = 1; g <= (context - 2 * task.pairs) / 2; ++g) gap_weight_.push_back(std::pow(static_cast<double>(g), task.power_a - 1));

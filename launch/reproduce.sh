@@ -89,7 +89,9 @@ estimate() {
 [ "$scale" = tiny ] || estimate
 if [ -n "$plan" ]; then
   say "Stages"
-  printf '  %s\n' "prepare   ${corpus:-(--corpus)} -> $data" "train     $config -> $output/sparse, $ranks rank(s), $device" "train     its softmax twin -> $output/softmax" \
+  on="$ranks rank(s), $device"
+  [ "$ranks" != 0 ] || on="a rank a GPU (none is here)"
+  printf '  %s\n' "prepare   ${corpus:-(--corpus)} -> $data" "train     $config -> $output/sparse, $on" "train     its softmax twin -> $output/softmax" \
     "evaluate  both on the whole validation split$( [ -z "$core" ] || echo ', and CORE')" "compare   both and the release's figures"
   exit 0
 fi

@@ -62,7 +62,8 @@ void write_model(const std::string& file, const CheckpointRequest& r, const Para
                   {"tokenizer_hash", r.dataset.tokenizer_hash},
                   {"vocabulary", r.dataset.vocabulary},
                   {"train_tokens", r.dataset.train_tokens},
-                  {"fingerprint", r.dataset.fingerprint}};
+                  {"fingerprint", r.dataset.fingerprint},
+                  {"working_directory", r.dataset.working_directory}};
   for (const Provenance::Part& part : r.dataset.mix)
     dataset["mix"].push_back({{"path", part.path}, {"fingerprint", part.fingerprint}, {"share", part.share}, {"train_tokens", part.train_tokens}});
   h5.set_attribute("dataset", dataset.dump());
@@ -107,17 +108,27 @@ void remove_checkpoint(const std::string& directory) {
   fs::remove_all(directory, ignored);
 }
 
+/// Whether it has what write_marker() writes.
+bool is_marker(const Json& marker) {
+  const auto has = [](const Json& object, const char* key, bool (Json::*is)() const) { return object.contains(key) && (object[key].*is)(); };
+  for (const char* key : {"format", "step", "ranks"})
+    if (!has(marker, key, &Json::is_number_integer)) return false;
+  return has(marker, "files", &Json::is_array) && std::ranges::all_of(marker["files"], [&](const Json& file) {
+           return has(file, "name", &Json::is_string) && has(file, "bytes", &Json::is_number_unsigned) && has(file, "sha256", &Json::is_string);
+         });
+}
+
 Json read_marker(const std::string& directory) {
   const std::string path = directory + "/" + kMarker;
-  try {
-    Json marker = Json::parse(read_file(path));
-    if (marker.at("format").get<std::int64_t>() != kFormat)
-      throw std::runtime_error(fmt::format("{}: format {}, this build reads format {}", path, marker.at("format").dump(), kFormat));
-    if (!marker.at("files").is_array() || !marker.at("ranks").is_number_integer()) throw std::runtime_error(path + ": not a checkpoint's marker");
-    return marker;
-  } catch (const Json::exception& e) {
-    throw std::runtime_error(fmt::format("{}: damaged: {}", path, e.what()));
-  }
+  Json marker = Json::parse(read_file(path), nullptr, /*allow_exceptions=*/false);
+  if (marker.is_object() && marker.contains("format") && marker["format"].is_number() && marker["format"] != kFormat)
+    throw std::runtime_error(fmt::format("{}: format {}, this build reads format {}", path, marker["format"].dump(), kFormat));
+  if (!is_marker(marker))
+    throw std::runtime_error(
+        fmt::format("{}: damaged: expected a JSON object with the numbers format, step and ranks and the list files, of each its name, bytes and "
+                    "sha256. Use another checkpoint, as that of an earlier step beside it; --resume finds it",
+                    path));
+  return marker;
 }
 
 /// What the marker says beside checksums, which no checksum covers: compared with the files.
@@ -181,6 +192,8 @@ Provenance provenance_of(const TrainingData& data) {
     all.mix.push_back({info.directory, sha256_hex(checksums), data.share(i), info.train.tokens});
     parts += fmt::format("{} {}\n", all.mix.back().fingerprint, all.mix.back().share);
   }
+  std::error_code gone;  // a folder that is removed while one is in it
+  all.working_directory = fs::current_path(gone).string();
   all.fingerprint = data.parts.size() == 1 ? all.mix[0].fingerprint : sha256_hex(parts);
   if (data.parts.size() == 1) all.mix.clear();
   return all;
@@ -260,7 +273,14 @@ CheckpointInfo read_checkpoint_info(const std::string& directory) {
   }
   try {
     const Json d = Json::parse(h5.string_attribute("dataset"));
-    info.dataset = {d.at("path"), d.at("tokenizer"), d.at("tokenizer_hash"), d.at("fingerprint"), d.at("vocabulary"), d.at("train_tokens"), {}};
+    info.dataset = {d.at("path"),
+                    d.at("tokenizer"),
+                    d.at("tokenizer_hash"),
+                    d.at("fingerprint"),
+                    d.at("vocabulary"),
+                    d.at("train_tokens"),
+                    {},
+                    d.value("working_directory", "")};
     if (d.contains("mix"))
       for (const Json& part : d["mix"])
         info.dataset.mix.push_back({part.at("path"), part.at("fingerprint"), part.at("share"), part.at("train_tokens")});

@@ -58,6 +58,7 @@ struct Provenance {
     std::uint64_t train_tokens = 0;
   };
   std::vector<Part> mix{};
+  std::string working_directory{};  // which relative paths are relative to; "": not known
 };
 Provenance provenance_of(const TrainingData& data);
 

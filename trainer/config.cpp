@@ -113,8 +113,47 @@ void write_section(const Json& tree, const std::string& path, int indent, std::s
 
 }  // namespace
 
-void unknown_key(const Value& value, Problems& problems) {
-  problems.add(value.key_place, value.path.substr(0, 200),
+namespace {
+
+/// {mqar: {pairs: leaf}} of the path "mqar.pairs".
+YAML::Node nested(const std::string& path, const YAML::Node& leaf) {
+  const std::size_t dot = path.find('.');
+  YAML::Node outer;
+  outer[path.substr(0, dot)] = dot == std::string::npos ? leaf : nested(path.substr(dot + 1), leaf);
+  return outer;
+}
+
+/// Adds for "data.synthetic.mqar.pairs: 2", which is a part of the key `whole`, that "data.synthetic={mqar: {pairs: 2}}" sets it, or why that is
+/// wrong.
+void part_of_key(const Value& part, const Key& whole, const std::string& path, Problems& problems) {
+  const std::string rest = part.path.substr(whole.path.size() + 1);
+  const auto fits = [&](const YAML::Node& node, Problems& wrong) {
+    const std::size_t before = wrong.count();
+    Config scratch;
+    whole.read(scratch, {node, whole.path, part.place, part.origin}, wrong);
+    return wrong.count() == before;
+  };
+  Problems ignored;
+  const bool axis = part.node.IsSequence() && part.node.size() > 0 && !fits(nested(rest, part.node), ignored);  // of a sweep: values of a key
+  const YAML::Node node = nested(rest, axis ? part.node[0] : part.node);
+  if (!fits(node, problems)) return;
+  YAML::Emitter text;
+  text.SetMapFormat(YAML::Flow);
+  text.SetSeqFormat(YAML::Flow);
+  text << node;
+  problems.add(
+      part.key_place, path,
+      fmt::format("no key of its own: \"{}={}\" sets it (quoted for a shell), and what is left out there has its default", whole.path, text.c_str()));
+}
+
+}  // namespace
+
+void unknown_key(const Value& value, Problems& problems, const std::string& section) {
+  const std::string path = section + (section.empty() ? "" : ": ") + value.path.substr(0, 200);
+  if (value.path.size() <= 200)
+    for (std::size_t dot = value.path.find('.'); dot != std::string::npos; dot = value.path.find('.', dot + 1))
+      if (const Key* whole = find_key(value.path.substr(0, dot))) return part_of_key(value, *whole, path, problems);
+  problems.add(value.key_place, path,
                fmt::format("unknown key; nearest valid key \"{}\" (tessera config --schema lists all)", nearest_key(value.path)));
 }
 

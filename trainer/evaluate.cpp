@@ -38,11 +38,12 @@ nlohmann::ordered_json accuracy_by_distance(const AnswerTallies& answers) {
   return out;
 }
 
+std::string distance_text(std::int64_t from, std::int64_t to) { return from == to ? fmt::format("{}", from) : fmt::format("{}-{}", from, to); }
+
 std::string accuracy_text(const nlohmann::ordered_json& by_distance) {
   std::string text;
   for (const auto& row : by_distance)
-    text += fmt::format("{}{}-{} {:.4f}", text.empty() ? "" : ", ", row["from"].get<std::int64_t>(), row["to"].get<std::int64_t>(),
-                        row["accuracy"].get<double>());
+    text += fmt::format("{}{} {:.4f}", text.empty() ? "" : ", ", distance_text(row["from"], row["to"]), row["accuracy"].get<double>());
   return text;
 }
 

@@ -29,7 +29,7 @@ struct AnswerTally {
 using AnswerTallies = std::array<AnswerTally, 31>;  // by b
 
 struct Evaluation {
-  double loss = 0;           // nats a token
+  double loss = 0;           // nats a target token; of a synthetic task an answer
   double bits_per_byte = 0;  // loss in bits over the exact bytes of the target tokens' text; of a synthetic task not a number
   std::uint64_t tokens = 0, bytes = 0;
   std::int64_t sequences = 0, sequence_tokens = 0;
@@ -43,7 +43,9 @@ struct Evaluation {
 
 /// [{"from": 16, "to": 31, "answers", "accuracy"}, ...]: the distances that there are answers of.
 nlohmann::ordered_json accuracy_by_distance(const AnswerTallies& answers);
-/// "8-15 0.9900, 16-31 0.0310": the same for a reader.
+/// "8-15", and "1" where they are one: distances for a reader.
+std::string distance_text(std::int64_t from, std::int64_t to);
+/// "1 1.0000, 2-3 0.9900, 4-7 0.0310": the same list for a reader.
 std::string accuracy_text(const nlohmann::ordered_json& by_distance);
 
 /// The loss on the mixture of several datasets, in which dataset i has `shares[i]` of the tokens: of those that were evaluated (others have no

@@ -26,6 +26,7 @@ CheckpointContents read_checkpoint(const std::string& path) {
   CheckpointContents c{read_checkpoint_info(resolve_checkpoint(path)), {}, nullptr};
   const CheckpointInfo& info = c.info;
   c.config = parse_config(info.config, info.directory + "/model.h5", {});
+  find_training_data(c.config.data, info.dataset.working_directory);
   resolve_vocabulary(c.config, info.dataset.vocabulary, info.directory);
   if (info.dataset.tokenizer_hash.empty()) return c;
   c.tokenizer = load_own_tokenizer(info.directory);
@@ -76,7 +77,7 @@ OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, const Options& 
     model = std::make_unique<Gpt>(config.model, *ops, plan, options);
     if (use == Use::evaluate) batch = std::make_unique<BatchBuffer>(plan, micro_batch, std::ssize(model->positions()));
   });
-  check_exchange(host, comm ? *comm : host, *ops, ranks.members);
+  check_exchange(host, comm ? *comm : host, *ops, exchange_partners(ranks, model->options().sequence.exchange));
   if (host.size() > 1) check_memory(host, *ops, plan.total_bytes());  // alone, allocate() itself looks
   agree(host, [&] {
     plan.allocate(*ops);

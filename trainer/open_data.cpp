@@ -74,6 +74,15 @@ bool has_training_data(const DataConfig& config) {
                             : std::ranges::all_of(config.mix, [](const MixEntry& entry) { return is_prepared(entry.path); });
 }
 
+void find_training_data(DataConfig& config, const std::string& directory) {
+  const auto find = [&](std::string& path) {
+    const std::string there = (std::filesystem::path(directory) / path).string();  // an absolute path stays
+    if (!path.empty() && !directory.empty() && !is_prepared(path) && is_prepared(there)) path = there;
+  };
+  find(config.path);
+  for (MixEntry& entry : config.mix) find(entry.path);
+}
+
 DatasetInfo open_data(const std::string& path, const std::string& key) {
   constexpr const char* how = "Prepare text with: tessera prepare --input FILE... --tokenizer bytes --output DIR, then --set data.path=DIR";
   if (path.empty()) throw ConfigError(fmt::format("data.path is not set, nor data.mix or data.synthetic: there is nothing to train on. {}", how));

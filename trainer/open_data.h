@@ -28,6 +28,9 @@ TrainingData open_training_data(const DataConfig& config);
 /// Whether all that `config` names is there: prepared data, or a task; false also when it names none.
 bool has_training_data(const DataConfig& config);
 
+/// Of the relative paths of `config`, those without prepared data here become paths from `directory`, where there is some ("": they stay).
+void find_training_data(DataConfig& config, const std::string& directory);
+
 /// The dataset in `path`, which `key` says (or --data). Throws ConfigError that names the command to prepare one when there is none.
 DatasetInfo open_data(const std::string& path, const std::string& key = "data.path");
 

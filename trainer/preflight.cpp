@@ -93,8 +93,14 @@ class Probe {
   Tensor tensor_;
 };
 
-constexpr const char* kCorrupt =
-    "Connections between devices corrupt data; NCCL_DEBUG=INFO shows which are used, NCCL_P2P_DISABLE=1 avoids those between GPUs of a host";
+/// What to do where numbers do not arrive as they were sent.
+const char* corrupt(const Ops& ops) {
+  return ops.kind() == DeviceKind::cuda
+             ? "Connections between devices corrupt data; NCCL_DEBUG=INFO shows which are used, NCCL_P2P_DISABLE=1 avoids those between GPUs of a "
+               "host"
+             : "MPI corrupts data on its way: is its library the same on every host (mpirun --version)? With OpenMPI, OMPI_MCA_pml=ob1 and "
+               "OMPI_MCA_btl=self,tcp leave TCP alone to carry it";
+}
 
 /// The collectives of a step over the devices, each rank giving other values. They also make the connections, which take memory, before the run
 /// looks at what is free for its own.
@@ -108,9 +114,8 @@ void check_device(const PreflightRequest& r) {
     probe->give(values);
     if (probe->take() != values) {
       throw std::runtime_error(
-          fmt::format("preflight: {} does not give back what was written to its memory. Take it out of use: it, or its driver, "
-                      "is faulty (nvidia-smi -q shows its errors)",
-                      device_text(r.ops)));
+          fmt::format("preflight: {} does not give back what was written to its memory. Take it out of use: {}", device_text(r.ops),
+                      r.ops.kind() == DeviceKind::cuda ? "it, or its driver, is faulty (nvidia-smi -q shows its errors)" : "its memory is faulty"));
     }
   };
   const auto compare = [&] {
@@ -118,7 +123,7 @@ void check_device(const PreflightRequest& r) {
       const double wanted = 0.5 * ranks * (ranks + 1) + static_cast<double>(ranks) * static_cast<double>(i % kProbe);
       if (found[i] != wanted) {
         throw std::runtime_error(fmt::format("preflight: a sum over the {} devices gave {} in place of {} on {}. {}", ranks, found[i], wanted,
-                                             device_text(r.ops), kCorrupt));
+                                             device_text(r.ops), corrupt(r.ops)));
       }
     }
   };
@@ -209,12 +214,12 @@ void check_memory(Communicator& host, Ops& ops, std::size_t planned_bytes) {
   stop_on(host, memory_problem(claims));
 }
 
-void check_exchange(Communicator& host, Communicator& device, Ops& ops, const std::vector<int>& members) {
-  if (host.max(std::ssize(members)) < 2) return;
+void check_exchange(Communicator& host, Communicator& device, Ops& ops, const std::vector<int>& partners) {
+  if (host.max(std::ssize(partners)) < 2) return;
   const auto value = [&](int from, int to, std::int64_t i) { return static_cast<float>(from * host.size() + to + i % kProbe); };
   std::vector<Communicator::Part> parts;  // to and from each other rank
   std::vector<float> mine, wanted, found;
-  for (const int other : members) {
+  for (const int other : partners) {
     if (other == host.rank()) continue;
     parts.push_back({other, std::ssize(mine), kProbe});
     for (std::int64_t i = 0; i < kProbe; ++i) {
@@ -233,14 +238,14 @@ void check_exchange(Communicator& host, Communicator& device, Ops& ops, const st
     device.exchange(in->tensor(), parts, out->tensor(), parts);
     found = out->take();
   } catch (const std::runtime_error& e) {
-    throw std::runtime_error(fmt::format("preflight: an exchange between the {} ranks of a sequence failed: {}", members.size(), e.what()));
+    throw std::runtime_error(fmt::format("preflight: an exchange between ranks that share sequences failed: {}", e.what()));
   }
   agree(host, [&] {
     const auto wrong = std::ranges::mismatch(found, wanted).in1 - found.begin();
     if (wrong == std::ssize(found)) return;
     throw std::runtime_error(fmt::format("preflight: rank {} sent {} to rank {} on {}, and {} arrived. {}",
                                          parts[static_cast<std::size_t>(wrong / kProbe)].rank, wanted[static_cast<std::size_t>(wrong)], host.rank(),
-                                         device_text(ops), found[static_cast<std::size_t>(wrong)], kCorrupt));
+                                         device_text(ops), found[static_cast<std::size_t>(wrong)], corrupt(ops)));
   });
 }
 
@@ -248,7 +253,7 @@ void preflight(const PreflightRequest& r) {
   stop_on(r.host, launch_problem(launched_ranks(), r.host.size(), sum_of_ones(r.host)));
   stop_on(r.host, build_problem(all_gather(r.host, build(r.ops)), all_gather(r.host, host_name())));
   check_device(r);
-  check_exchange(r.host, r.device, r.ops, r.members);
+  check_exchange(r.host, r.device, r.ops, r.partners);
   check_memory(r.host, r.ops, r.planned_bytes);
 }
 

@@ -16,7 +16,7 @@ struct PreflightRequest {
   Communicator& device;  // between the devices; on the CPU, or alone, it may be `host` itself
   Ops& ops;
   std::size_t planned_bytes = 0;  // of device memory that this rank is about to allocate
-  std::vector<int> members{};     // ranks that share this rank's sequences (RankLayout), this one among them; none or one: nobody shares
+  std::vector<int> partners{};    // ranks that it exchanges keys with (exchange_partners), this one among them; none or one: with nobody
 };
 
 /// Looks, in this order, at: whether MPI reaches as many ranks as were launched and sums right; the same build and libraries on every rank; whether
@@ -26,8 +26,9 @@ struct PreflightRequest {
 /// it to. Collective.
 void preflight(const PreflightRequest& request);
 
-/// Its small message from each rank of a sequence to each other one, which opens the connections that exchanges of keys will use. Collective.
-void check_exchange(Communicator& host, Communicator& device, Ops& ops, const std::vector<int>& members);
+/// Its small message from each rank to each of its `partners`, which opens the connections that exchanges of keys will use. Partners are so to each
+/// other. Collective.
+void check_exchange(Communicator& host, Communicator& device, Ops& ops, const std::vector<int>& partners);
 
 /// Its look at memory alone, for those who are about to allocate `planned_bytes` on each rank. Collective.
 void check_memory(Communicator& host, Ops& ops, std::size_t planned_bytes);

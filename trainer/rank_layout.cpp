@@ -24,6 +24,15 @@ RankLayout layout_of(const std::vector<std::string>& machines, int rank, int seq
   return layout;
 }
 
+std::vector<int> exchange_partners(const RankLayout& layout, SequenceExchange exchange) {
+  const int ranks = static_cast<int>(layout.members.size());
+  if (exchange != SequenceExchange::ring || ranks <= 3) return layout.members;
+  std::vector<int> partners;
+  for (const int place : {layout.place + ranks - 1, layout.place, layout.place + 1})
+    partners.push_back(layout.members[static_cast<std::size_t>(place % ranks)]);
+  return partners;
+}
+
 RankLayout lay_out_ranks(Communicator& host, int sequence) {
   return layout_of(all_gather(host, host_name() + " " + machine()), host.rank(), sequence);
 }

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/comm/communicator.h"
+#include "model/sequence_plan.h"
 
 namespace tessera {
 
@@ -13,6 +14,9 @@ struct RankLayout {
   int place = 0;                // in the group: which part of each sequence
   std::vector<int> members{0};  // ranks of the group in the job, by place
 };
+
+/// Ranks that exchange keys with this one, itself among them: of a ring its neighbours, else its group.
+std::vector<int> exchange_partners(const RankLayout& layout, SequenceExchange exchange);
 
 /// Groups are of `sequence` neighbours, of one machine as far as possible: ranks in the order of the machines, which come in that of their first
 /// ranks. `machines`: of each rank, any text that tells them apart. sequence divides the ranks (check_ranks).

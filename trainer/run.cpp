@@ -30,7 +30,9 @@
 #include "trainer/schema.h"
 #include "trainer/signals.h"
 #include "trainer/step.h"
+#include "trainer/step_record.h"
 #include "trainer/tensorboard/event_file.h"
+#include "trainer/threshold_control.h"
 #include "trainer/train_state.h"
 #include "trainer/warm_start.h"
 
@@ -42,13 +44,6 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-/// What one step measured, over all ranks.
-struct StepReport {
-  double loss = 0, lr = 0, grad_norm = 0, seconds = 0, data_wait = 0;
-  std::uint64_t exchanged = 0;  // bytes that ranks of a sequence sent each other
-  bool skipped = false;
-};
-
 class Trainer {
  public:
   Trainer(const Config& config, bool resume, Communicator& comm);
@@ -57,9 +52,7 @@ class Trainer {
  private:
   void prepare();
   StepReport step(std::int64_t t);
-  void update_thresholds(std::int64_t t, const AttentionCounts& counts);
   void evaluate(Json& row);
-  Json head_values(const AttentionCounts& counts);
   void log(std::int64_t t, const StepReport& report, const AttentionCounts& counts, Json row);
   void sample(std::int64_t t);
   void save();
@@ -151,7 +144,7 @@ void Trainer::prepare() {
   device_ = std::make_unique<Device>(config_.device, threads, config_.parallel, comm_);
   Ops& ops = device_->ops();
   agree(comm_, [&] { state_ = std::make_unique<TrainState>(config_, ops, rank, ranks, ranks_.place); });
-  preflight({comm_, device_->comm(), ops, state_->plan.total_bytes(), ranks_.members});
+  preflight({comm_, device_->comm(), ops, state_->plan.total_bytes(), exchange_partners(ranks_, state_->model.options().sequence.exchange)});
   agree(comm_, [&] {
     state_->plan.allocate(ops);
     state_->bind(ops, device_->comm(), ranks_.members);
@@ -326,7 +319,8 @@ StepReport Trainer::step(std::int64_t t) {
     step_->update({report.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.clip, position_.updates + 1});
     const AttentionConfig& a = config_.model.attention;
     if (a.gate != Gate::softmax && a.threshold.mode == ThresholdMode::controlled)
-      update_thresholds(t, AttentionCounts(config_.model, counters_, sequences_per_step_, config_.model.context));
+      control_thresholds(state_->model, device_->ops(), AttentionCounts(config_.model, counters_, sequences_per_step_, config_.model.context), t,
+                         config_.train.steps);
   }
   // So a step's time is from one such point to the next.
   const Clock::time_point now = Clock::now();
@@ -335,88 +329,15 @@ StepReport Trainer::step(std::int64_t t) {
   return report;
 }
 
-void Trainer::update_thresholds(std::int64_t t, const AttentionCounts& counts) {
-  const AttentionConfig& a = config_.model.attention;
-  const ThresholdRange range = threshold_range(a);
-  const int heads = config_.model.heads, rows = config_.model.layers * heads;
-  const Tensor thresholds = state_->model.thresholds(), counters = state_->model.counters();
-  ThresholdUpdate u;
-  u.causal_edges = counts.causal_edges();
-  u.rate = range.rate;
-  u.low = range.low;
-  u.high = range.high;
-  const auto wanted = [&](int h) { return wanted_density(a.threshold, head_target(a.threshold, heads, h), config_.train.steps, t); };
-  u.wanted_density = wanted(0);
-  // A head that a static pattern lets see less than is wanted could never reach it, and its threshold would sink all the while, to be climbed
-  // again later. It is asked for what it can see.
-  const auto visible = [&](int r) { return static_cast<double>(counts.at(r / heads, r % heads, kVisibleEdges)) / u.causal_edges; };
-  bool alike = a.threshold.head_spread == 1;
-  for (int r = 0; r < rows; ++r) alike = alike && visible(r) >= u.wanted_density;
-  if (alike) {
-    u.threshold = thresholds.view({rows});
-    u.counters = counters.view({rows, kAttentionCounters});
-    device_->ops().update_thresholds(u);
-    return;
-  }
-  for (int r = 0; r < rows; ++r) {
-    if (visible(r) == 0) continue;  // a block mask may hide everything from a head
-    u.threshold = thresholds.slice(r, 1);
-    u.counters = counters.slice(static_cast<std::int64_t>(r) * kAttentionCounters, kAttentionCounters).view({1, kAttentionCounters});
-    u.wanted_density = std::min(wanted(r % heads), visible(r));
-    device_->ops().update_thresholds(u);
-  }
-}
-
-/// Active share, thresholds and learned scales, [layers][heads], those that the configuration has.
-Json Trainer::head_values(const AttentionCounts& counts) {
-  const ModelConfig& m = config_.model;
-  const auto numbers = [&](const Tensor& x) {
-    std::vector<float> host(static_cast<std::size_t>(x.numel()));
-    device_->ops().download(host.data(), x);
-    return host;
-  };
-  Json values{{"active_share", counts.active_share()}};
-  for (int l = 0; l < m.layers; ++l) {
-    if (m.attention.gate != Gate::softmax && m.attention.threshold.mode != ThresholdMode::length) {
-      values["thresholds"].push_back(numbers(m.attention.learns_threshold() ? state_->model.parameter(fmt::format("h.{}.attn.threshold", l))
-                                                                            : state_->model.thresholds().slice(l * m.heads, m.heads)));
-    }
-    if (m.attention.learns_scale()) values["scales"].push_back(numbers(state_->model.parameter(fmt::format("h.{}.attn.scale", l))));
-  }
-  return values;
-}
-
 void Trainer::evaluate(Json& row) {
   state_->optimizer.await_all();
-  std::vector<Evaluation> parts;
-  std::vector<double> shares;
-  for (std::size_t i = 0; i < evaluators_.size(); ++i) {
-    shares.push_back(data_.share(i));
-    parts.emplace_back();
+  std::vector<Evaluation> parts(evaluators_.size());
+  for (std::size_t i = 0; i < evaluators_.size(); ++i)
     if (evaluators_[i].batches() > 0)
       parts[i] = evaluators_[i].run(state_->model, device_->ops(), comm_, ranks_, state_->batch, config_.eval.batches);
-  }
-  const Evaluation e = mixed(parts, shares);
-  row["validation_loss"] = e.loss;
-  if (!e.answers) row["bits_per_byte"] = e.bits_per_byte;
-  row["validation_tokens"] = e.tokens;
-  if (e.answers) {
-    row["validation_accuracy"] = e.accuracy();
-    row["accuracy_by_distance"] = accuracy_by_distance(*e.answers);
-    console_.say("step {}/{}  validation loss {:.4f}, accuracy {:.4f} ({} answers, {:.1f} s); by distance {}", position_.step, config_.train.steps,
-                 e.loss, e.accuracy(), e.tokens, e.seconds, accuracy_text(row["accuracy_by_distance"]));
-    return;
-  }
-  for (std::size_t i = 0; parts.size() > 1 && i < parts.size(); ++i) {
-    if (parts[i].tokens == 0) continue;
-    const std::string& directory = data_.parts[i].data.directory;
-    row["validation"].push_back(
-        {{"data", directory}, {"share", shares[i]}, {"loss", parts[i].loss}, {"bits_per_byte", parts[i].bits_per_byte}, {"tokens", parts[i].tokens}});
-    console_.say("step {}/{}  {}: validation loss {:.4f}, {:.4f} bits a byte", position_.step, config_.train.steps, directory, parts[i].loss,
-                 parts[i].bits_per_byte);
-  }
-  console_.say("step {}/{}  validation loss {:.4f}, perplexity {:.2f}, {:.4f} bits a byte ({} tokens, {:.1f} s)", position_.step, config_.train.steps,
-               e.loss, e.perplexity(), e.bits_per_byte, e.tokens, e.seconds);
+  const EvaluationRecord record = evaluation_record(data_, parts);
+  row.update(record.row);
+  for (const std::string& line : record.lines) console_.say("step {}/{}  {}", position_.step, config_.train.steps, line);
 }
 
 void Trainer::log(std::int64_t t, const StepReport& r, const AttentionCounts& counts, Json extra) {
@@ -426,36 +347,13 @@ void Trainer::log(std::int64_t t, const StepReport& r, const AttentionCounts& co
   const bool heads = heads_in_row || heads_in_events;
   if (heads) state_->optimizer.await_all();  // learned ones may still be on their way from the ranks that own them
   if (comm_.rank() != 0) return;
-  const AttentionShares shares = counts.all();
-  const AttentionConfig& a = config_.model.attention;
-  const double tokens_per_s = static_cast<double>(config_.train.tokens_per_step) / r.seconds;
-  Json row{{"step", t},
-           {"tokens", position_.tokens},
-           {"loss", r.loss},
-           {"lr", r.lr},
-           {"grad_norm", r.grad_norm},
-           {"tokens_per_s", tokens_per_s},
-           {"step_ms", 1e3 * r.seconds}};
-  if (peak_flops_ > 0) {
-    // Useful work counts active tiles only; dense_equivalent is what a causal model without skipping would have done.
-    const Gpt::Flops flops = state_->model.flops_per_token();
-    row["mfu"] = tokens_per_s * (flops.dense + flops.attention_causal * (1 - shares.tile_skip_rate)) / peak_flops_;
-    row["mfu_dense_equivalent"] = tokens_per_s * (flops.dense + flops.attention_causal) / peak_flops_;
-  }
-  row["edge_sparsity"] = shares.edge_sparsity;
-  row["tile_skip_rate"] = shares.tile_skip_rate;
-  row["tile"] = {a.tile_query, a.tile_key};
-  row["empty_row_share"] = shares.empty_rows;
-  row["data_wait_share"] = std::min(1.0, r.data_wait / r.seconds);
-  if (config_.parallel.sequence > 1) row["exchange_bytes"] = r.exchanged;
-  row["skipped"] = r.skipped;
-  row["skipped_total"] = position_.skipped;
+  Json row = step_row(config_, r, counts, position_, state_->model.flops_per_token(), peak_flops_);
   if (t == first_step_ + 1) {
     row["planned_bytes"] = planned_bytes();
     if (const std::size_t used = device_memory_used(device_->ops()); used > 0) row["memory_bytes"] = used;
   }
   EventFile::Heads events;
-  if (heads) events.values = head_values(counts);
+  if (heads) events.values = head_values(state_->model, device_->ops(), counts);
   if (heads_in_row) row.update(events.values);
   row.update(extra);
   metrics_->append(row);
@@ -465,10 +363,7 @@ void Trainer::log(std::int64_t t, const StepReport& r, const AttentionCounts& co
 
   const std::int64_t done = t - first_step_;
   const double eta = seconds_since(began_) / static_cast<double>(done) * static_cast<double>(config_.train.steps - t);
-  console_.progress(fmt::format("step {}/{}  loss {:.4f}  lr {:.2e}  grad {:.2f}  sparsity {:.4f}  skip {:.3f}  {} tok/s  {:.0f} ms{}  ETA {}", t,
-                                config_.train.steps, r.loss, r.lr, r.grad_norm, shares.edge_sparsity, shares.tile_skip_rate,
-                                format_count(tokens_per_s), 1e3 * r.seconds, r.skipped ? "  SKIPPED (not finite)" : "", format_duration(eta)),
-                    r.skipped || t == config_.train.steps || due(config_.log.every, t));
+  console_.progress(step_line(row, config_.train.steps, eta), r.skipped || t == config_.train.steps || due(config_.log.every, t));
 }
 
 void Trainer::sample(std::int64_t t) {

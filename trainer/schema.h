@@ -60,8 +60,9 @@ bool is_section(const std::string& path);
 /// The valid key or section most like `path`, for error messages.
 std::string nearest_key(const std::string& path);
 
-/// Adds that there is no such key, with the nearest one.
-void unknown_key(const Value& value, Problems& problems);
+/// Adds that there is no such key, with the nearest one; or, for a part of a key whose value is a map (data.synthetic.mqar.pairs), how the whole is
+/// set. `section`: of a sweep file, in which it stands.
+void unknown_key(const Value& value, Problems& problems, const std::string& section = "");
 /// "key=value" of --set as the value of a key or section; nothing, and a problem, when it is none.
 std::optional<Value> read_set(const std::string& assignment, Problems& problems);
 /// As load_config() of config.h, with values of keys that stand in other files, in their order: a mistake is reported at the value's own place.

@@ -47,12 +47,14 @@ WarmStart plan_warm_start(const Config& config, const std::string& tokenizer_has
   for (const char* key : {"model.layers", "model.heads", "model.width", "model.mlp_ratio", "model.positions", "model.norm", "model.bias"})
     compare(key);
   if (config.model.positions == Positions::learned && there.model.positions == Positions::learned) compare("model.context");
+  const char* const advice = differences.empty() ? "" : "\nSet these keys as they are there";
   if (info.dataset.vocabulary != config.model.vocabulary)
     differences.push_back(fmt::format("vocabulary: {} tokens there, {} here", info.dataset.vocabulary, config.model.vocabulary));
   else if (info.dataset.tokenizer_hash != tokenizer_hash)
     differences.push_back(fmt::format("tokenizer: {} there, {} here", short_hash(info.dataset.tokenizer_hash), short_hash(tokenizer_hash)));
   if (!differences.empty())
-    throw ConfigError(fmt::format("run.init {}: its parameters do not fit this model:\n  {}", start.from.path, fmt::join(differences, "\n  ")));
+    throw ConfigError(
+        fmt::format("run.init {}: its parameters do not fit this model:\n  {}{}", start.from.path, fmt::join(differences, "\n  "), advice));
 
   std::map<std::string, int> kept, dropped;  // kinds of parameters
   const ParameterLayout ours = make_parameter_layout(config.model), theirs = make_parameter_layout(there.model);

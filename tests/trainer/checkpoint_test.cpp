@@ -244,7 +244,14 @@ TEST_F(CheckpointTest, EachKindOfDamageIsNamed) {
   EXPECT_EQ(verify_checkpoint(directory).size(), 3u);
   for (const char* marker : {"", "{", "{\"format\": 1}", "{\"format\": 9, \"ranks\": 1, \"files\": []}", "[1]"}) {
     write_file(directory + "/COMPLETE.json", marker);
-    EXPECT_EQ(verify_checkpoint(directory).size(), 1u) << marker;
+    ASSERT_EQ(verify_checkpoint(directory).size(), 1u) << marker;
+    const std::string problem = verify_checkpoint(directory)[0];
+    EXPECT_TRUE(problem.starts_with(directory + "/COMPLETE.json: ")) << problem;
+    EXPECT_NE(
+        problem.find(std::string(marker).find('9') == std::string::npos ? "expected a JSON object with" : "format 9, this build reads format 1"),
+        std::string::npos)
+        << problem;
+    EXPECT_EQ(problem.find("json.exception"), std::string::npos) << problem;
     EXPECT_THROW(read_checkpoint_info(directory), std::runtime_error) << marker;
   }
 }

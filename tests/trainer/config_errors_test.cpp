@@ -26,6 +26,20 @@ TEST(ConfigErrors, UnknownKeysNameTheNearest) {
   expect_error(error_of("train.steps: 5\n"), "x.yaml:1:1: train.steps: dots are for --set");
 }
 
+TEST(ConfigErrors, PartsOfAKeyWhoseValueIsAMap) {
+  expect_error(error_of("{}", {"data.synthetic.mqar.pairs=2"}),
+               "--set: data.synthetic.mqar.pairs: no key of its own: \"data.synthetic={mqar: {pairs: 2}}\" sets it");
+  expect_error(error_of("{}", {"data.synthetic.needle.distances=[16, 64]"}), "\"data.synthetic={needle: {distances: [16, 64]}}\"");
+  expect_error(error_of("{}", {"attention.pattern.window.size=8"}), "\"attention.pattern={window: {size: 8}}\"");
+  // What is said to do can be done.
+  EXPECT_EQ(load_config("", {"data.synthetic={mqar: {pairs: 2}}"}).data.synthetic->pairs, 2);
+  // What is wrong with the part comes first.
+  expect_error(error_of("{}", {"data.synthetic.mqar.pears=2"}), "--set: data.synthetic.mqar.pears: mqar has no such parameter; nearest is \"pairs\"");
+  expect_error(error_of("{}", {"data.synthetic.mqar.pairs=0"}), "--set: data.synthetic.mqar.pairs: expected an integer >= 1");
+  expect_error(error_of("{}", {"train.steps.more=2"}), "--set: train.steps: expected an integer >= 1", "found a map");
+  expect_error(error_of("train: {steps.more: 2}"), "x.yaml:1:21: train.steps: expected an integer >= 1", "found a map");
+}
+
 TEST(ConfigErrors, WrongTypes) {
   expect_error(error_of("train: {steps: abc}"), "x.yaml:1:16: train.steps: expected an integer >= 1 and <= 1000000000, found abc");
   expect_error(error_of("train: {steps: \"5\"}"), "train.steps: expected an integer", "found the text \"5\"");

@@ -187,20 +187,28 @@ TEST_F(Reports, ASweepsVariants) {
             "1,gate=relu,false,false,2000,2.1,0.1,false\r\n"
             "2,base,false,true,1500,2.55,0.0707106781187,false\r\n"
             "3,soft,true,false,2000,1.9,0.1,true\r\n");
+  EXPECT_NE(by_id.at("loss_tokens")->body.find("loss, nats a token<"), std::string::npos);
   // Losses on different data have no common front.
   Report mixed = report;
   mixed.runs[0].config.data.path = "other";
   const Figure apart = loss_scatter(mixed, Against::speed);
   EXPECT_EQ(apart.csv.find("true\r\n"), std::string::npos) << apart.csv;
   EXPECT_EQ(apart.body.find("class=\"pareto"), std::string::npos);
+  EXPECT_NE(apart.caption.find("No Pareto front"), std::string::npos);
+  // Those of tasks are of their answers.
+  mixed.runs[0].config.data.synthetic.emplace();
+  EXPECT_NE(loss_scatter(mixed, Against::speed).body.find("validation loss, nats a token or answer<"), std::string::npos);
+  for (ReportRun& one : mixed.runs) one.config.data.synthetic.emplace();
+  EXPECT_NE(loss_curves(mixed, Against::tokens).body.find("loss, nats an answer<"), std::string::npos);
+  EXPECT_NE(report_page(mixed, {}, "now").find("nats an answer, "), std::string::npos);
   EXPECT_NE(by_id.at("gate_relu.active_share")->csv.find("\r\n10,0,0,0.05\r\n"), std::string::npos);
   EXPECT_NE(by_id.at("gate_relu.thresholds")->csv.find("\r\n20,1,1,2.5\r\n"), std::string::npos);
   // Context 64: tiles of one token; causal, so each is visible.
   EXPECT_NE(by_id.at("gate_relu.pattern")->csv.find("\r\ncausal,1,63,63,1,1\r\n"), std::string::npos);
 
   const std::string page = report_page(report, figures, "now");
-  for (const char* part :
-       {"the &lt;disk&gt; is full", "2.1000 \u00b1 0.1000", "+0.2000", "class=\"twin\"", "class=\" provisional\"", "not measured (--sequences 0)"})
+  for (const char* part : {"the &lt;disk&gt; is full", "2.1000 \u00b1 0.1000", "+0.2000", "class=\"twin\"", "class=\" provisional\"",
+                           "not measured (--sequences 0)", "base is attention.gate: relu2. "})
     EXPECT_NE(page.find(part), std::string::npos) << part;
   EXPECT_EQ(page.find("{{"), std::string::npos);
   // Nothing comes from elsewhere.
@@ -282,6 +290,8 @@ TEST_F(Reports, AccuracyByDistanceOfTheLastEvaluation) {
   EXPECT_EQ(figure->csv,
             "run,from,to,answers,accuracy\r\nfar,1,1,7,1\r\nfar,64,127,90,0.75\r\nnear,1,1,7,1\r\nnear,64,127,90,0.03125\r\n"
             "\"far,seed=2\",1,1,7,1\r\n\"far,seed=2\",64,127,90,0.75\r\n\"near,seed=2\",1,1,7,1\r\n\"near,seed=2\",64,127,90,0.03125\r\n");
+  for (const char* distance : {"7 answers, 1 token back", "90 answers, 64-127 tokens back", ">64-127<"})
+    EXPECT_NE(figure->body.find(distance), std::string::npos) << distance;
   EXPECT_EQ(figure->body.find(">text<"), std::string::npos) << "only runs that have it are in the legend";
   const std::string page = report_page(report, figures, "now");
   for (const char* part : {"0.6500 \u00b1 0.0707", "<abbr title=\"only of synthetic tasks\">"}) EXPECT_NE(page.find(part), std::string::npos) << part;
@@ -332,6 +342,8 @@ TEST_F(Reports, ManyLongRunsStaySmall) {
   EXPECT_LT(figures[0].body.size(), 500'000u);
   EXPECT_LT(report_page(report, figures, "now").size(), 10'000'000u);
   EXPECT_EQ(series_class(32, false), "line s2 d3");
+  EXPECT_EQ(series_class(0, true), "line twin");
+  EXPECT_EQ(series_class(1, true), "line twin d1");  // of another task
 }
 
 }  // namespace

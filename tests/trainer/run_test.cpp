@@ -378,6 +378,31 @@ TEST_F(RunTest, ACheckpointNeedsTheDataFolderNoMore) {
   EXPECT_EQ(tessera("inspect runs/a --verify").code, 0);
 }
 
+TEST_F(RunTest, RelativePathsOfTheDataAreFoundFromElsewhere) {
+  ASSERT_EQ(tessera("train tiny.yaml --set run.dir=runs/a --set train.steps=3 --set optimizer.warmup=0").code, 0);
+  write("x.txt", text() + "More text, which makes other data of it.\n");
+  ASSERT_EQ(tessera("prepare --input x.txt --tokenizer bytes --output extra --validation-fraction 0.1").code, 0);
+  ASSERT_EQ(tessera("train tiny.yaml --set run.dir=runs/mix --set data.path= --set 'data.mix=[{path: data, weight: 3}, {path: extra, weight: 1}]' "
+                    "--set train.steps=3 --set optimizer.warmup=0")
+                .code,
+            0);
+  fs::create_directories(folder / "else/where");
+  for (const std::string run : {"a", "mix"}) {
+    const Result here = tessera("eval runs/" + run + " --json"),
+                 there = shell("cd else/where && " TESSERA_BINARY " eval ../../runs/" + run + " --json");
+    ASSERT_EQ(there.code, 0) << there;
+    EXPECT_EQ(Json::parse(there.output)["loss"], Json::parse(here.output)["loss"]);
+  }
+  const Result report = shell("cd else/where && " TESSERA_BINARY " report ../../runs/a -o page.html --sequences 1");
+  EXPECT_EQ(report.code, 0) << report;
+  EXPECT_FALSE(report.says("note:")) << report;
+  // Data that is gone is named as the configuration names it.
+  fs::rename(folder / "data", folder / "moved");
+  const Result gone = shell("cd else && " TESSERA_BINARY " eval ../runs/a");
+  EXPECT_EQ(gone.code, 2) << gone;
+  EXPECT_TRUE(gone.says("data.path data: no prepared data")) << gone;
+}
+
 TEST_F(RunTest, AHeadThatAPatternBlindsTrains) {
   write("blind.mask", "block 8\n0\n");
   const Result r = tessera(

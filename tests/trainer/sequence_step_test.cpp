@@ -110,6 +110,15 @@ TEST_P(SequenceStep, AnyNumberOfRanksTrainsTheSameModel) {
 
 INSTANTIATE_TEST_SUITE_P(Exchanges, SequenceStep, ::testing::Values("needed", "heads", "ring"), [](const auto& info) { return info.param; });
 
+TEST(RankLayout, ARingExchangesWithNeighboursAlone) {
+  const RankLayout first{2, 0, 0, {4, 2, 7, 1, 9}};
+  EXPECT_EQ(exchange_partners(first, SequenceExchange::ring), (std::vector<int>{9, 4, 2}));
+  EXPECT_EQ(exchange_partners({2, 0, 4, first.members}, SequenceExchange::ring), (std::vector<int>{1, 9, 4}));
+  EXPECT_EQ(exchange_partners(first, SequenceExchange::needed), first.members);
+  EXPECT_EQ(exchange_partners(first, SequenceExchange::heads), first.members);
+  EXPECT_EQ(exchange_partners({1, 0, 1, {3, 5}}, SequenceExchange::ring), (std::vector<int>{3, 5})) << "each once";
+}
+
 TEST(RankLayout, GroupsAreNeighboursOfOneMachine) {
   // Dealt to two machines by turns: a group's ranks are on one of them.
   const std::vector<std::string> turns{"a", "b", "a", "b", "a", "b", "a", "b"};

@@ -72,6 +72,8 @@ TEST_F(SweepFiles, ConditionsCompareValuesNotText) {
 
 TEST_F(SweepFiles, Mistakes) {
   expect_error(error("grid: {attention.gat: [relu]}"), "s.yaml:2:8: grid: attention.gat: unknown key; nearest valid key \"attention.gate\"");
+  expect_error(error("grid: {data.synthetic.mqar.pairs: [2, 4]}"),
+               "s.yaml:2:8: grid: data.synthetic.mqar.pairs: no key of its own: \"data.synthetic={mqar: {pairs: 2}}\" sets it");
   expect_error(error("grid: {attention: [relu]}"), "s.yaml:2:8: grid: attention: this is a section; expected one of its keys with dots");
   expect_error(error("grid: {attention.gate: relu}"), "s.yaml:2:24: grid: attention.gate: expected a list of values, as [A, B], found relu");
   expect_error(error("grid: {attention.gate: []}"), "expected a list of values");

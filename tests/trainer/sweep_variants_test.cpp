@@ -48,6 +48,14 @@ TEST_F(SweepFiles, NamesSayWhatDiffersFromTheBase) {
             (Names{"gate=relu,seed=3", "gate=relu4,seed=3", "gate=relu,seed=4", "gate=relu4,seed=4"}));
 }
 
+TEST_F(SweepFiles, TheBaseIsExplained) {
+  EXPECT_EQ(base_note(sweep("grid: {attention.gate: [relu, relu2]}\nzip: {model.layers: [2, 3], optimizer.lr: [0.01, 0.02]}")), "");
+  EXPECT_EQ(base_note(sweep("grid: {attention.gate: [relu, relu2]}\nzip: {attention.pattern: [{window: {size: 8}}, causal]}")),
+            "base is attention.gate: relu2, attention.pattern: causal");
+  EXPECT_EQ(base_note(sweep("list: [{name: a}]")), "");
+  EXPECT_EQ(base_note(sweep("")), "");
+}
+
 // A name may not depend on what is added.
 TEST_F(SweepFiles, NamesStayWhenMoreIsAdded) {
   const std::string before = "grid: {attention.gate: [relu, relu4]}\n";

@@ -9,6 +9,7 @@
 #include "kernels/comm/communicator.h"
 #include "tests/trainer/config_testing.h"
 #include "tests/trainer/run_support.h"
+#include "trainer/evaluate.h"
 #include "trainer/open_checkpoint.h"
 
 namespace tessera::testing {
@@ -70,6 +71,13 @@ TEST(SyntheticKey, MistakesNamePlaceAndRemedy) {
                "model.vocabulary is 64, and data.synthetic has a vocabulary of 8192: expected them equal, or model.vocabulary 0");
 }
 
+TEST(Accuracy, ByDistanceForAReader) {
+  AnswerTallies answers{};
+  answers[0] = {4, 1};
+  answers[2] = {8, 8};
+  EXPECT_EQ(accuracy_text(accuracy_by_distance(answers)), "1 0.2500, 4-7 1.0000");
+}
+
 class SyntheticRunTest : public RunTest {
  protected:
   static constexpr const char* kMqar = "tiny.yaml --set data.path= --set 'data.synthetic={mqar: {vocabulary: 16, pairs: 2, power_a: 1}}' ";
@@ -80,6 +88,7 @@ TEST_F(SyntheticRunTest, TrainsEvaluatesAndResumes) {
   const Result whole = tessera(train + "--set run.dir=runs/a --set optimizer.lr=0.01 --set train.steps=40");
   ASSERT_EQ(whole.code, 0) << whole;
   EXPECT_TRUE(whole.says("accuracy")) << whole;
+  EXPECT_TRUE(whole.says("; by distance ")) << whole;
   const auto rows = metrics("a");
   const Json& last = rows.back();
   EXPECT_EQ(last["tokens"], 40 * 256) << "all tokens, not the answers alone";
@@ -123,6 +132,9 @@ TEST_F(SyntheticRunTest, TrainsEvaluatesAndResumes) {
   EXPECT_EQ(Json::parse(tessera("eval runs/a --json").output)["sequences"], kSyntheticValidation);
   EXPECT_EQ(Json::parse(tessera("eval runs/a --context 50 --batches 2 --json").output)["sequence_tokens"], 50);
   EXPECT_TRUE(tessera("eval runs/a --batches 2").says("by chance 0.125000"));
+  const Result short_context = tessera("eval runs/a --context 7");
+  EXPECT_EQ(short_context.code, 2) << short_context;
+  EXPECT_TRUE(short_context.says("mqar at context 7: 2 pairs and their queries take 8 tokens")) << short_context;
 
   // Accuracy, by the naive way: the logits at every query from all that stands before it.
   const auto alone = make_single_communicator();

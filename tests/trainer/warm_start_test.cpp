@@ -90,6 +90,7 @@ TEST_F(WarmStartTest, WhatDoesNotFitIsSaidWithBothValues) {
   };
   refused("--set model.width=64 --set model.layers=3", {"runs/base/checkpoints/step_00000001: its parameters do not fit this model",
                                                         "model.width: 32 there, 64 here", "model.layers: 2 there, 3 here"});
+  refused("--set model.layers=3", {"Set these keys as they are there"});
   refused("--set model.context=64", {"model.context: 32 there, 64 here"});
   refused("--set model.context=16", {"model.context: 32 there, 16 here"});
   refused("--set model.heads=4", {"model.heads: 2 there, 4 here"});

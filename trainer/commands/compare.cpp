@@ -79,9 +79,9 @@ void print(const std::vector<Json>& rows) {
   for (const Json& row : rows) table.push_back(cells(row, accuracy));
   fmt::print("{}", text_table(table));
   fmt::print(
-      "\nLosses are nats a token of a run's own tokenizer and text: they compare only where both are the same. Edges zero: of the causal edges; "
-      "tiles "
-      "skipped: of the causal tiles of that size.\n");
+      "\nLosses are nats a token of a run's own tokenizer and text{}: they compare only where both are the same. Edges zero: of the causal edges; "
+      "tiles skipped: of the causal tiles of that size.\n",
+      accuracy ? ", and nats an answer of a synthetic task" : "");
 }
 
 }  // namespace

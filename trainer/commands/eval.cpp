@@ -87,8 +87,7 @@ void print(const Json& r) {
   } else {
     fmt::print("accuracy        {:.6f}; by chance {:.6f}\n", r["accuracy"].get<double>(), r["chance"].get<double>());
     for (const Json& row : r["accuracy_by_distance"])
-      fmt::print("  {:<13} {:.6f} of {} answers\n", fmt::format("{}-{}", row["from"].dump(), row["to"].dump()), row["accuracy"].get<double>(),
-                 row["answers"].dump());
+      fmt::print("  {:<13} {:.6f} of {} answers\n", distance_text(row["from"], row["to"]), row["accuracy"].get<double>(), row["answers"].dump());
   }
   const auto shares = [](const std::string& name, const Json& s) {
     fmt::print("{:<15} edge sparsity {:.4f}, tile skip rate {:.4f}, empty rows {:.4f}\n", name, s["edge_sparsity"].get<double>(),
@@ -131,8 +130,6 @@ void eval(const Options& o, Communicator& comm) {
     const auto places = o.open.sequence > 1 ? open.model->positions() : std::vector<std::int32_t>{};
     if (data.synthetic) {
       const auto split = o.split == "train" ? SyntheticSource::Split::train : SyntheticSource::Split::validation;
-      if (const std::string problem = synthetic_problem(*data.synthetic, open.context); !problem.empty())
-        throw ConfigError(fmt::format("--context {}: {}: {}", open.context, name_of(data.synthetic->kind), problem));
       evaluators.emplace_back(SyntheticSource(*data.synthetic, open.context, split, open.config.run.seed), open.micro_batch, places);
       return;
     }

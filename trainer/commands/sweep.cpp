@@ -76,8 +76,10 @@ std::string plan_text(const Sweep& sweep, const SweepCheck& check) {
   }
   std::string text = fmt::format("{}: {} runs in {}, {} rank{} each, from {}\n{}", sweep.file.file, sweep.runs.size(), sweep.file.dir,
                                  sweep.file.resources.ranks, sweep.file.resources.ranks == 1 ? "" : "s", sweep.file.base, text_table(rows));
+  if (const std::string base = base_note(sweep); !base.empty()) text += base + "\n";
   if (!sweep.skipped.empty()) text += fmt::format("skip_if leaves out {}: {}\n", sweep.skipped.size(), fmt::join(sweep.skipped, "  "));
   if (left > 0 && known) text += fmt::format("about {} of training steps are left, one run after the other\n", format_duration(left));
+  if (!known) text += "time is known once a run of the sweep has taken steps\n";
   return text;
 }
 

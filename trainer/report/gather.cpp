@@ -159,6 +159,7 @@ Report gather(const Sweep& sweep, SweepResults results, const GatherOptions& o) 
 Report gather(const Sweep& sweep, const GatherOptions& o) {
   Report report = gather(sweep, read_results(sweep), o);
   report.title = sweep.file.file;
+  report.base = base_note(sweep);
   return report;
 }
 
@@ -193,6 +194,12 @@ Report gather(const std::vector<std::string>& folders, const GatherOptions& o) {
   Report report = gather(sweep, std::move(results), o);
   report.title = folders.size() == 1 ? sweep.runs[0].name : fmt::format("{} runs", folders.size());
   return report;
+}
+
+std::string loss_unit(const Report& report) {
+  const auto is_task = [](const ReportRun& run) { return run.config.data.synthetic.has_value(); };
+  if (std::ranges::none_of(report.runs, is_task)) return "nats a token";
+  return std::ranges::all_of(report.runs, is_task) ? "nats an answer" : "nats a token or answer";
 }
 
 }  // namespace tessera

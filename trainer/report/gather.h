@@ -33,7 +33,7 @@ struct ReportRun {
     std::int64_t step = 0;
     double tokens = 0, seconds = 0, loss = 0;  // seconds: of steps, without evaluation and checkpoints
   };
-  std::vector<Loss> training, validation;  // nats a token
+  std::vector<Loss> training, validation;  // in nats, loss_unit()
   std::vector<HeadRow> heads;
   std::vector<DistanceAccuracy> accuracy;  // of the last evaluation; none of text
   std::optional<TileMeasurement> tiles;
@@ -47,6 +47,7 @@ struct Report {
   /// "skip_rates" (by kTileSizes, means over the measured runs of those that count; null without one), "measured" (their number).
   nlohmann::ordered_json variants;
   std::vector<std::string> notices;  // what is missing or was left out, naming the file
+  std::string base{};                // base_note() of a sweep
 };
 
 struct GatherOptions {
@@ -60,5 +61,8 @@ Report gather(const Sweep& sweep, const GatherOptions& options);
 /// Of run folders: named by their last part, or by what they were given as where two would be alike; those that differ in their seeds alone are one
 /// variant. Throws std::invalid_argument for a folder that is no run's, is named twice or has a configuration or results that cannot be read.
 Report gather(const std::vector<std::string>& folders, const GatherOptions& options);
+
+/// What the report's losses are in: "nats a token", of synthetic tasks "nats an answer", of both "nats a token or answer".
+std::string loss_unit(const Report& report);
 
 }  // namespace tessera

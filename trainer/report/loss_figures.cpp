@@ -4,6 +4,7 @@
 #include <cmath>
 #include <map>
 
+#include "trainer/evaluate.h"
 #include "trainer/progress.h"
 #include "trainer/report/figures.h"
 
@@ -24,10 +25,10 @@ struct Style {
 
 std::map<std::string, Style> styles(const Report& report) {
   std::map<std::string, Style> out;
-  std::size_t index = 0;
+  std::size_t index = 0, twins = 0;
   for (const Json& row : report.variants) {
     const bool twin = row["softmax"].get<bool>();
-    out[row["variant"].get<std::string>()] = {twin ? 0 : index++, twin};
+    out[row["variant"].get<std::string>()] = {twin ? twins++ : index++, twin};
   }
   return out;
 }
@@ -76,7 +77,7 @@ Figure loss_curves(const Report& report, Against against) {
                              [&](double v) { return time ? plain(v) : tick_count(v); });
   x.low = 0;
   std::erase_if(x.ticks, [](const Plot::Axis::Tick& t) { return t.at < 0; });
-  Plot plot(kWidth, kHeight, x, linear_axis("loss, nats a token", low, high, 7, plain));
+  Plot plot(kWidth, kHeight, x, linear_axis("loss, " + loss_unit(report), low, high, 7, plain));
   Csv csv({"run", "series", "step", time ? "seconds" : "tokens", "loss"});
   // The twin is drawn last, over the others.
   std::vector<const ReportRun*> order;
@@ -198,7 +199,7 @@ Figure loss_scatter(const Report& report, Against against) {
   const Plot::Axis axis = speed ? speed_axis(least, most) : sparsity_axis(sparsity_place(least), sparsity_place(most));
   const bool logarithmic = speed && most >= 8 * least;
   const auto place = [&](double value) { return !speed ? sparsity_place(value) : logarithmic ? std::log10(value) : value; };
-  Plot plot(kWidth, kHeight, axis, linear_axis("validation loss, nats a token", low, high, 7, plain));
+  Plot plot(kWidth, kHeight, axis, linear_axis("validation loss, " + loss_unit(report), low, high, 7, plain));
   if (!speed)
     for (const Variant& twin : twins) plot.horizontal(twin.loss, with_class("level", twin.style), fmt::format("{}: {:.4f}", twin.name, twin.loss));
 
@@ -247,7 +248,8 @@ Figure loss_scatter(const Report& report, Against against) {
           .title = speed ? "Loss against speed" : "Loss against sparsity",
           .caption = fmt::format(
               "A dot a variant, numbered as below: mean over seeds, its bar the standard deviation over them; hollow: no run is finished. "
-              "Stepped line: the Pareto front.{}",
+              "{}{}",
+              one_front ? "Stepped line: the Pareto front." : "No Pareto front: the runs learn from different data.",
               speed           ? ""
               : twins.empty() ? ""
                               : " Dashed level: the softmax twin."),
@@ -261,10 +263,7 @@ Figure loss_scatter(const Report& report, Against against) {
 Figure accuracy_curves(const Report& report) {
   const auto series = styles(report);
   const auto place = [](std::int64_t from) { return std::log2(static_cast<double>(from)); };
-  const auto distances = [](const DistanceAccuracy& a) {
-    return a.from == a.to ? fmt::format("{}", a.from)
-                          : fmt::format("{}\u2013{}", tick_count(static_cast<double>(a.from)), tick_count(static_cast<double>(a.to)));
-  };
+  const auto distances = [](const DistanceAccuracy& a) { return distance_text(a.from, a.to); };
   std::map<std::int64_t, std::string> ticks;
   for (const ReportRun& run : report.runs)
     for (const DistanceAccuracy& a : run.accuracy) ticks[a.from] = distances(a);
@@ -288,7 +287,8 @@ Figure accuracy_curves(const Report& report) {
       for (std::size_t i = 0; i < points.size(); ++i) {
         const DistanceAccuracy& a = run.accuracy[i];
         plot.dot(points[i], with_class("dot", style) + " small",
-                 fmt::format("{}: {:.4f} of {} answers, {} tokens back", run.name, a.accuracy, a.answers, distances(a)), run.variant);
+                 fmt::format("{}: {:.4f} of {} answers, {} token{} back", run.name, a.accuracy, a.answers, distances(a), a.to == 1 ? "" : "s"),
+                 run.variant);
       }
     }
   std::vector<LegendEntry> legend;

@@ -39,10 +39,17 @@ struct Cell {
   std::string why{};  // a title
 };
 
+/// A name that may break after its commas.
+std::string name_html(const std::string& name) {
+  std::string out;
+  for (const char c : xml_text(name)) out += c == ',' ? ",<wbr>" : std::string(1, c);
+  return out;
+}
+
 std::string html(const Cell& c) {
   if (c.value.empty()) return fmt::format(R"(<td><abbr title="{}">{}</abbr></td>)", xml_text(c.why), c.text.empty() ? "\u2013" : xml_text(c.text));
   const std::string title = c.why.empty() ? "" : fmt::format(R"( title="{}")", xml_text(c.why));
-  return fmt::format(R"(<td data-value="{}"{}>{}</td>)", xml_text(c.value), title, xml_text(c.text));
+  return fmt::format(R"(<td data-value="{}"{}>{}</td>)", xml_text(c.value), title, name_html(c.text));
 }
 
 template <class Text>
@@ -74,7 +81,7 @@ std::string table(const Report& report) {
   std::vector<Column> columns = {{"#", "number in the figures"},
                                  {"variant", "", true},
                                  {"state", "of its runs", true},
-                                 {"validation loss", "nats a token, \u00b1 standard deviation over seeds"}};
+                                 {"validation loss", loss_unit(report) + ", \u00b1 standard deviation over seeds"}};
   const bool accuracy = std::ranges::any_of(report.variants, [](const Json& row) { return row["accuracy"].is_number(); });
   if (accuracy) columns.push_back({"accuracy", "at the answers of its synthetic task, \u00b1 standard deviation over seeds"});
   columns.insert(columns.end(),
@@ -136,6 +143,7 @@ std::string table_caption(const Report& report) {
     ++runs;
   }
   std::string text = "Means over the finished runs of a variant; in italics: no run is finished, numbers so far. ";
+  if (!report.base.empty()) text += report.base + ". ";
   if (runs == 0) {
     text += "Tiles skipped were not measured. ";
   } else {

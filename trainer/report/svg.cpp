@@ -76,7 +76,7 @@ std::string Csv::field(double value) { return std::isfinite(value) ? fmt::format
 void Csv::add(const std::vector<std::string>& fields) { text_ += fmt::format("{}\r\n", fmt::join(fields, ",")); }
 
 std::string series_class(std::size_t index, bool twin) {
-  if (twin) return "line twin";
+  if (twin) return index % 4 == 0 ? "line twin" : fmt::format("line twin d{}", index % 4);
   return fmt::format("line s{} d{}", index % 10, index / 10 % 4);
 }
 
@@ -133,7 +133,7 @@ void Plot::dot(Point at, const std::string& css, const std::string& tip, const s
 }
 
 void Plot::note(Point at, const std::string& text) {
-  inside_ += fmt::format(R"(<text class="note" x="{}" y="{}">{}</text>)", coordinate(x(at.x) + 7), coordinate(y(at.y) - 5), xml_text(text));
+  outside_ += fmt::format(R"(<text class="note" x="{}" y="{}">{}</text>)", coordinate(x(at.x) + 7), coordinate(y(at.y) - 5), xml_text(text));
 }
 
 void Plot::vertical(double at, double low, double high, const std::string& css) {

@@ -56,7 +56,7 @@ class Csv {
   std::string text_;
 };
 
-/// What a series of a plot is drawn with: "s0" to "s9" with dashes from the eleventh on; "twin" stands out.
+/// What a series of a plot is drawn with: "s0" to "s9" with dashes from the eleventh on; "twin" stands out, with dashes from the second on.
 std::string series_class(std::size_t index, bool twin);
 
 struct LegendEntry {

@@ -114,7 +114,7 @@ class SweepReader {
     else if (!key && !value.path.empty() && is_section(value.path))
       fail(fmt::format("this is a section; expected one of its keys with dots, as {}", nearest_key(value.path + ".")));
     else if (!key)
-      fail(fmt::format("unknown key; nearest valid key \"{}\" (tessera config --schema lists all)", nearest_key(value.path)));
+      unknown_key(value, problems_, section);
     else
       return key;
     return nullptr;

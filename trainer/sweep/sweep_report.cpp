@@ -198,6 +198,7 @@ std::string report_text(const Sweep& sweep, const SweepResults& results) {
                       sd ? "; +- is the standard deviation over seeds (n - 1)" : "");
   if (any("softmax") && std::ranges::any_of(variants, [](const Json& v) { return v["softmax"] == true; }))
     text += fmt::format("\n* softmax{}.", twins ? ", the twin that \"over softmax\" compares with: the same but for attention" : "");
+  if (const std::string base = base_note(sweep); !base.empty()) text += "\n" + base + ".";
   return text + "\n";
 }
 

@@ -14,6 +14,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
+constexpr const char* kBase = "base";  // the variant that differs in nothing
 constexpr std::size_t kMostRuns = 10'000;
 constexpr std::size_t kMostValue = 40, kMostName = 120, kHash = 6;
 
@@ -182,7 +183,7 @@ class Expansion {
   static std::string name_of(const std::vector<std::pair<std::string, Json>>& differs) {
     std::string name;
     for (const auto& [key, value] : differs) name += fmt::format("{}{}={}", name.empty() ? "" : ",", short_key(key), short_value(value));
-    if (name.empty()) return "base";
+    if (name.empty()) return kBase;
     return name.size() > kMostName ? hashed(name, name, kMostName) : name;
   }
 
@@ -228,6 +229,17 @@ std::string short_value(const Json& value) {
 }
 
 Sweep expand_sweep(SweepFile file) { return Expansion(std::move(file)).run(); }
+
+std::string base_note(const Sweep& sweep) {
+  if (std::ranges::find(sweep.variants, kBase) == sweep.variants.end()) return "";
+  std::string text;
+  for (const auto* axes : {&sweep.file.grid, &sweep.file.zip})
+    for (const SweepFile::Axis& axis : *axes) {
+      const Json value = axis.key->write(sweep.base);
+      text += fmt::format("{} {}: {}", text.empty() ? " is" : ",", axis.key->path, value.is_string() ? value.get<std::string>() : value.dump());
+    }
+  return text.empty() ? "" : kBase + text;
+}
 
 SweepRun with_steps(const Sweep& sweep, const SweepRun& run, std::int64_t steps) {
   SweepRun out = run;

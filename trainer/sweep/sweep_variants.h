@@ -39,6 +39,9 @@ Sweep expand_sweep(SweepFile file);
 /// `run` with train.steps set to `steps`, resolved anew. Throws ConfigError.
 SweepRun with_steps(const Sweep& sweep, const SweepRun& run, std::int64_t steps);
 
+/// What the variant called "base" has in the keys of grid and zip, as "base is attention.gate: relu2"; "" where there is none.
+std::string base_note(const Sweep& sweep);
+
 // Its parts, for tests.
 
 /// What a key is called in names: its last part, with the one before it where other keys end alike ("gate", "eval.every").

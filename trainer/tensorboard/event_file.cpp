@@ -34,7 +34,7 @@ constexpr ScalarTag kScalarTags[] = {
     {"grad_norm", "train/grad_norm", "norm of the gradient, before it is clipped"},
     {"tokens", "train/tokens", "tokens seen so far"},
     {"skipped_total", "train/skipped_steps", "steps so far whose loss or gradient was not finite"},
-    {"validation_loss", "validation/loss", "nats a token"},
+    {"validation_loss", "validation/loss", "nats a target token"},
     {"validation_accuracy", "validation/accuracy", "answers of a synthetic task that are right / answers"},
     {"bits_per_byte", "validation/bits_per_byte", "validation loss in bits over the bytes of the text"},
     {"validation_tokens", "validation/tokens", "target tokens evaluated"},

@@ -1,0 +1,39 @@
+#include "trainer/threshold_control.h"
+
+#include <algorithm>
+
+#include "trainer/schedule.h"
+
+namespace tessera {
+
+void control_thresholds(const Gpt& model, Ops& ops, const AttentionCounts& counts, std::int64_t t, std::int64_t steps) {
+  const AttentionConfig& a = model.config().attention;
+  const ThresholdRange range = threshold_range(a);
+  const int heads = model.config().heads, rows = model.config().layers * heads;
+  const Tensor thresholds = model.thresholds(), counters = model.counters();
+  ThresholdUpdate u;
+  u.causal_edges = counts.causal_edges();
+  u.rate = range.rate;
+  u.low = range.low;
+  u.high = range.high;
+  const auto wanted = [&](int h) { return wanted_density(a.threshold, head_target(a.threshold, heads, h), steps, t); };
+  u.wanted_density = wanted(0);
+  const auto visible = [&](int r) { return static_cast<double>(counts.at(r / heads, r % heads, kVisibleEdges)) / u.causal_edges; };
+  bool alike = a.threshold.head_spread == 1;
+  for (int r = 0; r < rows; ++r) alike = alike && visible(r) >= u.wanted_density;
+  if (alike) {
+    u.threshold = thresholds.view({rows});
+    u.counters = counters.view({rows, kAttentionCounters});
+    ops.update_thresholds(u);
+    return;
+  }
+  for (int r = 0; r < rows; ++r) {
+    if (visible(r) == 0) continue;  // a block mask may hide everything from a head
+    u.threshold = thresholds.slice(r, 1);
+    u.counters = counters.slice(static_cast<std::int64_t>(r) * kAttentionCounters, kAttentionCounters).view({1, kAttentionCounters});
+    u.wanted_density = std::min(wanted(r % heads), visible(r));
+    ops.update_thresholds(u);
+  }
+}
+
+}  // namespace tessera
