@@ -233,11 +233,15 @@ TEST(CudaAttentionDecode, ExactHasTheForwardKernelsBitsInEveryCombination) {
         }
 }
 
-TEST(CudaAttentionDecode, ExactOverLongListsAndNegativeScales) {
+TEST(CudaAttentionDecode, ExactWithNegativeScales) {
   NEEDS_GPU();
   Problem negative = make_problem({1, 2, 250, 64}, {.epsilon = 1e-2f}, {is_causal, windowed}, false, -0.5, 5);
   for (double& c : negative.in.scale) c = -c;
   compare_exactly(negative, 260, 31, "negative scale");
+}
+
+TEST(CudaAttentionDecode, ExactOverLongLists) {
+  NEEDS_GPU();
   for (const std::int64_t D : {64, 128}) {
     const Problem longer = make_problem({1, 1, 5000, D}, {.epsilon = 1e-2f}, {is_causal}, false, 0.8, 3);
     compare_exactly(longer, 5000, 1237, "T=5000");
