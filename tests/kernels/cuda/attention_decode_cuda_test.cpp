@@ -135,8 +135,9 @@ void compare(const Problem& p, std::int64_t capacity, std::int64_t stride, const
   }
 }
 
-TEST(CudaAttentionDecode, IsTheDefinitionInEveryCombination) {
-  NEEDS_GPU();
+/// check(problem, number of the case, what varies beside) for every score, gate, normalizer and head size; stops when one has failed.
+template <class Check>
+void for_every_combination(std::int64_t tokens, bool documents, float epsilon, Check check) {
   const std::vector<std::vector<Pattern>> patterns = {{is_causal}, {windowed}, {strided, is_causal}, {sinks, holes}};
   unsigned n = 0;
   for (const auto score : {Score::dot, Score::cosine, Score::fidelity})
@@ -145,16 +146,23 @@ TEST(CudaAttentionDecode, IsTheDefinitionInEveryCombination) {
         for (const std::int64_t D : {64, 128}) {
           ++n;
           AttentionMath math;
-          math.score = score, math.gate = gate, math.normalizer = norm, math.length_alpha = n / 2 % 2 ? 1.0f : 0.5f;
-          math.epsilon = 1e-2f;  // how much a row with a tiny sum may magnify rounding
+          math.score = score, math.gate = gate, math.normalizer = norm, math.length_alpha = n / 2 % 2 ? 1.0f : 0.5f, math.epsilon = epsilon;
           if (score == Score::cosine && n % 3 == 0 && gate != Gate::softmax) math.length_beta = 0.6f;
           const double tau = score == Score::fidelity ? 0.01 : score == Score::cosine ? 0.4 * int(n % 3) : 0.2;
           const unsigned mix = n * 2654435761u >> 16;  // what the cases do not count off: pattern, documents, room in the cache
-          const Problem p = make_problem({2, 2, 190, D}, math, patterns[mix % 4], mix / 4 % 2, tau, n);
-          compare(p, mix / 8 % 2 ? 190 : 333, 7,
-                  "case " + std::to_string(n) + " gate " + std::to_string(int(gate)) + " score " + std::to_string(int(score)));
+          const Problem p = make_problem({2, 2, tokens, D}, math, patterns[mix % 4], documents && mix / 4 % 2, tau, n);
+          check(p, n, mix);
           if (::testing::Test::HasFatalFailure()) return;
         }
+}
+
+TEST(CudaAttentionDecode, IsTheDefinitionInEveryCombination) {
+  NEEDS_GPU();
+  for_every_combination(
+      190, true, 1e-2f, [](const Problem& p, unsigned n, unsigned mix) {  // epsilon: how much a row with a tiny sum magnifies rounding
+        compare(p, mix / 8 % 2 ? 190 : 333, 7,
+                "case " + std::to_string(n) + " gate " + std::to_string(int(p.in.math.gate)) + " score " + std::to_string(int(p.in.math.score)));
+      });
 }
 
 TEST(CudaAttentionDecode, ListsOfManyParts) {
@@ -215,22 +223,9 @@ void compare_exactly(const Problem& p, std::int64_t capacity, std::int64_t strid
 
 TEST(CudaAttentionDecode, ExactHasTheForwardKernelsBitsInEveryCombination) {
   NEEDS_GPU();
-  const std::vector<std::vector<Pattern>> patterns = {{is_causal}, {windowed}, {strided, is_causal}, {sinks, holes}};
-  unsigned n = 0;
-  for (const auto score : {Score::dot, Score::cosine, Score::fidelity})
-    for (const auto gate : {Gate::relu, Gate::relu2, Gate::relu4, Gate::softmax})
-      for (const auto norm : {Normalizer::none, Normalizer::length, Normalizer::sum, Normalizer::rms})
-        for (const std::int64_t D : {64, 128}) {
-          ++n;
-          AttentionMath math;
-          math.score = score, math.gate = gate, math.normalizer = norm, math.length_alpha = n / 2 % 2 ? 1.0f : 0.5f;
-          if (score == Score::cosine && n % 3 == 0 && gate != Gate::softmax) math.length_beta = 0.6f;
-          const double tau = score == Score::fidelity ? 0.01 : score == Score::cosine ? 0.4 * int(n % 3) : 0.2;
-          const unsigned mix = n * 2654435761u >> 16;
-          const Problem p = make_problem({2, 2, 330, D}, math, patterns[mix % 4], false, tau, n);
-          compare_exactly(p, mix / 8 % 2 ? 330 : 450, 23, "case " + std::to_string(n));
-          if (::testing::Test::HasFatalFailure()) return;
-        }
+  for_every_combination(330, false, AttentionMath{}.epsilon, [](const Problem& p, unsigned n, unsigned mix) {
+    compare_exactly(p, mix / 8 % 2 ? 330 : 450, 23, "case " + std::to_string(n));
+  });
 }
 
 TEST(CudaAttentionDecode, ExactWithNegativeScales) {
