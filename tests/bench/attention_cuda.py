@@ -9,6 +9,7 @@ bf16 matrix product of 8192^3 in the same run. Ratios above 1 mean the CUDA atte
 import json
 import subprocess
 import sys
+import time
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,9 +18,11 @@ H = 16
 
 
 def median_ms(f, repeats=30, calls=1):
-    """Median time of `calls` calls of f in a row, over their number."""
-    for _ in range(5):
+    """Median time of `calls` calls of f in a row, over their number; calls of 50 ms go before."""
+    begin = time.monotonic()
+    while time.monotonic() - begin < 0.05:
         f()
+        torch.cuda.synchronize()
     times = []
     for _ in range(repeats):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
