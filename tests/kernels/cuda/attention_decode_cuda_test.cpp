@@ -17,6 +17,8 @@ namespace {
 
 using namespace cuda_test;
 
+using Tokens = std::vector<std::pair<std::int64_t, std::int64_t>>;  // sequence, token
+
 /// The sequences of a problem in a cache, in reverse order and with one more; what was not put there is NaN.
 struct Cache {
   Cache(const Problem& problem, std::int64_t capacity)
@@ -51,8 +53,26 @@ struct Cache {
     TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
   }
 
+  /// Sequence 0 token by token from the start, the others further on: puts in what is new and calls step(tokens) with those of all that are not yet
+  /// at their end, until a step has failed.
+  template <class Step>
+  void walk(std::int64_t stride, Step step) {
+    std::vector<std::int64_t> known(s.batch, 0);
+    for (std::int64_t first = 0; first < s.tokens && !::testing::Test::HasFatalFailure(); first += stride) {
+      Tokens tokens;
+      for (std::int64_t b = 0; b < s.batch; ++b) {
+        const std::int64_t t = first + 37 * b;
+        if (t >= s.tokens) continue;
+        append(b, known[b], t + 1);
+        known[b] = t + 1;
+        tokens.emplace_back(b, t);
+      }
+      step(tokens);
+    }
+  }
+
   /// The rows [H, D] of one token of some sequences, in one call: by the fast form, or the exact one on a path.
-  std::vector<Bf16> decode(const std::vector<std::pair<std::int64_t, std::int64_t>>& tokens, const CudaAttentionPath* exact = nullptr) {
+  std::vector<Bf16> decode(const Tokens& tokens, const CudaAttentionPath* exact = nullptr) {
     const auto rows = static_cast<std::int64_t>(tokens.size());
     std::vector<Bf16> packed;
     std::vector<std::int32_t> sequence, position, start;
@@ -103,23 +123,14 @@ struct Cache {
   KeyValueCache cache;
 };
 
-/// Sequence 0 token by token from the start, the others further on; each step is one call for all that are not yet at their end.
+/// Every step's rows, of all sequences in one call, against the definition, and the last one alone.
 void compare(const Problem& p, std::int64_t capacity, std::int64_t stride, const std::string& what) {
   const auto exact = reference::attention_forward(p.in);
   const auto [B, H, T, D] = p.in.shape;
   double largest = 0;
   for (const double x : exact.o) largest = std::max(largest, std::abs(x));
   Cache cache(p, capacity);
-  std::vector<std::int64_t> known(B, 0);
-  for (std::int64_t step = 0; step < T; step += stride) {
-    std::vector<std::pair<std::int64_t, std::int64_t>> tokens;
-    for (std::int64_t b = 0; b < B; ++b) {
-      const std::int64_t t = step + 37 * b;
-      if (t >= T) continue;
-      cache.append(b, known[b], t + 1);
-      known[b] = t + 1;
-      tokens.emplace_back(b, t);
-    }
+  cache.walk(stride, [&](const Tokens& tokens) {
     const auto made = cache.decode(tokens);
     for (std::size_t r = 0; r < tokens.size(); ++r)
       for (std::int64_t h = 0; h < H; ++h)
@@ -132,7 +143,7 @@ void compare(const Problem& p, std::int64_t capacity, std::int64_t stride, const
     const auto alone = cache.decode({tokens.back()});
     ASSERT_EQ(std::memcmp(alone.data(), made.data() + (tokens.size() - 1) * H * D, H * D * sizeof(Bf16)), 0)
         << what << ": a row depends on the batch";
-  }
+  });
 }
 
 /// check(problem, number of the case, what varies beside) for every score, gate, normalizer and head size; stops when one has failed.
@@ -201,23 +212,15 @@ void compare_exactly(const Problem& p, std::int64_t capacity, std::int64_t strid
   for (const CudaAttentionPath path : paths()) {
     Cache cache(p, capacity);  // NaN where nothing was put
     const auto whole = cache.forward(path);
-    std::vector<std::int64_t> known(B, 0);
-    for (std::int64_t step = 0; step < T; step += stride) {
-      std::vector<std::pair<std::int64_t, std::int64_t>> tokens;
-      for (std::int64_t b = 0; b < B; ++b) {
-        const std::int64_t t = step + 37 * b;
-        if (t >= T) continue;
-        cache.append(b, known[b], t + 1);
-        known[b] = t + 1;
-        tokens.emplace_back(b, t);
-      }
+    cache.walk(stride, [&](const Tokens& tokens) {
       const auto made = cache.decode(tokens, &path), alone = cache.decode({tokens[0]}, &path);
       ASSERT_EQ(std::memcmp(alone.data(), made.data(), H * D * sizeof(Bf16)), 0) << what << ": a row depends on the batch";
       for (std::size_t r = 0; r < tokens.size(); ++r)
         for (std::int64_t h = 0; h < H; ++h)
           ASSERT_EQ(std::memcmp(&made[(r * H + h) * D], &whole[((tokens[r].first * H + h) * T + tokens[r].second) * D], D * sizeof(Bf16)), 0)
               << describe(p.in.math, p.in.shape, path) << " " << what << " sequence " << tokens[r].first << " token " << tokens[r].second;
-    }
+    });
+    if (::testing::Test::HasFatalFailure()) return;
   }
 }
 
