@@ -113,6 +113,9 @@ TEST(BenchCommand, GenerateReportsSpeedsBesideTheirLimit) {
               1e-6 * number("speed_of_light_tokens_per_s"));
   const Outcome text = run_tessera(options);
   EXPECT_TRUE(has(text.out, "speed of light")) << text.out << text.err;
+  EXPECT_EQ(text.err, "");
+  EXPECT_EQ(r.at("batch_invariant"), false) << "a promise of GPUs alone";
+  EXPECT_EQ(run_tessera(options + " --fast").err, "tessera: note: --fast has no effect on the CPU, which has one way to decode\n");
   EXPECT_EQ(run_tessera("bench generate --prompt 500 --tokens 13").code, 2);  // beyond the context of 512
   EXPECT_EQ(run_tessera("bench generate --batch 17").code, 2);
 }

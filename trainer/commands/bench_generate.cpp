@@ -137,6 +137,7 @@ void run(const Options& o, std::vector<std::string> sets) {
   Config c = load_config(o.file, sets);
   resolve_vocabulary(c, vocabulary_for_bench(c), "tessera bench generate");
   const auto ops = make_ops(c.device, o.threads, !o.fast);
+  if (o.fast && ops->kind() == DeviceKind::cpu) fmt::print(stderr, "tessera: note: {}\n", kFastOnCpu);
   const Json r = measure(o, c, *ops);
   if (o.json) {
     std::cout << r.dump(2) << "\n";

@@ -20,6 +20,9 @@ inline CLI::Validator number_in(double low, double high) {
   return {problem, fmt::format("{:g} to {:g}", low, high), ""};
 }
 
+/// What generate and bench generate say of --fast there.
+inline constexpr const char* kFastOnCpu = "--fast has no effect on the CPU, which has one way to decode";
+
 void add_prepare_command(CLI::App& app);    // text -> token shards
 void add_tokenizer_command(CLI::App& app);  // train a BPE vocabulary
 void add_train_command(CLI::App& app);      // a run, alone or under mpirun

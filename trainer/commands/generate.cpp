@@ -103,7 +103,7 @@ void generate_command(Options o) {
   const OpenCheckpoint open(o.checkpoint, OpenCheckpoint::Use::generate, o.open, *alone);
   const auto note = [](const std::string& text) { fmt::print(stderr, "tessera: note: {}\n", text); };
   if (!open.notice.empty()) note(open.notice);
-  if (o.open.fast && open.ops->kind() == DeviceKind::cpu) note("--fast has no effect on the CPU, which has one way to decode");
+  if (o.open.fast && open.ops->kind() == DeviceKind::cpu) note(kFastOnCpu);
 
   Printer printer(o, open);
   printer.begin();
