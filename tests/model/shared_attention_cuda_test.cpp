@@ -25,22 +25,31 @@ class SharedCuda : public ::testing::TestWithParam<SequenceExchange> {
   }
 };
 
+/// Every pattern under every layout on 2 and 4 ranks; kinds of math, head sizes and documents are dealt over them.
 TEST_P(SharedCuda, OneRanksResultsUpToRounding) {
-  const std::vector<std::vector<PatternSpec>> patterns = {
-      {causal()}, {any({global(4), window(90)}), causal()}, {blocks(64, 19, 5)}, {strided(21, 3)}};
-  constexpr SequenceLayout kLayouts[] = {SequenceLayout::contiguous, SequenceLayout::zigzag, SequenceLayout::balanced};
+  const std::vector<Named> patterns = {{"causal", {causal()}},
+                                       {"window", {window(90)}},
+                                       {"strided", {strided(21, 3)}},
+                                       {"dilated", {dilated(30, 5)}},
+                                       {"global, window in every other head", {any({global(4), window(90)}), causal()}},
+                                       {"bigbird", {bigbird(2, 1, 2, 64)}},
+                                       {"blocks", {blocks(64, 19, 5)}}};
+  const std::vector<AttentionMath> kinds = kinds_of_math();
   unsigned n = 0;
-  for (const AttentionMath& math : kinds_of_math())
-    for (const int ranks : {2, 4}) {
-      Case c = gpu_case(GetParam(), ranks);
-      c.math = math;
-      c.patterns = patterns[n % 4];
-      c.size = n / 2 % 2 == 0 ? 64 : 128;
-      c.layout = kLayouts[n % 3];
-      c.documents = n / 3 % 2 == 1;
-      SCOPED_TRACE(fmt::format("{} ranks, kind of math {}, layout {}{}", ranks, n / 2, name_of(c.layout), c.documents ? ", documents" : ""));
-      check(c, n++, kBf16);
-    }
+  for (const Named& pattern : patterns)
+    for (const auto layout : {SequenceLayout::contiguous, SequenceLayout::zigzag, SequenceLayout::balanced})
+      for (const int ranks : {2, 4}) {
+        const unsigned turn = n + n / 6;  // 6 cases a pattern: so that the next has others
+        Case c = gpu_case(GetParam(), ranks);
+        c.math = kinds[turn % kinds.size()];
+        c.patterns = pattern.patterns;
+        c.size = (turn + n / 3) % 2 == 0 ? 64 : 128;
+        c.layout = layout;
+        c.documents = (turn / 6 + turn) % 2 == 1;
+        SCOPED_TRACE(fmt::format("{}, {} ranks, kind of math {}, head size {}, layout {}{}", pattern.name, ranks, turn % kinds.size(), c.size,
+                                 name_of(layout), c.documents ? ", documents" : ""));
+        check(c, n++, kBf16);
+      }
 }
 
 INSTANTIATE_TEST_SUITE_P(Exchanges, SharedCuda, ::testing::Values(SequenceExchange::needed, SequenceExchange::heads, SequenceExchange::ring),

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
   extern __shared__ __align__(1024) uint8_t raw[];  // the swizzle counts from multiples of 1024
   const uint32_t base = kept(shared_address(raw));
   const typename Shared::Ring ring{base + Shared::kRing};
-  const Schedule schedule(a, a.key_tiles, kGroups, false);
+  const Schedule schedule(a, a.by_key, a.key_tiles, kGroups, false);
   const int lane = threadIdx.x & 31;
   ring.init();
 

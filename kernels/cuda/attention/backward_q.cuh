@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
   __shared__ float2 sums[kGroups][4];
   const uint32_t base = kept(shared_address(raw));
   const typename Shared::Ring ring{base + Shared::kRing};
-  const Schedule schedule(a, a.query_tiles, kGroups, true);
+  const Schedule schedule(a, a.by_query, a.query_tiles, kGroups, true);
   const int lane = threadIdx.x & 31;
   ring.init();
 
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
     if (threadIdx.x >= kGroups * kWarpgroup + 32) return;
     const auto load_own = [&](const Item& i, int slot, uint32_t full) {
       for (int w = 0; w < kGroups; ++w) {
-        const int row = (kGroups * i.band + w) * kTile;
+        const int row = max(a.by_query.tile(i.band, w, kGroups), 0) * kTile;
         const uint32_t to = base + slot * Shared::kOwnBytes + w * kRows;
         load_rows<Hopper, D>(to + Shared::kQ, a.q, &a.map_q, full, row, i.b, i.h, a.tokens, lane);
         load_rows<Hopper, D>(to + Shared::kDo, a.d_o, &a.map_do, full, row, i.b, i.h, a.tokens, lane);
@@ -50,10 +50,10 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
     };
     const auto walk = [&](const Item& i, Cursor& at, int64_t list) {
       const int64_t head_tiles = (static_cast<int64_t>(i.b) * a.heads + i.h) * a.query_tiles;
-      const int first = kGroups * i.band, skip = a.visit_all ? kHidden : kAbsent;
+      const int first = a.by_query.tile(i.band, 0, kGroups), skip = a.visit_all ? kHidden : kAbsent;
       DocumentBounds documents[kGroups];
 #pragma unroll
-      for (int w = 0; w < kGroups; ++w) documents[w] = document_bounds(a, i.b, min(first + w, a.query_tiles - 1));
+      for (int w = 0; w < kGroups; ++w) documents[w] = document_bounds(a, i.b, first + w);
       const auto keep = [&](Entry& e) {
 #pragma unroll
         for (int w = 0; w < kGroups; ++w) {
@@ -77,9 +77,9 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
   const int r0 = warp * 16 + lane / 4;
   Cursor at, own;
   consume_items(ring, own, [&](const Item& item) {
-    const int tile = kGroups * item.band + group, i0 = tile * kTile + r0, i8 = i0 + 8;
+    const int place = a.by_query.tile(item.band, group, kGroups), tile = max(place, 0), i0 = tile * kTile + r0, i8 = i0 + 8;
     const int64_t at_tile = (static_cast<int64_t>(item.b) * a.heads + item.h) * a.query_tiles + tile;
-    const bool exists = tile < a.query_tiles;
+    const bool exists = place >= 0 && place < a.query_tiles;
     const float bound = gate_bound(a, item.scale, item.threshold, D);
     const float scale = kept_float(Gate::kSoftmax ? item.scale * kLog2e : item.scale / bound);
     struct Row {

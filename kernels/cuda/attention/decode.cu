@@ -59,9 +59,9 @@ struct List {
   __device__ __forceinline__ List(const DecodeArgs& a, int h, int sequence, int position)
       : valid(position >= 0 && position < a.capacity && sequence >= 0 && sequence < a.cached) {
     if (!valid) return;
-    const int tile = position / kTile;
-    const std::int64_t at = static_cast<std::int64_t>(a.group_of_head[h]) * (a.lists.bands + 1) + tile / 2;
-    begin = a.lists.offsets[at], end = a.lists.offsets[at + 1], group = tile % 2;
+    const int place = position / kTile + a.lists.before;
+    const std::int64_t at = static_cast<std::int64_t>(a.group_of_head[h]) * (a.lists.bands + 1) + place / 2;
+    begin = a.lists.offsets[at], end = a.lists.offsets[at + 1], group = place % 2;
     part_entries = kWarps * static_cast<int>((end - begin + kWarps * kDecodeParts - 1) / (kWarps * kDecodeParts));
   }
   __device__ __forceinline__ int parts() const { return end > begin ? static_cast<int>((end - begin + part_entries - 1) / part_entries) : 0; }

@@ -41,7 +41,8 @@ struct ExactArgs {
   __device__ __forceinline__ bool holds(int sequence, int position) const {
     return sequence >= 0 && sequence < cached && position >= 0 && position < capacity;
   }
-  __device__ __forceinline__ int row(int position) const { return position / kTile % groups * kTile + position % kTile; }
+  __device__ __forceinline__ int place(int position) const { return position / kTile + lists.before; }
+  __device__ __forceinline__ int row(int position) const { return place(position) % groups * kTile + position % kTile; }
 };
 
 /// One block a head of the forward call.
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
   // With length_beta a threshold is a row's own, by row_offset()'s formula; here a head has one row.
   a.taus[n] = a.length_beta > 0 ? a.scale[h] * a.length_beta * sqrtf(2.f * logf(static_cast<float>(max(position, 0)) + 2.f) / static_cast<float>(D))
                                 : a.threshold[h];
-  const std::int64_t at = static_cast<std::int64_t>(a.group_of_head[h]) * (a.lists.bands + 1) + (holds ? position / kTile / a.groups : 0);
+  const std::int64_t at = static_cast<std::int64_t>(a.group_of_head[h]) * (a.lists.bands + 1) + (holds ? a.place(position) / a.groups : 0);
   a.offsets[2 * n] = holds ? a.lists.offsets[at] : 0, a.offsets[2 * n + 1] = holds ? a.lists.offsets[at + 1] : 0;
 }
 
@@ -117,7 +118,7 @@ void run(const AttentionDecode& a, const CudaTiles& tiles, bool hopper, cudaStre
   f.query_tiles = groups, f.key_tiles = (f.keys + kTile - 1) / kTile, f.words = static_cast<int>(bitmap_words(f.key_tiles));
   f.section = section_of(capacity, D, n);
   f.scale = e.scales, f.threshold = e.taus, f.z = z, f.active = bitmap;
-  f.by_query = {e.offsets, lists.entries, e.order, 1};
+  f.by_query = {e.offsets, lists.entries, e.order, 1, 0};
   f.group_of_head = e.list_of_head, f.masks = tiles.masks();
   f.mask0_is_causal = false;  // it is read: rows of the band do not stand where the arithmetic would have them
   if (hopper) {

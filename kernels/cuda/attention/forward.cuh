@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
   extern __shared__ __align__(1024) uint8_t raw[];  // the swizzle counts from multiples of 1024
   const uint32_t base = kept(shared_address(raw));
   const typename Shared::Ring ring{base + Shared::kRing};
-  const Schedule schedule(a, a.query_tiles, kGroups, true);
+  const Schedule schedule(a, a.by_query, a.query_tiles, kGroups, true);
   const int lane = threadIdx.x & 31;
   ring.init();
 
@@ -93,18 +93,18 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
     if (threadIdx.x >= kGroups * kWarpgroup + 32) return;
     const auto load_own = [&](const Item& i, int slot, uint32_t full) {
       for (int w = 0; w < kGroups; ++w) {
-        const int row = (kGroups * i.band + w) * kTile;
+        const int row = max(a.by_query.tile(i.band, w, kGroups), 0) * kTile;
         load_rows<Hopper, D>(base + Shared::kQ + slot * Shared::kOwnBytes + w * kRows, a.q, &a.map_q, full, row, i.b, i.h, a.tokens, lane);
       }
     };
     const auto walk = [&](const Item& i, Cursor& at, int64_t list) {
       DocumentBounds documents[kGroups];
 #pragma unroll
-      for (int w = 0; w < kGroups; ++w) documents[w] = document_bounds(a, i.b, min(kGroups * i.band + w, a.query_tiles - 1));
+      for (int w = 0; w < kGroups; ++w) documents[w] = document_bounds(a, i.b, a.by_query.tile(i.band, w, kGroups));
       const auto keep = [&](Entry& e) {
 #pragma unroll
         for (int w = 0; w < kGroups; ++w) {
-          const int query = kGroups * i.band + w;
+          const int query = a.by_query.tile(i.band, w, kGroups);
           if (e.tile >= a.key_tiles || query >= a.query_tiles || (e.tile + 1) * kTile <= documents[w].first) e.mask[w] = kAbsent;
           e.mask[w] = cut_mask(a, e.mask[w], query, e.tile, documents[w]);
         }
@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
   const bool visit_all = a.visit_all, counting = a.counters != nullptr;
   Cursor at, own;
   consume_items(ring, own, [&](const Item& item) {
-    const int b = item.b, h = item.h, tile = kGroups * item.band + group;
-    const bool exists = tile < a.query_tiles;
+    const int b = item.b, h = item.h, place = a.by_query.tile(item.band, group, kGroups), tile = max(place, 0);
+    const bool exists = place >= 0 && place < a.query_tiles;
     const int i0 = tile * kTile + r0, i8 = i0 + 8;
     const float bound = gate_bound(a, item.scale, item.threshold, D);
     const float scale = kept_float(Gate::kSoftmax ? item.scale * kLog2e : item.scale / bound);

@@ -34,6 +34,10 @@ struct BandLists {
   const Entry* entries;
   const int* order;  // [patterns, bands]: longest list first
   int bands;         // of the whole map: the stride of offsets and order
+  int before;        // how many places of band 0 stand before tile 0
+
+  /// The tile at place `group` of a band of `groups`; one that is not there is below 0 or past the end.
+  __device__ __forceinline__ int tile(int band, int group, int groups) const { return groups * band + group - before; }
 };
 
 /// What the 64 rows of a query tile contribute to their edges in the backward pass. The first three arrays stand in the order in which a lane of
@@ -242,7 +246,8 @@ struct DocumentBounds {
 __device__ __forceinline__ DocumentBounds document_bounds(const Args& a, int b, int query_tile) {
   if (!a.document_start) return {};
   const int* starts = a.document_start + static_cast<int64_t>(b) * a.tokens;
-  return {starts[min(query_tile * kTile, a.tokens - 1)], starts[min(query_tile * kTile + 63, a.tokens - 1)]};
+  const int row = max(query_tile, 0) * kTile;
+  return {starts[min(row, a.tokens - 1)], starts[min(row + 63, a.tokens - 1)]};
 }
 /// A full tile that the sequence's end or a document's start cuts still needs a mask.
 __device__ __forceinline__ int cut_mask(const Args& a, int mask, int query_tile, int key_tile, DocumentBounds d) {
@@ -262,8 +267,8 @@ struct Schedule {
   static constexpr int kLastRounds = 2;  // those that deal the shortest lists of all heads
   int bands, heads, total, last;         // heads: of all sequences; last: how many bands of a head stand behind the sections
   bool descending;
-  __device__ __forceinline__ Schedule(const Args& a, int tiles, int groups, bool descending)
-      : bands((tiles + groups - 1) / groups), heads(a.batch * a.heads), total(bands * heads), last(0), descending(descending) {
+  __device__ __forceinline__ Schedule(const Args& a, const BandLists& lists, int tiles, int groups, bool descending)
+      : bands((tiles + lists.before + groups - 1) / groups), heads(a.batch * a.heads), total(bands * heads), last(0), descending(descending) {
     const int blocks = gridDim.x;
     if (blocks < total) last = min(bands, (kLastRounds * blocks + heads - 1) / heads);
   }

@@ -47,6 +47,7 @@ DeviceBuffer::DeviceBuffer(const void* host, std::size_t bytes) {
 Bands::Bands(const TileMap& map, bool by_key, int groups) {
   const std::int64_t tiles = by_key ? map.key_tiles : map.query_tiles;
   bands_ = static_cast<int>((tiles + groups - 1) / groups);
+  before_ = by_key ? 0 : static_cast<int>(bands_ * groups - tiles);
   std::vector<std::int64_t> offsets;
   std::vector<Entry> entries;
   std::vector<int> order;
@@ -58,8 +59,9 @@ Bands::Bands(const TileMap& map, bool by_key, int groups) {
       offsets.push_back(static_cast<std::int64_t>(entries.size()));
       std::int64_t at[kMaxGroups], end[kMaxGroups];
       for (int g = 0; g < groups; ++g) {
-        const std::int64_t tile = static_cast<std::int64_t>(band) * groups + g;
-        at[g] = tile < tiles ? from[tile] : 0, end[g] = tile < tiles ? from[tile + 1] : 0;
+        const std::int64_t tile = static_cast<std::int64_t>(band) * groups + g - before_;
+        const bool exists = tile >= 0 && tile < tiles;
+        at[g] = exists ? from[tile] : 0, end[g] = exists ? from[tile + 1] : 0;
       }
       for (;;) {  // the lists ascend: take the lowest tile of all, from every list that has it
         std::int32_t next = INT32_MAX;

@@ -29,18 +29,19 @@ class DeviceBuffer {
   void* data_ = nullptr;
 };
 
-/// The bands of one direction, `groups` neighbouring tiles each.
+/// The bands of one direction, `groups` neighbouring tiles each. Where the tiles do not fill them, one band walks its list for fewer: the first by
+/// query, the last by key, for under a causal pattern those are the shortest lists.
 class Bands {
  public:
   Bands(const TileMap& map, bool by_key, int groups);
-  BandLists lists() const { return {offsets_.as<int64_t>(), entries_.as<Entry>(), order_.as<int>(), bands_}; }
+  BandLists lists() const { return {offsets_.as<int64_t>(), entries_.as<Entry>(), order_.as<int>(), bands_, before_}; }
   /// Entries of a list, on average, where at most `tiles` tiles of the other side exist.
   double mean_length(std::int64_t tiles) const { return std::min(mean_length_, static_cast<double>(tiles)); }
   /// Entries of the longest list.
   std::int64_t longest() const { return longest_; }
 
  private:
-  int bands_;
+  int bands_, before_;  // before_: BandLists::before
   double mean_length_;
   std::int64_t longest_ = 0;
   DeviceBuffer offsets_, entries_, order_;

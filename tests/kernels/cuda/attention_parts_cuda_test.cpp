@@ -193,12 +193,18 @@ void compare(const Problem& p, CudaAttentionPath path, int parts, const std::str
   EXPECT_EQ(r.counters, whole.counters) << what << " counters, turned";
 }
 
-TEST(CudaAttentionParts, GiveTheBitsOfOneCallInEveryCombination) {
+class CudaAttentionPartsOf : public ::testing::TestWithParam<unsigned> {};
+
+constexpr unsigned kShares = 12;  // of the combinations
+
+TEST_P(CudaAttentionPartsOf, EveryCombinationGiveTheBitsOfOneCall) {
   NEEDS_GPU();
-  for_every_combination({65, 130, 200, 257, 449, 17}, [](const Problem& p, CudaAttentionPath path, unsigned n, const std::string& what) {
-    compare(p, path, 1 + static_cast<int>(n / 3 % 4), what);
-  });
+  for_every_combination(
+      {65, 130, 200, 257, 449, 17},
+      [](const Problem& p, CudaAttentionPath path, unsigned n, const std::string& what) { compare(p, path, 1 + static_cast<int>(n / 3 % 4), what); },
+      {GetParam(), kShares});
 }
+INSTANTIATE_TEST_SUITE_P(Shares, CudaAttentionPartsOf, ::testing::Range(0u, kShares));
 
 TEST(CudaAttentionParts, ThresholdsOfEachQueryAndNegativeScales) {
   NEEDS_GPU();
