@@ -153,6 +153,7 @@ struct AttentionDecode {
   Tensor scale;           // in [H] f32
   Tensor threshold;       // in [H] f32
   Tensor o;               // out [B, H, D]
+  Tensor z;               // out, optional [B, H] f32
   Tensor workspace;       // f32, attention_decode_workspace(cache) elements, 16-byte aligned; the CPU wants none
 };
 

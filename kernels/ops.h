@@ -98,6 +98,34 @@ struct HeadNormBackward {
   Tensor dgain{};                    // added to [H, D] f32
 };
 
+struct SelfEdge {
+  // After attention_forward with normalizer sum: an edge from each token to itself beside the gated ones (which may hold (i, i) too), with a learned
+  // bias b_h in place of a threshold. In place on o and z:
+  //   x_i  = c_h f(<q_i, k_i>) + b_h     f(s) = s (dot, cosine), s^2 (fidelity)
+  //   s_i  = max(0, x_i)^p               p as the gate says
+  //   z'_i = z_i + s_i,  o'_i = (z_i o_i + s_i v_i) / z'_i
+  // Where x_i <= 0 o and z keep their bits. It is no active edge: neither the bitmap nor a counter knows of it.
+  AttentionShape shape{};    // its heads are those of this call, which may be some of a tensor's (views from the first of them on)
+  Score score = Score::dot;  // q, k are what attention_forward reads
+  Gate gate = Gate::relu2;   // not softmax
+  HeadsView q{}, k{}, v{};   // in
+  HeadsView o{};             // in/out
+  Tensor scale{}, bias{};    // in [H] f32: c_h, b_h
+  Tensor z{};                // in/out [B, H, T] f32
+};
+
+struct SelfEdgeBackward {
+  // After attention_backward, which was given o' and z' as o and z: its gradients are then those of the gated edges.
+  //   da_i = (<do_i, v_i> - <do_i, o'_i>) / z'_i,  dx_i = da_i p max(0, x_i)^(p-1)
+  //   dv_i += (s_i / z'_i) do_i,  dq_i += c f'(<q_i, k_i>) dx_i k_i,  dk_i += c f'(<q_i, k_i>) dx_i q_i
+  //   dscale_h += sum dx_i f(<q_i, k_i>),  dbias_h += sum dx_i
+  SelfEdge forward{};          // the same arguments; o and z are o' and z', now inputs
+  HeadsView d_o{};             // in
+  HeadsView dq{}, dk{}, dv{};  // added to
+  Tensor dscale{};             // added to, optional [H] f32
+  Tensor dbias{};              // added to [H] f32
+};
+
 struct Classifier {
   // Fused linear + cross-entropy: loss_n = ln sum_v exp(x_n.w_v) - x_n.w_t(n), over v < vocabulary. Logits live only in
   // chunks of rows (workspace), never for the whole batch.
@@ -211,6 +239,8 @@ class Ops {
   virtual std::unique_ptr<DeviceTiles> upload_tiles(std::shared_ptr<const TileMap> tiles) = 0;
   virtual void attention_forward(const AttentionForward& a) = 0;
   virtual void attention_backward(const AttentionBackward& a) = 0;
+  virtual void self_edge_forward(const SelfEdge& a) = 0;
+  virtual void self_edge_backward(const SelfEdgeBackward& a) = 0;
 
   // -- sequences over several ranks
   virtual void move_rows(const MoveRows& a) = 0;

@@ -7,6 +7,17 @@
 
 namespace tessera::cpu {
 
+Heads checked_heads(const char* operation, const char* name, const HeadsView& view, std::int64_t batch, std::int64_t heads, std::int64_t rows,
+                    std::int64_t size) {
+  if (view.dtype != DType::f32) throw std::logic_error(fmt::format("{}: {} must be f32 on the CPU, and is {}", operation, name, name_of(view.dtype)));
+  if (!view.data && batch > 0) throw std::logic_error(fmt::format("{}: {} has no memory", operation, name));
+  // A stride matters only where there is a second element along it.
+  if ((rows > 1 && view.token < size) || (heads > 1 && view.head < size) || (batch > 1 && view.batch < size))
+    throw std::logic_error(fmt::format("{}: {} has strides (batch {}, head {}, token {}) that overlap its {} elements", operation, name, view.batch,
+                                       view.head, view.token, size));
+  return {static_cast<float*>(view.data), view.batch, view.head, view.token};
+}
+
 const TileMap& checked_lists(const char* operation, const DeviceTiles* tiles, const AttentionMath& math, std::int64_t heads, std::int64_t tokens,
                              std::int64_t size) {
   require(tiles != nullptr, operation, "no tile lists were given");
@@ -65,16 +76,6 @@ AttentionCall::AttentionCall(const char* operation, const AttentionForward& a)
   carry_first = a.carry_first;
   carry_last = a.carry_last;
   counters = optional_elements<std::uint64_t>(operation, "counters", a.counters, heads * kAttentionCounters);
-}
-
-Heads AttentionCall::heads_of(const char* operation, const char* name, const HeadsView& view, std::int64_t rows) const {
-  if (view.dtype != DType::f32) throw std::logic_error(fmt::format("{}: {} must be f32 on the CPU, and is {}", operation, name, name_of(view.dtype)));
-  if (!view.data && batch > 0) throw std::logic_error(fmt::format("{}: {} has no memory", operation, name));
-  // A stride matters only where there is a second element along it.
-  if ((rows > 1 && view.token < size) || (heads > 1 && view.head < size) || (batch > 1 && view.batch < size))
-    throw std::logic_error(fmt::format("{}: {} has strides (batch {}, head {}, token {}) that overlap its {} elements", operation, name, view.batch,
-                                       view.head, view.token, size));
-  return {static_cast<float*>(view.data), view.batch, view.head, view.token};
 }
 
 std::span<const TileEntry> AttentionCall::key_list(std::int64_t head, std::int64_t key_tile) const {

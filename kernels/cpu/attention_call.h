@@ -18,6 +18,10 @@ struct Heads {
   float* at(std::int64_t b, std::int64_t h, std::int64_t t) const { return data + b * batch + h * head + t * token; }
 };
 
+/// A view of [batch, heads, rows, size] floats, checked.
+Heads checked_heads(const char* operation, const char* name, const HeadsView& view, std::int64_t batch, std::int64_t heads, std::int64_t rows,
+                    std::int64_t size);
+
 /// The lists of a call, after checks of what every call of the attention has: tiles, heads, head size, math, 1 to map.tokens tokens.
 const TileMap& checked_lists(const char* operation, const DeviceTiles* tiles, const AttentionMath& math, std::int64_t heads, std::int64_t tokens,
                              std::int64_t size);
@@ -39,7 +43,9 @@ struct AttentionCall {
   /// Checks everything; throws std::logic_error that names `operation` and the argument.
   AttentionCall(const char* operation, const AttentionForward& a);
   /// `rows`: tokens or keys.
-  Heads heads_of(const char* operation, const char* name, const HeadsView& view, std::int64_t rows) const;
+  Heads heads_of(const char* operation, const char* name, const HeadsView& view, std::int64_t rows) const {
+    return checked_heads(operation, name, view, batch, heads, rows, size);
+  }
 
   std::int64_t batch, heads, tokens, keys, size;  // size: elements of a head
   std::int64_t tile_query, tile_key, query_tiles, key_tiles, words;

@@ -52,6 +52,7 @@ struct DecodeCall {
     threshold = uses_threshold(math) ? elements<float>(operation, "threshold", a.threshold, cache.heads) : nullptr;
     document_start = optional_elements<std::int32_t>(operation, "document_start", a.document_start, cache.batch);
     o = elements<float>(operation, "o", a.o, cache.batch * cache.heads * cache.size);
+    z = optional_elements<float>(operation, "z", a.z, cache.batch * cache.heads);
   }
 
   Cache cache;
@@ -61,6 +62,7 @@ struct DecodeCall {
   const float* threshold;
   const std::int32_t* document_start;  // or null
   float* o;
+  float* z;  // or null
 };
 
 template <Form form, Gate gate>
@@ -83,7 +85,8 @@ void decode_row(const DecodeCall& call, std::int64_t b, std::int64_t h, RowsScra
     tile.document_start = first_key > tile.first_key ? call.document_start + b : nullptr;
     visit_tile<form, gate>(tile, {keys + tile.first_key * size, size}, {values + tile.first_key * size, size}, call.scale[h], false, s);
   }
-  finish_row(call.math, 0, call.o + (b * cache.heads + h) * size, s);
+  const float z = finish_row(call.math, 0, call.o + (b * cache.heads + h) * size, s);
+  if (call.z) call.z[b * cache.heads + h] = z;
 }
 
 template <Form form, Gate gate>

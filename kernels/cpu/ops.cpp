@@ -65,6 +65,8 @@ class CpuOps final : public Ops {
   std::unique_ptr<DeviceTiles> upload_tiles(std::shared_ptr<const TileMap> tiles) override { return std::make_unique<DeviceTiles>(std::move(tiles)); }
   void attention_forward(const AttentionForward& a) override { cpu_attention_forward(a); }
   void attention_backward(const AttentionBackward& a) override { cpu_attention_backward(a); }
+  void self_edge_forward(const SelfEdge& a) override { cpu::self_edge_forward(a); }
+  void self_edge_backward(const SelfEdgeBackward& a) override { cpu::self_edge_backward(a); }
   void move_rows(const MoveRows& a) override { cpu::move_rows(a); }
   void look_up(const Tensor& out, const Tensor& table, const Tensor& index) override { cpu::look_up(out, table, index); }
   void cache_append(const CacheAppend& a) override { cpu_cache_append(a); }

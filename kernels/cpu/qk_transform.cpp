@@ -5,6 +5,7 @@
 #include "kernels/cpu/check.h"
 #include "kernels/cpu/ops.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/simd.h"
 
 namespace tessera::cpu {
 
@@ -12,13 +13,6 @@ namespace {
 
 constexpr float kSmallestLength = 1e-6f;  // a shorter vector has no direction to speak of: it becomes zero
 constexpr std::int64_t kRowGrain = 16;
-
-float dot(const float* a, const float* b, std::int64_t n) {
-  float s = 0;
-#pragma omp simd reduction(+ : s)
-  for (std::int64_t i = 0; i < n; ++i) s += a[i] * b[i];
-  return s;
-}
 
 /// Rotates the pairs (x[i], x[i + half]) by the angles whose cosines and sines are table[i]; backwards with sign = -1.
 void rotate(float* x, const float* table, std::int64_t half, float sign) {

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/attention.h"
 #include "kernels/tensor.h"
 
 namespace tessera::cuda {
@@ -43,6 +44,14 @@ inline void* elements(const char* operation, const char* name, const Tensor& t, 
 
 inline void* bf16_elements(const char* operation, const char* name, const Tensor& t, std::int64_t count) {
   return elements(operation, name, t, DType::bf16, count);
+}
+
+/// A view as kernels read it: bf16, its rows on 16-byte boundaries.
+inline void check_heads(const char* operation, const char* name, const HeadsView& v) {
+  const bool aligned = reinterpret_cast<std::uintptr_t>(v.data) % 16 == 0 && v.batch % 8 == 0 && v.head % 8 == 0 && v.token % 8 == 0;
+  if (v.data && v.dtype == DType::bf16 && aligned) return;
+  throw std::logic_error(std::string(operation) + ": " + name +
+                         (v.data && v.dtype == DType::bf16 ? ": address and strides must be multiples of 16 bytes" : " must be bf16 device memory"));
 }
 
 /// Of float, double and integers.

@@ -24,10 +24,16 @@ void norm_backward(const Context& c, const NormBackward& a);  // scratch: norm_b
 void head_norm_forward(const Context& c, const HeadNorm& a);
 void head_norm_backward(const Context& c, const HeadNormBackward& a);  // scratch: norm_backward_scratch(heads x head size)
 std::size_t norm_backward_scratch(std::int64_t width);
+/// to [columns] += the sum over partials [count, columns], in a fixed order; with `second`, that of the count x columns behind them goes there.
+void add_partial_sums(const Context& c, const float* partials, int count, int columns, float* to, float* second);
 
 // qk_transform.cu
 void qk_transform_forward(const Context& c, const QkTransform& a);
 void qk_transform_backward(const Context& c, const QkTransform& transformed, const Tensor& gradients);
+
+// self_edge.cu
+void self_edge_forward(const Context& c, const SelfEdge& a);
+void self_edge_backward(const Context& c, const SelfEdgeBackward& a);  // scratch: norm_backward_scratch(heads)
 
 // embedding.cu
 void embedding_forward(const Context& c, const Tensor& out, const Tensor& tokens, const Tensor& positions, const Tensor& wte, const Tensor& wpe);

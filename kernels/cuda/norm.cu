@@ -340,12 +340,6 @@ __global__ void __launch_bounds__(1024) add_partials_kernel(const float* partial
 
 int divide_up(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-/// to [columns] += the sum over partials [count, columns], in a fixed order; with `second`, that of the count x columns behind them goes there.
-void add_partial_sums(const Context& c, const float* partials, int count, int columns, float* to, float* second) {
-  add_partials_kernel<<<dim3(divide_up(columns, 32), second ? 2 : 1), dim3(32, 32), 0, c.stream>>>(partials, count, columns, to, second);
-  check_launch("add_partial_sums");
-}
-
 /// How a row of `columns` is dealt to a team.
 struct Team {
   int threads, pieces;
@@ -407,6 +401,11 @@ unsigned head_tiles(const HeadNormArgs& a) { return static_cast<unsigned>(divide
 }  // namespace
 
 std::size_t norm_backward_scratch(std::int64_t width) { return std::size_t{2} * kBackwardBlocks * static_cast<std::size_t>(width) * sizeof(float); }
+
+void add_partial_sums(const Context& c, const float* partials, int count, int columns, float* to, float* second) {
+  add_partials_kernel<<<dim3(divide_up(columns, 32), second ? 2 : 1), dim3(32, 32), 0, c.stream>>>(partials, count, columns, to, second);
+  check_launch("add_partial_sums");
+}
 
 void norm_forward(const Context& c, const NormForward& f) {
   constexpr const char* kOp = "norm_forward";

@@ -235,6 +235,10 @@ class CudaOps final : public Ops {
   }
   void attention_forward(const AttentionForward& a) override { cuda_attention_forward(a, stream()); }
   void attention_backward(const AttentionBackward& a) override { cuda_attention_backward(a, stream()); }
+  void self_edge_forward(const SelfEdge& a) override { cuda::self_edge_forward(context(), a); }
+  void self_edge_backward(const SelfEdgeBackward& a) override {
+    cuda::self_edge_backward(context(cuda::norm_backward_scratch(a.forward.shape.heads)), a);
+  }
   void move_rows(const MoveRows& a) override { cuda::move_rows(context(), a); }
   void look_up(const Tensor& out, const Tensor& table, const Tensor& index) override { cuda::look_up(context(), out, table, index); }
   void cache_append(const CacheAppend& a) override { cuda_cache_append(a, stream()); }

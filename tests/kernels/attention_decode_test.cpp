@@ -13,7 +13,12 @@
 namespace tessera::reference {
 namespace {
 
-/// A problem's inputs as the model has them, packed [B, T, 3, H, D]; outputs are token-major [B, T, H, D].
+/// Token-major: o [B, T, H, D], z [B, T, H].
+struct Rows {
+  std::vector<float> o, z;
+};
+
+/// A problem's inputs as the model has them, packed [B, T, 3, H, D].
 struct Packed {
   explicit Packed(const AttentionProblem& problem) : p(problem), s(p.in.shape), tiles(p.tiles), qkv(3 * s.batch * s.tokens * row()) {
     each([&](auto b, auto h, auto t, auto at) {
@@ -31,10 +36,10 @@ struct Packed {
         for (std::int64_t t = 0; t < s.tokens; ++t) f(b, h, t, ((b * s.heads + h) * s.tokens + t) * s.head_size);
   }
 
-  std::vector<float> forward() {
+  Rows forward() {
     const auto [B, H, T, D] = s;
     const std::int64_t query_tiles = (T + p.tiles->tile_query - 1) / p.tiles->tile_query, key_tiles = (T + p.tiles->tile_key - 1) / p.tiles->tile_key;
-    std::vector<float> o(B * T * H * D), z(B * H * T);
+    std::vector<float> o(B * T * H * D), z(B * H * T), z_rows(B * T * H);
     std::vector<std::uint32_t> bitmap(B * H * query_tiles * bitmap_words(key_tiles));
     const auto part = [&, H = H, T = T, D = D](int n) { return HeadsView{qkv.data() + n * H * D, DType::f32, T * 3 * H * D, D, 3 * H * D}; };
     AttentionForward a;
@@ -49,17 +54,19 @@ struct Packed {
     a.z = {z.data(), DType::f32, {B, H, T}};
     a.active_tiles = {bitmap.data(), DType::u32, {B, H, query_tiles, bitmap_words(key_tiles)}};
     cpu_attention_forward(a);
-    return o;
+    each([&, H = H, T = T](auto b, auto h, auto t, auto) { z_rows[(b * T + t) * H + h] = z[(b * H + h) * T + t]; });
+    return {o, z_rows};
   }
 
   /// Sequence b goes to the cache in one piece up to token `known[b]`, then token by token, all sequences together as long as they last: each is at a
   /// length of its own. Rows before `known` stay NaN. The cache has more sequences than the batch, in another order, and is NaN where nothing was
   /// put.
-  std::vector<float> decode(const std::vector<std::int64_t>& known, int threads = 1) {
+  Rows decode(const std::vector<std::int64_t>& known, int threads = 1) {
     const auto [B, H, T, D] = s;
     const float nan = std::numeric_limits<float>::quiet_NaN();
     const std::int64_t sequences = B + 1, capacity = p.tiles->tokens;
-    std::vector<float> memory(sequences * 2 * H * capacity * D, nan), all(B * T * H * D, nan);
+    std::vector<float> memory(sequences * 2 * H * capacity * D, nan);
+    Rows all{std::vector<float>(B * T * H * D, nan), std::vector<float>(B * T * H, nan)};
     const KeyValueCache cache{{memory.data(), DType::f32, {sequences, H * 2, capacity, D}}, sequences, H, capacity, D};
     const int before = omp_get_max_threads();
     omp_set_num_threads(threads);
@@ -70,7 +77,7 @@ struct Packed {
             {cache, {qkv.data() + b * T * 3 * H * D, DType::f32, {1, known[b], 3, H * D}}, {&sequence, DType::i32, {1}}, {&zero, DType::i32, {1}}});
     }
     for (std::int64_t step = 0;; ++step) {
-      std::vector<float> packed, o;
+      std::vector<float> packed, o, z;
       std::vector<std::int32_t> sequence, position, document;
       for (std::int64_t b = 0; b < B; ++b) {
         const std::int64_t t = known[b] + step;
@@ -84,6 +91,7 @@ struct Packed {
       const auto rows = static_cast<std::int64_t>(sequence.size());
       if (rows == 0) break;
       o.assign(rows * H * D, nan);
+      z.assign(rows * H, nan);
       AttentionDecode a;
       a.cache = cache;
       a.math = p.in.math;
@@ -95,9 +103,14 @@ struct Packed {
       a.scale = {scale.data(), DType::f32, {H}};
       a.threshold = {tau.data(), DType::f32, {H}};
       a.o = {o.data(), DType::f32, {rows, H, D}};
+      a.z = {z.data(), DType::f32, {rows, H}};
       cpu_cache_append({cache, a.qkv, a.sequences, a.positions});
       cpu_attention_decode(a);
-      for (std::int64_t r = 0; r < rows; ++r) std::copy_n(o.data() + r * H * D, H * D, all.data() + ((B - sequence[r]) * T + position[r]) * H * D);
+      for (std::int64_t r = 0; r < rows; ++r) {
+        const std::int64_t row = ((B - sequence[r]) * T + position[r]) * H;
+        std::copy_n(o.data() + r * H * D, H * D, all.o.data() + row * D);
+        std::copy_n(z.data() + r * H, H, all.z.data() + row);
+      }
     }
     omp_set_num_threads(before);
     return all;
@@ -114,15 +127,16 @@ struct Packed {
 void check(const AttentionProblem& p, std::vector<std::int64_t> known) {
   Packed packed(p);
   const auto whole = packed.forward(), made = packed.decode(known);
-  EXPECT_EQ(std::memcmp(made.data(), packed.decode(known, 5).data(), made.size() * sizeof(float)), 0) << "5 threads";
+  EXPECT_EQ(std::memcmp(made.o.data(), packed.decode(known, 5).o.data(), made.o.size() * sizeof(float)), 0) << "5 threads";
   std::vector<float> rows;
   std::vector<double> expected;
   packed.each([&](auto b, auto h, auto t, auto at) {
     const auto [B, H, T, D] = packed.s;
-    const std::int64_t row = ((b * T + t) * H + h) * D;
+    const std::int64_t head = (b * T + t) * H + h, row = head * D;
     if (t < known[b]) return;
-    ASSERT_EQ(std::memcmp(&made[row], &whole[row], D * sizeof(float)), 0) << "sequence " << b << " head " << h << " token " << t;
-    rows.insert(rows.end(), made.begin() + row, made.begin() + row + D);
+    ASSERT_EQ(std::memcmp(&made.o[row], &whole.o[row], D * sizeof(float)), 0) << "sequence " << b << " head " << h << " token " << t;
+    ASSERT_EQ(made.z[head], whole.z[head]) << "z of sequence " << b << " head " << h << " token " << t;
+    rows.insert(rows.end(), made.o.begin() + row, made.o.begin() + row + D);
     expected.insert(expected.end(), p.out.o.begin() + at, p.out.o.begin() + at + D);
   });
   EXPECT_LT(relative_error(rows, expected), 2e-5);
@@ -192,7 +206,7 @@ TEST(AttentionDecodingSizes, AHugeThresholdGivesExactZeros) {
   auto c = decoding_case(Score::cosine, Gate::relu2, Normalizer::sum);
   c.tau = 1e6;
   const auto p = make_problem(c);
-  for (float o : Packed(p).decode({0, 0})) ASSERT_EQ(std::bit_cast<std::uint32_t>(o), 0u);
+  for (float o : Packed(p).decode({0, 0}).o) ASSERT_EQ(std::bit_cast<std::uint32_t>(o), 0u);
 }
 
 TEST(AttentionDecodingArguments, WrongOnesAreTheCallersBug) {
@@ -226,6 +240,7 @@ TEST(AttentionDecodingArguments, WrongOnesAreTheCallersBug) {
   rejects([](auto& a) { a.scale = {}; });
   rejects([](auto& a) { a.threshold = {}; });
   rejects([](auto& a) { a.o.shape = {9}; });
+  rejects([](auto& a) { a.z = {a.o.data, DType::f32, {2}}; });
   rejects([](auto& a) { a.math.score = Score::dot, a.math.length_beta = 1.0f; });
   CacheAppend append{good.cache, good.qkv, good.sequences, good.positions};
   EXPECT_NO_THROW(cpu_cache_append(append));

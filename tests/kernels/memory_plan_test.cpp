@@ -52,6 +52,8 @@ class PlanOps final : public Ops {
   std::unique_ptr<DeviceTiles> upload_tiles(std::shared_ptr<const TileMap>) override { return nullptr; }
   void attention_forward(const AttentionForward&) override { unused(); }
   void attention_backward(const AttentionBackward&) override { unused(); }
+  void self_edge_forward(const SelfEdge&) override { unused(); }
+  void self_edge_backward(const SelfEdgeBackward&) override { unused(); }
   void move_rows(const MoveRows&) override { unused(); }
   void look_up(const Tensor&, const Tensor&, const Tensor&) override { unused(); }
   void cache_append(const CacheAppend&) override { unused(); }

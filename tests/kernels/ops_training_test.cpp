@@ -442,6 +442,30 @@ std::vector<char> all_outputs(int threads) {
       {.dy = dy.tensor(), .x = x.tensor(), .gain = head_gain.tensor(), .rstd = head_rstd.tensor(), .dx = dx.tensor(), .dgain = head_dgain.tensor()});
   keep(qkv), keep(dqkv), keep(y), keep(dx), keep(head_dgain);
 
+  constexpr std::int64_t kSize = kColumns / kHeads, kPacked = 3 * kColumns;
+  const auto packed = [&](Floats& of, std::int64_t part) {
+    return HeadsView{of.values.data() + part * kColumns, DType::f32, kRows * kPacked, kSize, kPacked};
+  };
+  const auto heads = [&](Floats& of) { return HeadsView{of.values.data(), DType::f32, kRows * kColumns, kSize, kColumns}; };
+  Floats ones({kHeads}, 1.0f), row_sums({kHeads, kRows}, 1.0f), self_dscale({kHeads}), self_dbias({kHeads});
+  const SelfEdge self{.shape = {1, kHeads, kRows, kSize},
+                      .q = packed(qkv, 0),
+                      .k = packed(qkv, 1),
+                      .v = packed(qkv, 2),
+                      .o = heads(y),
+                      .scale = ones.tensor(),
+                      .bias = ones.tensor(),
+                      .z = row_sums.tensor()};
+  ops->self_edge_forward(self);
+  ops->self_edge_backward({.forward = self,
+                           .d_o = heads(dx),
+                           .dq = packed(dqkv, 0),
+                           .dk = packed(dqkv, 1),
+                           .dv = packed(dqkv, 2),
+                           .dscale = self_dscale.tensor(),
+                           .dbias = self_dbias.tensor()});
+  keep(y), keep(row_sums), keep(dqkv), keep(self_dscale), keep(self_dbias);
+
   Host<double> sums({2});
   ops->add_sum(sums.tensor().slice(0, 1), dw.tensor());
   ops->add_sum_of_squares(sums.tensor().slice(1, 1), dw.tensor());

@@ -53,8 +53,12 @@ class HeadsCall {
     }
   }
   HeadsView in(const HeadsView& v, std::int64_t rows) {
-    const HeadsView copy = out(v, rows);
+    const HeadsView copy = in_out(v, rows);
     buffers_.back().write = false;
+    return copy;
+  }
+  HeadsView in_out(const HeadsView& v, std::int64_t rows) {
+    const HeadsView copy = out(v, rows);
     each(buffers_.back(), [](std::uint16_t& from, float& value) { value = from_bf16(from); });
     return copy;
   }
@@ -205,6 +209,22 @@ class Bf16Ops final : public Ops {
     f.q = c.in(f.q, T), f.k = c.in(f.k, keys), f.v = c.in(f.v, keys), f.o = c.in(f.o, T);
     g.d_o = c.in(a.d_o, T), g.dq = c.out(a.dq, T), g.dk = c.out(a.dk, keys), g.dv = c.out(a.dv, keys);
     cpu_->attention_backward(g);
+  }
+  void self_edge_forward(const SelfEdge& a) override {
+    HeadsCall c(a.shape);
+    SelfEdge f = a;
+    const std::int64_t T = a.shape.tokens;
+    f.q = c.in(a.q, T), f.k = c.in(a.k, T), f.v = c.in(a.v, T), f.o = c.in_out(a.o, T);
+    cpu_->self_edge_forward(f);
+  }
+  void self_edge_backward(const SelfEdgeBackward& a) override {
+    HeadsCall c(a.forward.shape);
+    SelfEdgeBackward g = a;
+    SelfEdge& f = g.forward;
+    const std::int64_t T = f.shape.tokens;
+    f.q = c.in(f.q, T), f.k = c.in(f.k, T), f.v = c.in(f.v, T), f.o = c.in(f.o, T);
+    g.d_o = c.in(a.d_o, T), g.dq = c.in_out(a.dq, T), g.dk = c.in_out(a.dk, T), g.dv = c.in_out(a.dv, T);
+    cpu_->self_edge_backward(g);
   }
   void move_rows(const MoveRows& a) override {
     const std::uint64_t* pieces = a.pieces.as<std::uint64_t>();

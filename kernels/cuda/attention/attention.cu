@@ -8,6 +8,7 @@
 
 #include "kernels/cuda/attention/host.h"
 #include "kernels/cuda/attention/kernels.h"
+#include "kernels/cuda/check.h"
 
 namespace tessera {
 namespace cuda_attention {
@@ -21,10 +22,7 @@ void require(bool ok, const std::string& what) {
 }
 
 View view_of(const HeadsView& v, const char* name) {
-  const auto aligned = [](std::int64_t elements) { return elements % 8 == 0; };
-  require(v.data != nullptr && v.dtype == DType::bf16, std::string(name) + " must be bf16 device memory");
-  require(reinterpret_cast<std::uintptr_t>(v.data) % 16 == 0 && aligned(v.batch) && aligned(v.head) && aligned(v.token),
-          std::string(name) + ": address and strides must be multiples of 16 bytes");
+  cuda::check_heads("CUDA attention", name, v);
   return {static_cast<bf16*>(v.data), v.batch, v.head, v.token};
 }
 

@@ -31,6 +31,7 @@ constexpr int kWarps = 4;  // of a block
 struct DecodeArgs {
   const bf16 *cache, *qkv;
   bf16* o;
+  float* z;                  // or null
   int batch, heads, cached;  // sequences: of the call, and in the cache
   std::int64_t capacity;
   const int *sequences, *positions, *document_start;
@@ -222,8 +223,10 @@ __global__ void __launch_bounds__(D) finish_kernel(const __grid_constant__ Decod
                   : a.normalize_sum    ? a.epsilon + total
                   : a.normalize_length ? powf(static_cast<float>(max(seen, 1)), a.length_alpha)
                                        : 1.f;
-  a.o[(static_cast<std::int64_t>(b) * a.heads + h) * D + d] =
-      __float2bfloat16_rn(!list.valid ? __int_as_float(0x7fffffff) : (z > 0.f ? sum / z : 0.f) + 0.f);
+  const std::int64_t row = static_cast<std::int64_t>(b) * a.heads + h;
+  const float nan = __int_as_float(0x7fffffff);
+  a.o[row * D + d] = __float2bfloat16_rn(!list.valid ? nan : (z > 0.f ? sum / z : 0.f) + 0.f);
+  if (a.z && d == 0) a.z[row] = !list.valid ? nan : !Softmax ? z : seen == 0 ? 0.f : kLn2 * (highest + log2f(total));
 }
 
 /// k and v of token t of sequence b, 16 bytes a thread; and zeros to the values behind the last token, up to the end of its tile: the exact form
@@ -292,6 +295,7 @@ const CudaTiles& check_decode(const char* operation, const AttentionDecode& a) {
   require(a.math.length_beta <= 0 || a.math.score == Score::cosine, operation, "length_beta goes with score cosine");
   if (B == 0) return *tiles;
   cuda::bf16_elements(operation, "qkv", a.qkv, B * 3 * H * D), cuda::bf16_elements(operation, "o", a.o, B * H * D);
+  cuda::optional_elements<float>(operation, "z", a.z, B * H, 4);
   elements<std::int32_t>(operation, "sequences", a.sequences, B, 4), elements<std::int32_t>(operation, "positions", a.positions, B, 4);
   elements<float>(operation, "scale", a.scale, H, 4), elements<float>(operation, "threshold", a.threshold, H, 4);
   require(a.workspace.numel() >= attention_decode_workspace(a.cache), operation, "the workspace is too small");
@@ -310,6 +314,7 @@ void cuda_attention_decode(const AttentionDecode& a, cudaStream_t stream) {
   if (B == 0) return;
   DecodeArgs d{};
   d.cache = static_cast<const bf16*>(a.cache.data.data), d.qkv = static_cast<const bf16*>(a.qkv.data), d.o = static_cast<bf16*>(a.o.data);
+  d.z = a.z ? a.z.as<float>() : nullptr;
   d.batch = static_cast<int>(B), d.heads = static_cast<int>(H), d.cached = static_cast<int>(a.cache.sequences);
   d.capacity = a.cache.capacity;
   d.sequences = a.sequences.as<std::int32_t>(), d.positions = a.positions.as<std::int32_t>();

@@ -25,6 +25,7 @@ constexpr int kThreads = 128;
 struct ExactArgs {
   const bf16* qkv;
   bf16* o;
+  float* z;  // or null
   const int *sequences, *positions;
   int batch, heads, cached, groups;  // groups: query tiles of a band
   std::int64_t capacity;
@@ -34,6 +35,7 @@ struct ExactArgs {
   float length_beta;
   // Of the forward call.
   bf16 *q_rows, *o_rows;      // [n, 64 groups, D]
+  float* z_rows;              // [n, 64 groups]
   std::int64_t* offsets;      // [n, 2]: the only band's list
   float *scales, *taus;       // [n]
   int *list_of_head, *order;  // [n]
@@ -80,7 +82,9 @@ __global__ void __launch_bounds__(D) gather_kernel(const __grid_constant__ Exact
   const int h = blockIdx.x, b = blockIdx.y, d = threadIdx.x, place = a.sequences[b], position = a.positions[b];
   const bool holds = a.holds(place, position);
   const std::int64_t row = holds ? (static_cast<std::int64_t>(place) * a.heads + h) * a.groups * kTile + a.row(position) : 0;
-  a.o[(static_cast<std::int64_t>(b) * a.heads + h) * D + d] = holds ? a.o_rows[row * D + d] : __float2bfloat16_rn(__int_as_float(0x7fffffff));
+  const float nan = __int_as_float(0x7fffffff);
+  a.o[(static_cast<std::int64_t>(b) * a.heads + h) * D + d] = holds ? a.o_rows[row * D + d] : __float2bfloat16_rn(nan);
+  if (a.z && d == 0) a.z[static_cast<std::int64_t>(b) * a.heads + h] = holds ? a.z_rows[row] : nan;
 }
 
 template <int D>
@@ -97,11 +101,12 @@ void run(const AttentionDecode& a, const CudaTiles& tiles, bool hopper, cudaStre
   e.offsets = reinterpret_cast<std::int64_t*>(e.o_rows + n * rows * D);
   e.scales = reinterpret_cast<float*>(e.offsets + 2 * n), e.taus = e.scales + n;
   e.list_of_head = reinterpret_cast<int*>(e.taus + n), e.order = e.list_of_head + n;
-  float* const z = reinterpret_cast<float*>(e.order + n);
-  auto* const bitmap = reinterpret_cast<std::uint32_t*>(z + n * rows);
+  e.z_rows = reinterpret_cast<float*>(e.order + n);
+  auto* const bitmap = reinterpret_cast<std::uint32_t*>(e.z_rows + n * rows);
 
   const BandLists lists = tiles.by_query(groups).lists();
   e.qkv = static_cast<const bf16*>(a.qkv.data), e.o = static_cast<bf16*>(a.o.data);
+  e.z = a.z ? a.z.as<float>() : nullptr;
   e.sequences = a.sequences.as<std::int32_t>(), e.positions = a.positions.as<std::int32_t>();
   e.batch = static_cast<int>(B), e.heads = static_cast<int>(H), e.cached = static_cast<int>(S), e.groups = groups, e.capacity = capacity;
   e.scale = a.scale.as<float>(), e.threshold = a.threshold.as<float>();
@@ -117,7 +122,7 @@ void run(const AttentionDecode& a, const CudaTiles& tiles, bool hopper, cudaStre
   f.batch = 1, f.heads = static_cast<int>(n), f.tokens = static_cast<int>(rows), f.keys = static_cast<int>(capacity);
   f.query_tiles = groups, f.key_tiles = (f.keys + kTile - 1) / kTile, f.words = static_cast<int>(bitmap_words(f.key_tiles));
   f.section = section_of(capacity, D, n);
-  f.scale = e.scales, f.threshold = e.taus, f.z = z, f.active = bitmap;
+  f.scale = e.scales, f.threshold = e.taus, f.z = e.z_rows, f.active = bitmap;
   f.by_query = {e.offsets, lists.entries, e.order, 1, 0};
   f.group_of_head = e.list_of_head, f.masks = tiles.masks();
   f.mask0_is_causal = false;  // it is read: rows of the band do not stand where the arithmetic would have them

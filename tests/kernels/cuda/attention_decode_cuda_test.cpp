@@ -19,6 +19,11 @@ using namespace cuda_test;
 
 using Tokens = std::vector<std::pair<std::int64_t, std::int64_t>>;  // sequence, token
 
+struct Output {
+  std::vector<Bf16> o;
+  std::vector<float> z;
+};
+
 /// The sequences of a problem in a cache, in reverse order and with one more; what was not put there is NaN.
 struct Cache {
   Cache(const Problem& problem, std::int64_t capacity)
@@ -71,8 +76,8 @@ struct Cache {
     }
   }
 
-  /// The rows [H, D] of one token of some sequences, in one call: by the fast form, or the exact one on a path.
-  std::vector<Bf16> decode(const Tokens& tokens, const CudaAttentionPath* exact = nullptr) {
+  /// The rows [H, D], and z [H], of one token of some sequences, in one call: by the fast form, or the exact one on a path.
+  Output decode(const Tokens& tokens, const CudaAttentionPath* exact = nullptr) {
     const auto rows = static_cast<std::int64_t>(tokens.size());
     std::vector<Bf16> packed;
     std::vector<std::int32_t> sequence, position, start;
@@ -82,6 +87,7 @@ struct Cache {
       if (!p.document_start.empty()) start.push_back(p.document_start[b * s.tokens + t]);
     }
     Device<Bf16> q(packed), o(rows * s.heads * s.head_size);
+    Device<float> z(rows * s.heads);
     Device<std::int32_t> sequences(sequence), positions(position), starts(start);
     AttentionDecode a;
     a.cache = cache, a.math = p.in.math, a.tiles = tiles.get();
@@ -90,15 +96,16 @@ struct Cache {
     if (!start.empty()) a.document_start = {starts.get(), DType::i32, {rows}};
     a.scale = {scale.get(), DType::f32, {s.heads}}, a.threshold = {threshold.get(), DType::f32, {s.heads}};
     a.o = {o.get(), DType::bf16, {rows, s.heads, s.head_size}};
+    a.z = {z.get(), DType::f32, {rows, s.heads}};
     Device<float> workspace(attention_decode_workspace(cache));
     a.workspace = {workspace.get(), DType::f32, {static_cast<std::int64_t>(workspace.size())}};
     exact ? cuda_attention_decode_exact(a, nullptr, {.path = *exact}) : cuda_attention_decode(a, nullptr);
     TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
-    return o.host();
+    return {o.host(), z.host()};
   }
 
-  /// o of the forward kernel over whole sequences, [B, T, H, D].
-  std::vector<Bf16> forward(CudaAttentionPath path) {
+  /// o of the forward kernel over whole sequences, [B, H, T, D], and z, [B, H, T].
+  Output forward(CudaAttentionPath path) {
     const auto [B, H, T, D] = s;
     Device<Bf16> q(rounded(p.in.q)), k(rounded(p.in.k)), v(rounded(p.in.v)), o(B * H * T * D);
     Device<float> z(B * H * T);
@@ -111,7 +118,7 @@ struct Cache {
     f.z = {z.get(), DType::f32, {B, H, T}}, f.active_tiles = {bits.get(), DType::u32, {B * H * words}};
     cuda_attention_forward(f, nullptr, {.path = path});
     TESSERA_CUDA_CHECK(cudaDeviceSynchronize());
-    return o.host();
+    return {o.host(), z.host()};
   }
 
   const Problem& p;
@@ -133,15 +140,18 @@ void compare(const Problem& p, std::int64_t capacity, std::int64_t stride, const
   cache.walk(stride, [&](const Tokens& tokens) {
     const auto made = cache.decode(tokens);
     for (std::size_t r = 0; r < tokens.size(); ++r)
-      for (std::int64_t h = 0; h < H; ++h)
+      for (std::int64_t h = 0; h < H; ++h) {
+        const std::int64_t row = (tokens[r].first * H + h) * T + tokens[r].second;
+        const std::string where = what + " sequence " + std::to_string(tokens[r].first) + " token " + std::to_string(tokens[r].second);
+        // Sums of fp32 terms, each of scores that are sums of D.
+        ASSERT_NEAR(made.z[r * H + h], exact.z[row], 1e-4 * std::max(1.0, std::abs(exact.z[row]))) << "z of " << where;
         for (std::int64_t d = 0; d < D; ++d) {
-          const double wanted = exact.o[((tokens[r].first * H + h) * T + tokens[r].second) * D + d];
-          const double found = __bfloat162float(made[(r * H + h) * D + d]);
-          ASSERT_NEAR(found, wanted, std::abs(wanted) / 256 + 2e-5 * largest)
-              << what << " sequence " << tokens[r].first << " token " << tokens[r].second;
+          const double wanted = exact.o[row * D + d], found = __bfloat162float(made.o[(r * H + h) * D + d]);
+          ASSERT_NEAR(found, wanted, std::abs(wanted) / 256 + 2e-5 * largest) << where;
         }
+      }
     const auto alone = cache.decode({tokens.back()});
-    ASSERT_EQ(std::memcmp(alone.data(), made.data() + (tokens.size() - 1) * H * D, H * D * sizeof(Bf16)), 0)
+    ASSERT_EQ(std::memcmp(alone.o.data(), made.o.data() + (tokens.size() - 1) * H * D, H * D * sizeof(Bf16)), 0)
         << what << ": a row depends on the batch";
   });
 }
@@ -193,10 +203,10 @@ TEST(CudaAttentionDecode, AgreesWithTheForwardKernelOverALongContext) {
     const Problem p = make_problem({B, H, T, D}, {.gate = gate, .epsilon = 1e-2f}, {is_causal}, false, 1.0, 4);
     Cache cache(p, T);
     cache.tiles = upload_tiles_cuda(make_window_tiles(T, H, 0));
-    const auto whole = cache.forward(CudaAttentionPath::automatic);
+    const auto whole = cache.forward(CudaAttentionPath::automatic).o;
     cache.append(0, 0, T);
     for (const std::int64_t t : {std::int64_t{0}, std::int64_t{16383}, std::int64_t{16384}, T - 1}) {
-      const auto row = cache.decode({{0, t}});
+      const auto row = cache.decode({{0, t}}).o;
       for (std::int64_t h = 0; h < H; ++h)
         for (std::int64_t d = 0; d < D; ++d) {
           const double wanted = __bfloat162float(whole[(h * T + t) * D + d]);
@@ -214,11 +224,15 @@ void compare_exactly(const Problem& p, std::int64_t capacity, std::int64_t strid
     const auto whole = cache.forward(path);
     cache.walk(stride, [&](const Tokens& tokens) {
       const auto made = cache.decode(tokens, &path), alone = cache.decode({tokens[0]}, &path);
-      ASSERT_EQ(std::memcmp(alone.data(), made.data(), H * D * sizeof(Bf16)), 0) << what << ": a row depends on the batch";
+      ASSERT_EQ(std::memcmp(alone.o.data(), made.o.data(), H * D * sizeof(Bf16)), 0) << what << ": a row depends on the batch";
       for (std::size_t r = 0; r < tokens.size(); ++r)
-        for (std::int64_t h = 0; h < H; ++h)
-          ASSERT_EQ(std::memcmp(&made[(r * H + h) * D], &whole[((tokens[r].first * H + h) * T + tokens[r].second) * D], D * sizeof(Bf16)), 0)
-              << describe(p.in.math, p.in.shape, path) << " " << what << " sequence " << tokens[r].first << " token " << tokens[r].second;
+        for (std::int64_t h = 0; h < H; ++h) {
+          const std::int64_t n = r * H + h, row = (tokens[r].first * H + h) * T + tokens[r].second;
+          const std::string where = describe(p.in.math, p.in.shape, path) + " " + what + " sequence " + std::to_string(tokens[r].first) + " token " +
+                                    std::to_string(tokens[r].second);
+          ASSERT_EQ(std::memcmp(&made.o[n * D], &whole.o[row * D], D * sizeof(Bf16)), 0) << where;
+          ASSERT_EQ(std::memcmp(&made.z[n], &whole.z[row], sizeof(float)), 0) << "z of " << where;
+        }
     });
     if (::testing::Test::HasFatalFailure()) return;
   }

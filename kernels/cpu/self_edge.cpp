@@ -1,0 +1,106 @@
+// The edge from each token to itself, beside the attention's own (SelfEdge in kernels/ops.h).
+
+#include "kernels/cpu/attention_call.h"
+#include "kernels/cpu/check.h"
+#include "kernels/cpu/ops.h"
+#include "kernels/cpu/parallel.h"
+
+namespace tessera::cpu {
+
+namespace {
+
+constexpr std::int64_t kRowGrain = 16;
+
+/// The arguments, checked, and the score of a token with itself. A row is a token of a sequence.
+struct Call {
+  std::int64_t heads, tokens, size, rows;
+  bool squared;
+  AttentionShape shape;
+  Heads q, k, v, o;
+  const float *scale, *bias;
+  float* z;
+
+  Call(const char* operation, const SelfEdge& a)
+      : heads(a.shape.heads),
+        tokens(a.shape.tokens),
+        size(a.shape.head_size),
+        rows(a.shape.batch * tokens),
+        squared(a.score == Score::fidelity),
+        shape(a.shape) {
+    require(a.shape.batch >= 0 && heads >= 1 && tokens >= 1 && size >= 1, operation, "there must be heads, tokens and a head size");
+    require(a.gate != Gate::softmax, operation, "softmax has no threshold that could close the edge");
+    q = view(operation, "q", a.q), k = view(operation, "k", a.k), v = view(operation, "v", a.v), o = view(operation, "o", a.o);
+    scale = elements<float>(operation, "scale", a.scale, heads);
+    bias = elements<float>(operation, "bias", a.bias, heads);
+    z = elements<float>(operation, "z", a.z, rows * heads);
+  }
+  Heads view(const char* operation, const char* name, const HeadsView& v) const {
+    return checked_heads(operation, name, v, shape.batch, heads, tokens, size);
+  }
+
+  float& z_of(std::int64_t b, std::int64_t h, std::int64_t t) const { return z[(b * heads + h) * tokens + t]; }
+  float score(std::int64_t b, std::int64_t h, std::int64_t t) const { return dot(q.at(b, h, t), k.at(b, h, t), size); }
+  float f(float s) const { return squared ? s * s : s; }
+  float slope(float s) const { return squared ? 2.0f * s : 1.0f; }
+};
+
+void add_multiple(float* to, float factor, const float* from, std::int64_t size) {
+#pragma omp simd
+  for (std::int64_t d = 0; d < size; ++d) to[d] = multiply_add(factor, from[d], to[d]);
+}
+
+/// Calls f(gate) with the gate as a compile-time constant.
+template <class F>
+void with_gate(Gate gate, F&& f) {
+  with_math({.score = Score::dot, .gate = gate}, [&](auto, auto constant) { f(constant); });
+}
+
+}  // namespace
+
+void self_edge_forward(const SelfEdge& a) {
+  const Call c("self_edge_forward", a);
+  with_gate(a.gate, [&](auto gate) {
+    parallel_ranges(c.rows, kRowGrain, [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t row = first; row < last; ++row) {
+        const std::int64_t b = row / c.tokens, t = row % c.tokens;
+        for (std::int64_t h = 0; h < c.heads; ++h) {
+          const float x = argument<Form::linear>(c.f(c.score(b, h, t)), c.scale[h], -c.bias[h]);
+          if (!(x > 0.0f)) continue;
+          float &z = c.z_of(b, h, t), *o = c.o.at(b, h, t);
+          const float *v = c.v.at(b, h, t), weight = gate_value<gate.value>(x), before = z, inverse = inverse_of(before + weight);
+          z = before + weight;
+#pragma omp simd
+          for (std::int64_t d = 0; d < c.size; ++d) o[d] = multiply_add(before, o[d], weight * v[d]) * inverse;
+        }
+      }
+    });
+  });
+}
+
+void self_edge_backward(const SelfEdgeBackward& a) {
+  constexpr const char* kOp = "self_edge_backward";
+  const Call c(kOp, a.forward);
+  const Heads d_o = c.view(kOp, "d_o", a.d_o), dq = c.view(kOp, "dq", a.dq), dk = c.view(kOp, "dk", a.dk), dv = c.view(kOp, "dv", a.dv);
+  std::vector<float*> sums{elements<float>(kOp, "dbias", a.dbias, c.heads)};
+  if (a.dscale) sums.push_back(elements<float>(kOp, "dscale", a.dscale, c.heads));
+  with_gate(a.forward.gate, [&](auto gate) {
+    const auto backward = [&](std::int64_t row, float* sum) {
+      const std::int64_t b = row / c.tokens, t = row % c.tokens;
+      for (std::int64_t h = 0; h < c.heads; ++h) {
+        const float s = c.score(b, h, t), scale = c.scale[h], *of_o = d_o.at(b, h, t);
+        const QueryTerms terms{-c.bias[h], 0.0f, inverse_of(c.z_of(b, h, t)), dot(of_o, c.o.at(b, h, t), c.size)};
+        const EdgeGradient e = edge_gradient<Form::linear, gate.value>(c.f(s), dot(of_o, c.v.at(b, h, t), c.size), true, scale, terms);
+        if (e.weight == 0.0f && e.dx == 0.0f) continue;
+        const float ds = scale * c.slope(s) * e.dx;
+        add_multiple(dv.at(b, h, t), e.weight, of_o, c.size);
+        add_multiple(dq.at(b, h, t), ds, c.k.at(b, h, t), c.size);
+        add_multiple(dk.at(b, h, t), ds, c.q.at(b, h, t), c.size);
+        sum[h] += e.dx;
+        if (a.dscale) sum[c.heads + h] += e.dx * c.f(s);
+      }
+    };
+    add_column_sums(c.rows, c.heads, backward, sums);
+  });
+}
+
+}  // namespace tessera::cpu
