@@ -40,16 +40,23 @@ struct AttentionConfig {
   float scale_init = 8.0f;  // c_h of cosine and fidelity
   bool scale_learned = true;
   bool document_mask = false;
+  /// Normalizer sum, a relu gate: beside the gated edges one from each token to itself that no threshold closes, so that no query is without an edge
+  /// at high sparsity: s_i = max(0, c_h f(<q_i, k_i>) + b_h)^p, o_i = (sum_j a_ij v_j + s_i v_i) / (epsilon + sum_j a_ij + s_i), b_h learned from
+  /// self_bias_init on (SelfEdge in kernels/ops.h). It costs no tile and counts as no active edge.
+  bool always_self = false;
+  static constexpr float self_bias_init = 0.25f;
   ThresholdConfig threshold;
   PatternConfig pattern;
   int tile_query = 64;
   int tile_key = 64;
   Visit visit = Visit::active;
 
-  // What has no effect is no part of the model: softmax has neither normalizer nor threshold, a dot score no scale of its own.
+  // What has no effect is no part of the model: softmax has neither normalizer nor threshold and sees each token itself, a dot score has no scale of
+  // its own.
   bool head_norm() const { return normalizer == Normalizer::rms && gate != Gate::softmax; }
   bool learns_scale() const { return scale_learned && score != Score::dot; }
   bool learns_threshold() const { return threshold.mode == ThresholdMode::learned && gate != Gate::softmax; }
+  bool self_edge() const { return always_self && gate != Gate::softmax; }
 };
 
 struct ModelConfig {

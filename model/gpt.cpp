@@ -83,10 +83,12 @@ std::unique_ptr<SharedAttention> shared_attention(const ModelConfig& config, Gpt
                                      .device = *options.device,
                                      .training = options.training,
                                      .document_mask = config.attention.document_mask,
-                                     .positions = config.attention.threshold.mode == ThresholdMode::length};
+                                     .positions = config.attention.threshold.mode == ThresholdMode::length,
+                                     .self_edges = config.attention.self_edge()};
   if (part.exchange == SequenceExchange::automatic)
     part.exchange = cheapest_exchange(
-        split, tiles, {shape.sequences, shape.heads, shape.head_size, static_cast<std::int64_t>(size_of(compute_type(shape.device)))});
+        split, tiles,
+        {shape.sequences, shape.heads, shape.head_size, static_cast<std::int64_t>(size_of(compute_type(shape.device))), shape.self_edges});
   return make_shared_attention(part, split, tiles, shape, plan);
 }
 
@@ -96,7 +98,7 @@ GptMemory memory_of(const ModelConfig& config, const ParameterLayout& layout, co
   if (shared) return {config, layout, options, tokens, shared->sizes(), plan};
   const std::int64_t B = options.micro_batch, H = config.heads, query = config.attention.tile_query, key = config.attention.tile_key;
   SharedAttention::Sizes sizes;
-  sizes.z = B * H * tokens;
+  sizes.z = H * std::max(B * tokens, options.cache);
   sizes.active_tiles = B * H * ((tokens + query - 1) / query) * bitmap_words((tokens + key - 1) / key);
   sizes.workspace = attention_backward_workspace({B, H, tokens, config.head_size()}, config.attention.tile_query);
   return {config, layout, options, tokens, sizes, plan};

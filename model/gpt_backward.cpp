@@ -74,6 +74,16 @@ void Gpt::Impl::attention_branch_backward(int layer, const Batch& batch) {
   } else {
     ops.attention_backward(a);
   }
+  if (config.attention.self_edge()) {
+    for (const Stretch heads : z_heads())
+      ops.self_edge_backward({.forward = self_edge(layer, heads),
+                              .d_o = from_head(a.d_o, heads.first),
+                              .dq = from_head(a.dq, heads.first),
+                              .dk = from_head(a.dk, heads.first),
+                              .dv = from_head(a.dv, heads.first),
+                              .dscale = heads_slice(g.scale, heads),
+                              .dbias = heads_slice(g.self_bias, heads)});
+  }
 
   if (transforms_qk()) ops.qk_transform_backward(qk_transform(layer, batch), d_qkv);
   if (again) norm_forward(2 * layer, NormInput::stream);

@@ -65,6 +65,24 @@ AttentionForward Gpt::Impl::attention(int layer, const Batch& batch) const {
   return a;
 }
 
+SelfEdge Gpt::Impl::self_edge(int layer, Stretch heads) const {
+  const BlockSlots& s = memory.blocks[layer];
+  const Tensor qkv = rows(s.qkv, 3 * C);
+  const auto part = [&](std::int64_t n) { return from_head(packed_heads(qkv, n, T, C, D), heads.first); };
+  SelfEdge e;
+  e.shape = {B, heads.count, T, D};
+  e.score = math.score;
+  e.gate = math.gate;
+  e.q = part(0);
+  e.k = part(1);
+  e.v = part(2);
+  e.o = from_head(heads_of(plan[s.attention], T, C, D), heads.first);
+  e.scale = heads_slice(scale(layer), heads);
+  e.bias = heads_slice(w.blocks[layer].self_bias, heads);
+  e.z = plan[s.z].slice(B * heads.first * T, B * heads.count * T);
+  return e;
+}
+
 /// The output of the block's attention as c_proj reads it: with normalizer rms after the norm of each head.
 Tensor Gpt::Impl::head_norm_forward(int layer) {
   const BlockSlots& s = memory.blocks[layer];
@@ -92,6 +110,8 @@ void Gpt::Impl::attention_branch(int layer, const Batch& batch, bool count, cons
     else
       ops.attention_forward(a);
   }
+  if (config.attention.self_edge())
+    for (const Stretch heads : z_heads()) ops.self_edge_forward(self_edge(layer, heads));
 
   ops.linear_forward({.x = head_norm_forward(layer), .w = p.proj, .bias = p.proj_bias, .y = narrow(), .pre_activation = {}});
 }

@@ -3,7 +3,7 @@
 //
 // Notation: N = B T rows, C = width, H heads of D, V = rows of the embedding. A block is
 //
-//   stream -> ln_1 -> c_attn -> q, k to unit length, rotated -> attention -> (head norm) -> c_proj -> + stream
+//   stream -> ln_1 -> c_attn -> q, k to unit length, rotated -> attention -> (self edge, head norm) -> c_proj -> + stream
 //          -> ln_2 -> c_fc -> gelu -> c_proj -> + stream
 //
 // Each norm adds the branch before it to the stream (NormForward::residual), so no addition is a pass of its own.
@@ -14,6 +14,7 @@
 
 #include "model/gpt.h"
 #include "model/gpt_memory.h"
+#include "model/shared_attention_parts.h"
 
 namespace tessera {
 
@@ -61,6 +62,9 @@ struct Gpt::Impl {
   void norm_forward(int norm, NormInput input);
   QkTransform qk_transform(int layer, const Batch& batch) const;
   AttentionForward attention(int layer, const Batch& batch) const;
+  /// The stretches of heads whose z lies together.
+  std::vector<Stretch> z_heads() const { return shared ? shared->z_heads() : std::vector<Stretch>{{0, H}}; }
+  SelfEdge self_edge(int layer, Stretch heads) const;
   Tensor head_norm_forward(int layer);
   /// A pass that generates: each row's (prefill: each sequence's) keys and values go into the cache, and decoding attends to what is there.
   struct CachePass {

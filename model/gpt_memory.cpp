@@ -41,6 +41,7 @@ ModelTensors slice_flat(const ParameterLayout& layout, int layers, const Tensor&
     b.proj_bias = linear(h + "attn.c_proj.bias");
     b.scale = vector(h + "attn.scale");
     b.threshold = vector(h + "attn.threshold");
+    b.self_bias = vector(h + "attn.self_bias");
     b.ln_2 = vector(h + "ln_2.weight");
     b.ln_2_bias = vector(h + "ln_2.bias");
     b.fc = linear(h + "mlp.c_fc.weight");

@@ -17,7 +17,7 @@ struct BlockTensors {
   Tensor qkv, qkv_bias;    // attn.c_attn
   Tensor head_gain;        // attn.norm
   Tensor proj, proj_bias;  // attn.c_proj
-  Tensor scale, threshold;
+  Tensor scale, threshold, self_bias;
   Tensor ln_2, ln_2_bias;
   Tensor fc, fc_bias;    // mlp.c_fc
   Tensor out, out_bias;  // mlp.c_proj
@@ -45,7 +45,7 @@ struct BlockSlots {
   MemoryPlan::Slot qkv;           // [N, 3C], after qk_transform
   MemoryPlan::Slot inverse_norm;  // [N, 2, H], cosine and fidelity
   MemoryPlan::Slot attention;     // [N, C], output of the attention
-  MemoryPlan::Slot z;             // [B, H, T], or as SharedAttention has it
+  MemoryPlan::Slot z;             // [B, H, T], or as SharedAttention has it; decoding [B, H]
   MemoryPlan::Slot active_tiles;  // bitmap
   MemoryPlan::Slot head_norm;     // [N, C], normalizer rms
   MemoryPlan::Slot head_rstd;     // [N, H]

@@ -40,6 +40,8 @@ class NeededAttention final : public SharedAttention {
     return s;
   }
 
+  std::vector<Stretch> z_heads() const override { return head_stages(H_, part_.stages); }
+
   void bind(Ops& ops, const SequenceGroup& group) override {
     check_group(part_, group);
     ops_ = &ops;

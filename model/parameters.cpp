@@ -90,6 +90,7 @@ ParameterLayout make_parameter_layout(const ModelConfig& m) {
   each_layer([&](const std::string& h) {
     if (m.attention.learns_scale()) b.constant(h + "attn.scale", {H}, m.attention.scale_init);
     if (m.attention.learns_threshold()) b.constant(h + "attn.threshold", {H}, m.attention.threshold.init);
+    if (m.attention.self_edge()) b.constant(h + "attn.self_bias", {H}, AttentionConfig::self_bias_init);
   });
   b.place();
   return std::move(b.layout);

@@ -94,6 +94,8 @@ class RingAttention final : public SharedAttention {
     return s;
   }
 
+  std::vector<Stretch> z_heads() const override { return {{0, H_}}; }
+
   void bind(Ops& ops, const SequenceGroup& group) override {
     check_group(part_, group);
     ops_ = &ops;

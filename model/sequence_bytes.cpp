@@ -68,8 +68,14 @@ ExchangeBytes bytes_of_ring(const SequenceSplit& split, const ExchangeShape& sha
   return bytes;
 }
 
+bool can_deal_heads(int ranks, const ExchangeShape& shape) { return shape.heads % ranks == 0 && !shape.self_edges; }
+
 ExchangeBytes bytes_of_heads(const SequenceSplit& split, const ExchangeShape& shape) {
   const int ranks = split.ranks();
+  if (shape.self_edges)
+    throw std::invalid_argument(
+        "exchange heads does not do attention.always.self: it keeps each query's sum of weights with another rank. Possible: exchange needed or "
+        "ring");
   if (shape.heads % ranks != 0) {
     std::string would;
     for (std::int64_t s = 1; s <= shape.heads; ++s)
@@ -96,7 +102,7 @@ ExchangeBytes bytes_of_heads(const SequenceSplit& split, const ExchangeShape& sh
 
 SequenceExchange cheapest_exchange(const SequenceSplit& split, const std::vector<std::shared_ptr<const TileMap>>& layers,
                                    const ExchangeShape& shape) {
-  if (shape.heads % split.ranks() != 0) return SequenceExchange::needed;
+  if (!can_deal_heads(split.ranks(), shape)) return SequenceExchange::needed;
   std::map<const TileMap*, std::int64_t> planned;
   std::int64_t needed = 0;
   for (const auto& map : layers) {

@@ -40,15 +40,18 @@ struct ExchangeShape {
   std::int64_t heads = 1;  // H
   std::int64_t head_size = 1;
   std::int64_t element = 4;  // bytes of the compute type
+  bool self_edges = false;   // attention.always.self, which exchange heads does not do
 };
 
 /// `plan` is plan_needed(split, map)'s.
 ExchangeBytes bytes_of_needed(const SequenceSplit& split, const std::vector<NeededKeys>& plan, int tile_key, const ExchangeShape& shape);
 ExchangeBytes bytes_of_ring(const SequenceSplit& split, const ExchangeShape& shape);
-/// Throws std::invalid_argument when the ranks do not divide the heads, saying which numbers would do.
+/// Whether exchange heads can be: the ranks divide the heads, and there are no self edges.
+bool can_deal_heads(int ranks, const ExchangeShape& shape);
+/// Throws std::invalid_argument where it cannot be, saying what would do.
 ExchangeBytes bytes_of_heads(const SequenceSplit& split, const ExchangeShape& shape);
 
-/// The exchange that moves fewest bytes in all, over all layers: needed, unless heads can be dealt evenly and moves fewer. A ring moves every key to
+/// The exchange that moves fewest bytes in all, over all layers: needed, unless heads can be dealt and moves fewer. A ring moves every key to
 /// every rank, so it never moves fewer than needed; it is for memory.
 SequenceExchange cheapest_exchange(const SequenceSplit& split, const std::vector<std::shared_ptr<const TileMap>>& layers, const ExchangeShape& shape);
 

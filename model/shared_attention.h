@@ -29,6 +29,11 @@ struct SequenceGroup {
   std::vector<int> members;      // rank in `comm` of each rank of the sequence
 };
 
+/// Consecutive rows or heads.
+struct Stretch {
+  std::int64_t first = 0, count = 0;
+};
+
 class SharedAttention {
  public:
   /// What is to be computed: of at most so many sequences, H heads of D.
@@ -37,7 +42,8 @@ class SharedAttention {
     DeviceKind device = DeviceKind::cpu;
     bool training = true;
     bool document_mask = false;
-    bool positions = false;  // thresholds depend on the query's position (AttentionMath::length_beta)
+    bool positions = false;   // thresholds depend on the query's position (AttentionMath::length_beta)
+    bool self_edges = false;  // the caller adds self edges to o and z (SelfEdge): not with exchange heads, whose z is not of this rank's tokens
   };
   /// Elements that a layer's call needs, whatever the layer.
   struct Sizes {
@@ -46,6 +52,8 @@ class SharedAttention {
 
   virtual ~SharedAttention() = default;
   virtual Sizes sizes() const = 0;
+  /// The heads in stretches, in which z has them: [B, count, T] from element B first T on. Throws std::logic_error for exchange heads.
+  virtual std::vector<Stretch> z_heads() const = 0;
   /// After the plan's allocate(): lists and tables go to the device. Both must live longer. Throws std::logic_error when the group is of another
   /// size.
   virtual void bind(Ops& ops, const SequenceGroup& group) = 0;

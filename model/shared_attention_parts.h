@@ -13,11 +13,6 @@
 
 namespace tessera {
 
-/// Rows of a PieceTable or of a buffer.
-struct Stretch {
-  std::int64_t first = 0, count = 0;
-};
-
 /// A table of Ops::move_rows, made on the host and uploaded once.
 class PieceTable {
  public:

@@ -160,6 +160,23 @@ TEST(GptGradients, ThresholdModes) {
   }
 }
 
+TEST(GptGradients, SelfEdges) {
+  for (auto score : {Score::dot, Score::cosine, Score::fidelity}) {
+    for (auto gate : {Gate::relu, Gate::relu2, Gate::relu4, Gate::softmax}) {
+      SCOPED_TRACE(std::string(text(score)) + " " + text(gate));
+      ModelConfig m = tiny_config();
+      m.attention.score = score;
+      m.attention.gate = gate;
+      m.attention.always_self = true;
+      m.attention.scale_learned = gate != Gate::relu4;
+      m.attention.document_mask = gate == Gate::relu;
+      m.attention.threshold.mode = score == Score::cosine && gate == Gate::relu2 ? ThresholdMode::length : ThresholdMode::learned;
+      m.attention.threshold.init = score == Score::fidelity ? 0.3f : 1.0f;
+      expect_matches_reference(m, 31 + static_cast<unsigned>(gate));
+    }
+  }
+}
+
 TEST(GptGradients, PositionsNormsBiasesDocuments) {
   for (int n = 0; n < 16; ++n) {
     SCOPED_TRACE(n);

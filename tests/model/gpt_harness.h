@@ -38,7 +38,7 @@ inline ModelConfig tiny_config() {
 inline std::vector<ModelConfig> variants() {
   ModelConfig m = tiny_config();
   m.attention.epsilon = 0.01f;  // a nearly empty sum of weights would blow rounding up (gpt_gradient_test.cpp measures that instead)
-  std::vector<ModelConfig> v(5, m);
+  std::vector<ModelConfig> v(6, m);
   v[1].positions = Positions::learned;
   v[1].norm = NormKind::layernorm;
   v[1].bias = true;
@@ -51,6 +51,8 @@ inline std::vector<ModelConfig> variants() {
   v[4].attention.pattern.base.kind = PatternSpec::Kind::window;
   v[4].attention.pattern.base.size = 6;
   v[4].attention.threshold.mode = ThresholdMode::length;
+  v[5].attention.always_self = true;
+  v[5].attention.threshold.init = 2.0f;  // many a query has no other edge
   return v;
 }
 

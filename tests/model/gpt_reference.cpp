@@ -72,6 +72,7 @@ double gelu(double x) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::numbe
 struct Head {
   const AttentionConfig& a;
   double c, tau;
+  const double* self_bias;  // nullptr: no self edge
   std::vector<std::vector<bool>> visible;
   double active = 0;
 
@@ -95,6 +96,11 @@ struct Head {
         z = n > 0 ? std::pow(n, a.length_alpha) : 1;
       else if (a.normalizer == Normalizer::sum)
         z = a.epsilon + weights;
+      if (self_bias) {
+        const double s = dot(q[i], k[i]), weight = gate(c * (a.score == Score::fidelity ? s * s : s) + *self_bias);
+        z += weight;
+        for (std::size_t d = 0; d < D; ++d) o[i][d] += weight * v[i][d];
+      }
       for (double& x : o[i]) x /= z;
     }
     return o;
@@ -150,11 +156,13 @@ GptReference::Result GptReference::run(const std::vector<double>& parameters, co
         };
         const double* scale = p(name("attn.scale"));
         const double* threshold = p(name("attn.threshold"));
+        const double* self_bias = p(name("attn.self_bias"));
         Head head{.a = a,
                   .c = a.score == Score::dot ? 1 / std::sqrt(static_cast<double>(D))
                        : scale               ? scale[h]
                                              : a.scale_init,
                   .tau = threshold ? threshold[h] : thresholds[l * H + h],
+                  .self_bias = self_bias ? self_bias + h : nullptr,
                   .visible = std::vector<std::vector<bool>>(T, std::vector<bool>(T))};
         for (std::size_t i = 0; i < T; ++i) {
           for (std::size_t j = 0; j <= i; ++j) {
