@@ -67,6 +67,7 @@ class Resolver {
     named_size();
     heads();
     softmax();
+    self_edge();
     threshold();
     check_pattern(c_.model.attention.pattern, c_.model.layers, c_.model.heads, place({"attention.pattern"}), problems_);
     tiles();
@@ -134,8 +135,18 @@ class Resolver {
     if (a.normalizer != Normalizer::none) c_.notices.push_back("attention.gate softmax normalises by itself: attention.normalizer is none");
     if (a.threshold.mode != ThresholdMode::fixed)
       c_.notices.push_back("attention.gate softmax has no threshold: attention.threshold.mode is fixed and has no effect");
+    if (a.always_self) c_.notices.push_back("attention.gate softmax sees each token itself: attention.always.self is false");
     a.normalizer = Normalizer::none;
     a.threshold.mode = ThresholdMode::fixed;
+    a.always_self = false;
+  }
+
+  void self_edge() {
+    const AttentionConfig& a = c_.model.attention;
+    if (a.self_edge() && a.normalizer != Normalizer::sum)
+      fail({"attention.always.self", "attention.normalizer"},
+           fmt::format("the edge to oneself joins a sum of weights: expected attention.normalizer sum with it, found {}",
+                       find_key("attention.normalizer")->write(c_).get<std::string>()));
   }
 
   void threshold() {
@@ -248,6 +259,10 @@ class Resolver {
                "exchange heads deals {} heads to {} ranks, which does not come out even; expected a parallel.sequence that divides the heads, or "
                "another exchange",
                c_.model.heads, c_.parallel.sequence));
+    if (c_.parallel.exchange == SequenceExchange::heads && c_.model.attention.self_edge())
+      fail({"parallel.exchange", "attention.always.self"},
+           "exchange heads keeps each query's sum of weights with another rank, where attention.always.self does not reach it; expected exchange "
+           "needed or ring, or attention.always.self false");
     if (c_.sample.every > 0)
       fail({"sample.every", "parallel.sequence"},
            fmt::format("a text is made by one rank, which holds no whole sequence with parallel.sequence {}; expected sample.every 0, and tessera "

@@ -264,6 +264,10 @@ std::vector<Key> make_schema() {
              "First value of each head's score scale (cosine, fidelity)."),
       boolean("attention.scale_learned", FIELD(model.attention.scale_learned), "Whether the score scale is trained (cosine, fidelity)."),
       boolean("attention.document_mask", FIELD(model.attention.document_mask), "Whether tokens see only their own document."),
+      boolean(
+          "attention.always.self", FIELD(model.attention.always_self),
+          "Whether each token also has an edge to itself that no threshold closes, with a learned bias of its own (normalizer sum; no effect with "
+          "gate softmax)."),
       choice<ThresholdMode>("attention.threshold.mode", FIELD(model.attention.threshold.mode),
                             {{"fixed", ThresholdMode::fixed},
                              {"learned", ThresholdMode::learned},

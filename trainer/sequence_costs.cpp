@@ -27,7 +27,7 @@ LayerCosts layer_costs(const SequenceSplit& split, const TileMap& map, const Exc
   LayerCosts costs;
   const auto plan = plan_needed(split, map);
   const auto ranks = static_cast<std::size_t>(split.ranks());
-  const bool dealt = shape.heads % split.ranks() == 0;
+  const bool dealt = can_deal_heads(split.ranks(), shape);
   for (std::size_t r = 0; r < ranks; ++r) {
     LayerCosts::Rank rank;
     rank.keys = plan[r].keys;
@@ -65,7 +65,8 @@ const ExchangeBytes* LayerCosts::bytes(SequenceExchange exchange) const {
 }
 
 SequenceCosts sequence_costs(const Config& config, const std::vector<std::shared_ptr<const TileMap>>& layers, int ranks, SequenceLayout layout) {
-  const ExchangeShape shape{config.train.micro_batch, config.model.heads, config.model.head_size(), compute_bytes(config)};
+  const ExchangeShape shape{config.train.micro_batch, config.model.heads, config.model.head_size(), compute_bytes(config),
+                            config.model.attention.self_edge()};
   SequenceCosts costs{layout, split_sequence(layout, config.model.context, ranks, layers), shape, {}};
   std::map<const TileMap*, std::size_t> place;
   for (std::size_t l = 0; l < layers.size(); ++l) {

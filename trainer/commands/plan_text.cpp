@@ -59,8 +59,10 @@ std::string sequence_text(const Json& sequence) {
   text += fmt::format("sent by all ranks in all layers, forward + backward{}:", again > 0 ? fmt::format(", {} layers forward twice", again) : "");
   for (const char* e : exchanges) {
     const Json& bytes = sequence["bytes"][e];
-    text += fmt::format(" {} {}{}", e, bytes.is_null() ? "not possible (the ranks do not divide the heads)" : human_bytes(bytes.get<double>()),
-                        e == exchanges[2] ? "\n" : ",");
+    text +=
+        fmt::format(" {} {}{}", e,
+                    bytes.is_null() ? "not possible (the ranks do not divide the heads, or attention.always.self)" : human_bytes(bytes.get<double>()),
+                    e == exchanges[2] ? "\n" : ",");
   }
   return text;
 }
