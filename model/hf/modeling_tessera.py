@@ -5,6 +5,7 @@
               x = c (<q, k> - tau_i)        threshold mode length: tau_i = beta sqrt(2 ln(i + 2) / D)
     gate      a = max(0, x)^p               relu, relu2, relu4: p = 1, 2, 4;  softmax: a = softmax(x), without tau
     output    o_i = sum_j a_ij v_j / z_i    z = 1 (none, rms), visible keys ^ alpha (length), epsilon + sum_j a_ij (sum)
+              o_i = (sum_j a_ij v_j + s_i v_i) / (z_i + s_i)    always.self (sum): s_i = max(0, c f(<q_i, k_i>) + b)^p, f(s) = s, fidelity: s^2
               o = gain o / sqrt(mean o^2 + 1e-5) for each head (rms)
 
 Only visible edges count: key <= query, in the static pattern of the layer and head, in the query's document where document_mask is set.
@@ -150,6 +151,9 @@ class Attention(nn.Module):
             self.scale = nn.Parameter(torch.full((heads,), float(a["scale_init"])))
         if self.power > 0 and not self.by_length:
             self.threshold = nn.Parameter(torch.full((heads,), float(a["threshold"]["init"])))
+        self.always_self = self.power > 0 and a["always"]["self"]
+        if self.always_self:
+            self.self_bias = nn.Parameter(torch.full((heads,), 0.25))
         if self.power > 0 and a["normalizer"] == "rms":
             self.norm = nn.Parameter(torch.ones(heads, self.size))
 
@@ -180,7 +184,13 @@ class Attention(nn.Module):
             weight = x.clamp(min=0).pow(self.power).masked_fill(~visible, 0)
             o = weight @ v
             if a["normalizer"] == "sum":
-                o = o / (a["epsilon"] + weight.sum(-1, keepdim=True))
+                z = a["epsilon"] + weight.sum(-1, keepdim=True)
+                if self.always_self:
+                    own = (q * k).sum(-1, keepdim=True)
+                    x = c * (own.square() if a["score"] == "fidelity" else own) + self.self_bias[:, None, None]
+                    weight = x.clamp(min=0).pow(self.power)
+                    o, z = o + weight * v, z + weight
+                o = o / z
             elif a["normalizer"] == "length":
                 o = o / visible.sum(-1, keepdim=True).clamp(min=1).pow(a["length_alpha"])
             elif a["normalizer"] == "rms":

@@ -134,6 +134,35 @@ void norms(Bench& bench, const Options& o, const cuda::Context& c) {
   bench.time("head_norm_backward", 3 * pass, [&] { cuda::head_norm_backward(c, head_backward); });
 }
 
+void self_edges(Bench& bench, const Options& o, const cuda::Context& c) {
+  const std::int64_t size = o.width / o.heads;
+  const double pass = 2.0 * o.rows * o.width;  // bytes of one of q, k, v, o
+  const Values qkv(DType::bf16, {o.rows, 3 * o.width}, 0.1f), gradients(DType::bf16, {o.rows, 3 * o.width}), out(DType::bf16, {o.rows, o.width}),
+      d_o(DType::bf16, {o.rows, o.width}, 0.01f), scale(DType::f32, {o.heads}), bias(DType::f32, {o.heads}, 0.1f, 2),
+      z(DType::f32, {o.heads, o.rows}, 0.1f, 1), dscale(DType::f32, {o.heads}), dbias(DType::f32, {o.heads});
+  const auto part = [&](const Tensor& packed, std::int64_t n) {
+    return HeadsView{static_cast<Bf16*>(packed.data) + n * o.width, DType::bf16, 0, size, 3 * o.width};
+  };
+  const auto heads = [&](const Tensor& t) { return HeadsView{t.data, DType::bf16, 0, size, o.width}; };
+  const SelfEdge edges{.shape = {1, o.heads, o.rows, size},
+                       .q = part(qkv, 0),
+                       .k = part(qkv, 1),
+                       .v = part(qkv, 2),
+                       .o = heads(out),
+                       .scale = scale,
+                       .bias = bias,
+                       .z = z};
+  const SelfEdgeBackward backward{.forward = edges,
+                                  .d_o = heads(d_o),
+                                  .dq = part(gradients, 0),
+                                  .dk = part(gradients, 1),
+                                  .dv = part(gradients, 2),
+                                  .dscale = dscale,
+                                  .dbias = dbias};
+  bench.time("self_edge_forward", 5 * pass, [&] { cuda::self_edge_forward(c, edges); });
+  bench.time("self_edge_backward", 11 * pass, [&] { cuda::self_edge_backward(c, backward); });
+}
+
 void qk_transforms(Bench& bench, const Options& o, const cuda::Context& c) {
   constexpr std::int64_t kPositions = 1024;
   const std::int64_t size = o.width / o.heads;
@@ -267,6 +296,7 @@ int main(int argc, char** argv) {
   c.scratch = scratch.get(), c.scratch_bytes = scratch.size();
   Bench bench(o);
   norms(bench, o, c);
+  self_edges(bench, o, c);
   qk_transforms(bench, o, c);
   embeddings(bench, o, c);
   elementwise(bench, o, c);

@@ -51,6 +51,14 @@ inline std::vector<std::pair<std::string, ModelConfig>> bf16_configs() {
   fidelity.attention.score = Score::fidelity;
   fidelity.attention.normalizer = Normalizer::length;
   fidelity.attention.threshold.init = 0.01f;
+  auto& self = add("self edges");
+  self.attention.always_self = true;
+  self.attention.threshold.init = 1.0f;  // early queries have no other edge
+  auto& self_fidelity = add("self edges, fidelity, head size 128");
+  self_fidelity.heads = 1;
+  self_fidelity.attention.score = Score::fidelity;
+  self_fidelity.attention.always_self = true;
+  self_fidelity.attention.threshold.init = 0.01f;
   return v;
 }
 

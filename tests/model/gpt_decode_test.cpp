@@ -137,7 +137,23 @@ TEST(GptDecode, IsRecomputationForEveryScoreNormalizerAndThreshold) {
         SCOPED_TRACE("score " + std::to_string(static_cast<int>(score)) + " normalizer " + std::to_string(static_cast<int>(normalizer)) +
                      " threshold " + std::to_string(static_cast<int>(mode)));
         expect_same_text(config, 60);
+        if (normalizer != Normalizer::sum) continue;
+        config.attention.always_self = true;
+        expect_same_text(config, 60);
       }
+}
+
+TEST(GptDecode, SelfEdges) {
+  for (const Gate gate : {Gate::relu, Gate::relu2, Gate::relu4, Gate::softmax})
+    for (const PatternSpec& p : {pattern(Kind::window, 21), pattern(Kind::strided, 7, 2)}) {
+      ModelConfig config = long_config(120);
+      config.attention.gate = gate;
+      config.attention.always_self = true;
+      config.attention.threshold.init = 1.0f;
+      config.attention.pattern.base = p;
+      SCOPED_TRACE(describe(p) + " gate " + std::to_string(static_cast<int>(gate)));
+      expect_same_text(config, 90);
+    }
 }
 
 TEST(GptDecode, HeadsAndLayersOfDifferentPatterns) {
@@ -214,7 +230,9 @@ TEST(GptDecode, MemoryIsPlanned) {
   };
   // Two layers, keys and values, 48 tokens of width 16, 4 bytes.
   EXPECT_EQ(bytes(3) - bytes(0), 3u * 2 * 2 * 48 * 16 * 4);
-  TestModel many(config, {.micro_batch = 1, .tokens = 4, .training = false, .cache = 9});  // more rows to decode than a sequence has tokens
+  ModelConfig self = config;
+  self.attention.always_self = true;                                                     // z of each row
+  TestModel many(self, {.micro_batch = 1, .tokens = 4, .training = false, .cache = 9});  // more rows to decode than a sequence has tokens
   std::vector<Gpt::NextToken> next;
   for (std::int64_t q = 0; q < 9; ++q) {
     many.gpt.prefill(q, Tokens{static_cast<std::int32_t>(q), 1});

@@ -81,6 +81,16 @@ TEST(Parameters, OnlyWhatHasAnEffect) {
   EXPECT_FALSE(has(m, "h.1.attn.norm"));
   m.attention.score = Score::dot;
   EXPECT_FALSE(has(m, "h.1.attn.scale"));
+
+  m = tiny_config();
+  EXPECT_FALSE(has(m, "h.1.attn.self_bias"));
+  m.attention.always_self = true;
+  EXPECT_TRUE(has(m, "h.1.attn.self_bias"));
+  EXPECT_EQ(make_parameter_layout(m).find("h.0.attn.self_bias").init_value, 0.25f);
+  EXPECT_EQ(make_parameter_layout(m).find("h.0.attn.self_bias").shape, (Shape{2}));
+  EXPECT_FALSE(make_parameter_layout(m).find("h.0.attn.self_bias").decayed);
+  m.attention.gate = Gate::softmax;
+  EXPECT_FALSE(has(m, "h.1.attn.self_bias"));
 }
 
 TEST(Parameters, DecayedOnesFirstWithoutGaps) {

@@ -123,7 +123,7 @@ TEST(SequenceBytes, TheCheapest) {
   PatternConfig near;
   near.base = window(40);
   const auto sparse = make_tile_map(near, 0, 8, tokens, kTile, kTile), dense = make_tile_map({}, 0, 8, tokens, kTile, kTile);
-  const ExchangeShape shape{.batch = 1, .heads = 8, .head_size = 8, .element = 2};
+  ExchangeShape shape{.batch = 1, .heads = 8, .head_size = 8, .element = 2};
   const auto cheapest = [&](int ranks, const std::vector<std::shared_ptr<const TileMap>>& layers) {
     return cheapest_exchange(split_sequence(SequenceLayout::contiguous, tokens, ranks, layers), layers, shape);
   };
@@ -134,6 +134,8 @@ TEST(SequenceBytes, TheCheapest) {
   EXPECT_EQ(cheapest(8, {sparse, sparse, dense}), SequenceExchange::needed);
   EXPECT_EQ(cheapest(8, {sparse, dense, dense, dense}), SequenceExchange::heads);
   EXPECT_EQ(cheapest(5, {dense}), SequenceExchange::needed);  // 8 heads cannot be dealt to 5
+  shape.self_edges = true;
+  EXPECT_EQ(cheapest(8, {dense}), SequenceExchange::needed);
 }
 
 // A ring never moves fewer bytes than what is needed.

@@ -18,6 +18,7 @@
 
 #include "kernels/bf16.h"
 #include "model/sequence_bytes.h"
+#include "model/shared_attention_parts.h"
 #include "tests/model/pattern_cases.h"
 #include "tests/trainer/thread_ranks.h"
 
@@ -28,7 +29,7 @@ struct Case {
   AttentionMath math{.epsilon = 0.05f};
   std::int64_t sequences = 2, heads = 3, tokens = 149, size = 8;
   int tile_query = 8, tile_key = 8;
-  bool documents = false;
+  bool documents = false, self_edges = false;
   int ranks = 2, stages = 2;
   SequenceLayout layout = SequenceLayout::zigzag;
   SequenceExchange exchange = SequenceExchange::needed;
@@ -50,7 +51,7 @@ struct Inputs {
 
 /// Of rank 0 of 1, or of one rank: rows of its tokens.
 struct Results {
-  std::vector<float> o, z, gradients, dscale, dthreshold;  // o [B, T, H, D], z [B, T, H], gradients [B, T, 3, H, D]
+  std::vector<float> o, z, gradients, dscale, dthreshold, dbias;  // o [B, T, H, D], z [B, T, H], gradients [B, T, 3, H, D]
   std::vector<std::uint64_t> counters;
 };
 
@@ -169,6 +170,7 @@ class Call {
         gradients_(ops, type_, std::vector<float>(in.qkv.size())),
         dscale_(ops, std::vector<float>(in.scale.size())),
         dthreshold_(ops, std::vector<float>(in.scale.size())),
+        dbias_(ops, std::vector<float>(in.scale.size())),
         counters_(ops, std::vector<std::uint64_t>(in.scale.size() * kAttentionCounters)) {
     const std::int64_t H = c.heads, D = c.size;
     const auto part = [&](const Memory& m, std::int64_t n) {
@@ -195,12 +197,40 @@ class Call {
     a.dthreshold = dthreshold_();
   }
   /// z is left out.
-  Results results() const { return {o_.floats(), {}, gradients_.floats(), dscale_.floats(), dthreshold_.floats(), counters_.host<std::uint64_t>()}; }
+  Results results() const {
+    return {o_.floats(), {}, gradients_.floats(), dscale_.floats(), dthreshold_.floats(), dbias_.floats(), counters_.host<std::uint64_t>()};
+  }
   AttentionBackward a;
+
+  /// Self edges with the thresholds as biases, over the stretches of heads in which z has them: after the forward pass, or after the backward pass.
+  void self_edges(Ops& ops, const std::vector<Stretch>& stretches, bool backward) const {
+    for (const Stretch heads : stretches) {
+      const AttentionForward& f = a.forward;
+      const std::int64_t first = heads.first, rows = f.shape.batch * f.shape.tokens;
+      SelfEdge e;
+      e.shape = f.shape;
+      e.shape.heads = heads.count;
+      e.score = f.math.score;
+      e.gate = f.math.gate;
+      e.q = from_head(f.q, first), e.k = from_head(f.k, first), e.v = from_head(f.v, first), e.o = from_head(f.o, first);
+      e.scale = heads_slice(f.scale, heads), e.bias = heads_slice(f.threshold, heads);
+      e.z = Tensor(f.z.data, f.z.dtype, {f.z.numel()}).slice(rows * first, rows * heads.count);
+      if (backward)
+        ops.self_edge_backward({.forward = e,
+                                .d_o = from_head(a.d_o, first),
+                                .dq = from_head(a.dq, first),
+                                .dk = from_head(a.dk, first),
+                                .dv = from_head(a.dv, first),
+                                .dscale = heads_slice(a.dscale, heads),
+                                .dbias = heads_slice(dbias_(), heads)});
+      else
+        ops.self_edge_forward(e);
+    }
+  }
 
  private:
   const DType type_;
-  const Memory qkv_, d_o_, scale_, threshold_, o_, gradients_, dscale_, dthreshold_, counters_;
+  const Memory qkv_, d_o_, scale_, threshold_, o_, gradients_, dscale_, dthreshold_, dbias_, counters_;
 };
 
 inline Results alone(const Case& c, const Inputs& in) {
@@ -217,7 +247,9 @@ inline Results alone(const Case& c, const Inputs& in) {
   if (c.documents) call.a.forward.document_start = document_start({B, c.tokens});
   call.a.workspace = workspace();
   ops->attention_forward(call.a.forward);
+  if (c.self_edges) call.self_edges(*ops, {{0, H}}, false);
   ops->attention_backward(call.a);
+  if (c.self_edges) call.self_edges(*ops, {{0, H}}, true);
   Results r = call.results();
   const auto z_host = z.floats();
   for (std::int64_t b = 0; b < B; ++b)
@@ -266,7 +298,8 @@ inline SharedAttention::Shape shape_of(const Case& c) {
           .head_size = c.size,
           .device = c.kind,
           .document_mask = c.documents,
-          .positions = c.math.length_beta > 0};
+          .positions = c.math.length_beta > 0,
+          .self_edges = c.self_edges};
 }
 
 struct Sent {
@@ -298,9 +331,11 @@ inline Results on_rank(const Case& c, const Inputs& whole, const SequenceSplit& 
   const std::uint64_t before = comm.sent_bytes();  // starts of documents are no part of the attention's tensors
   shared->forward(0, call.a.forward);
   sent.forward = comm.sent_bytes() - before;
+  if (c.self_edges) call.self_edges(*ops, shared->z_heads(), false);
   shared->backward(0, call.a);
   sent.backward = comm.sent_bytes() - before - sent.forward;
   EXPECT_TRUE(late.idle());
+  if (c.self_edges) call.self_edges(*ops, shared->z_heads(), true);
   Results r = call.results();
   if (c.exchange == SequenceExchange::needed) {  // z: by turns of heads, [B, heads of the turn, T]
     const auto z_host = z.floats();
@@ -385,7 +420,7 @@ inline void check(const Case& c, unsigned seed, const Tolerances& tolerance = {}
   const bool bits = c.exchange != SequenceExchange::ring;
   const std::int64_t row = c.heads * c.size;
   const ExchangeBytes bytes = planned(c, ranks.split);
-  std::vector<float> dscale(whole.dscale.size()), dthreshold(whole.dscale.size());
+  std::vector<float> dscale(whole.dscale.size()), dthreshold(whole.dscale.size()), dbias(whole.dscale.size());
   std::vector<std::uint64_t> counters(whole.counters.size());
   for (int rank = 0; rank < c.ranks; ++rank) {
     const Results& r = ranks.results[static_cast<std::size_t>(rank)];
@@ -408,12 +443,22 @@ inline void check(const Case& c, unsigned seed, const Tolerances& tolerance = {}
           << "gradient of q, k, v: " << part;
     EXPECT_EQ(static_cast<std::int64_t>(ranks.sent[static_cast<std::size_t>(rank)].forward), bytes.forward_sent(rank));
     EXPECT_EQ(static_cast<std::int64_t>(ranks.sent[static_cast<std::size_t>(rank)].backward), bytes.backward_sent(rank));
-    for (std::size_t h = 0; h < dscale.size(); ++h) dscale[h] += r.dscale[h], dthreshold[h] += r.dthreshold[h];
+    for (std::size_t h = 0; h < dscale.size(); ++h) dscale[h] += r.dscale[h], dthreshold[h] += r.dthreshold[h], dbias[h] += r.dbias[h];
     for (std::size_t n = 0; n < counters.size(); ++n) counters[n] += r.counters[n];
   }
   EXPECT_LT(distance(dscale, whole.dscale), tolerance.parameters);
   EXPECT_LT(distance(dthreshold, whole.dthreshold), tolerance.parameters);
+  EXPECT_LT(distance(dbias, whole.dbias), tolerance.parameters);
   EXPECT_EQ(counters, whole.counters);
+}
+
+/// As check(), and with self edges where there can be any.
+inline void check_with_self_edges(Case c, unsigned seed, const Tolerances& tolerance = {}) {
+  check(c, seed, tolerance);
+  if (c.math.gate == Gate::softmax || c.math.normalizer != Normalizer::sum || c.exchange == SequenceExchange::heads) return;
+  c.self_edges = true;
+  SCOPED_TRACE("self edges");
+  check(c, seed, tolerance);
 }
 
 /// Tolerances of bf16, for o, dq, dk and dv alike: of values that two roundings may have moved by 1/256 each and one rank's by as much; a ring's own

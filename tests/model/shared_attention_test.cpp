@@ -44,7 +44,7 @@ TEST_P(Shared, EveryScoreGateAndNormalizer) {
         c.tokens = 90 + 7 * (n % 5);
         SCOPED_TRACE(fmt::format("score {}, gate {}, normalizer {}, {}", static_cast<int>(score), static_cast<int>(gate),
                                  static_cast<int>(normalizer), families()[n % 9].name));
-        check(c, 200 + n++, fp32(3e-5));
+        check_with_self_edges(c, 200 + n++, fp32(3e-5));
       }
 }
 
@@ -100,6 +100,19 @@ TEST(SharedAttention, CallsThatDoNotFitAreRefused) {
   const auto single = make_single_communicator();
   EXPECT_THROW(shared->bind(*ops, {single.get(), {0}}), std::logic_error);
   EXPECT_THROW(shared->forward(0, {}), std::logic_error);
+}
+
+TEST(SharedAttention, HeadsHaveNoSelfEdges) {
+  Case c;
+  c.heads = 2;
+  c.exchange = SequenceExchange::heads;
+  const auto map = map_of(c);
+  const auto split = split_sequence(c.layout, c.tokens, c.ranks, {map});
+  MemoryPlan plan;
+  const auto shared = make_shared_attention(part_of(c, 0), split, {map}, shape_of(c), plan);
+  EXPECT_THROW(shared->z_heads(), std::logic_error);
+  c.self_edges = true;
+  EXPECT_THROW(make_shared_attention(part_of(c, 0), split, {map}, shape_of(c), plan), std::invalid_argument);
 }
 
 }  // namespace

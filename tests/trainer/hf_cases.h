@@ -65,6 +65,13 @@ inline const std::vector<HfCase>& hf_cases() {
        "tessera",
        {"attention={score: cosine, gate: relu4, normalizer: none, document_mask: true, threshold: {mode: controlled, init: -0.5}}",
         "model.layers=3"}},
+      {"self",
+       "tessera",
+       {"attention={score: cosine, gate: relu2, normalizer: sum, always: {self: true}, threshold: {mode: controlled, init: 1.5}}"}},
+      {"self_fidelity",
+       "tessera",
+       {"attention={score: fidelity, gate: relu, normalizer: sum, always: {self: true}, scale_learned: false, threshold: {mode: learned, init: "
+        "0.4}}"}},
   };
   return cases;
 }

@@ -47,6 +47,7 @@ TEST(Schema, EveryKeyIsDocumentedOnce) {
                            "attention.gate",
                            "attention.normalizer",
                            "attention.document_mask",
+                           "attention.always.self",
                            "attention.threshold.mode",
                            "attention.threshold.init",
                            "attention.threshold.target_edge_sparsity",

@@ -53,6 +53,18 @@ TEST_F(WarmStartTest, ParametersThatBothHaveAreTakenAndTheRestIsSaid) {
   EXPECT_TRUE(back.says("note: run.init: attn.scale of 2 layers is dropped: this model has none")) << back;
 }
 
+TEST_F(WarmStartTest, SelfEdgesStartAtTheirFirstBias) {
+  ASSERT_EQ(train("without", "").code, 0);
+  const Result r = train("with", "--set run.init=runs/without --set optimizer.lr=1e-30 --set attention.always.self=true", 1);
+  ASSERT_EQ(r.code, 0) << r;
+  EXPECT_TRUE(r.says("note: run.init: attn.self_bias of 2 layers keeps its first values: the checkpoint has none")) << r;
+  const StoredParameters stored(read_checkpoint(run("with")).info.directory);
+  EXPECT_EQ(stored.read("h.1.attn.self_bias", {2}), std::vector<float>(2, 0.25f));
+  const Result back = train("back", "--set run.init=runs/with", 1);
+  ASSERT_EQ(back.code, 0) << back;
+  EXPECT_TRUE(back.says("note: run.init: attn.self_bias of 2 layers is dropped: this model has none")) << back;
+}
+
 TEST_F(WarmStartTest, ControlledThresholdsGoOn) {
   ASSERT_EQ(train("first", "", 8).code, 0);
   const Result r = train("second", "--set run.init=runs/first --set attention.threshold.rate=1e-30 --set model.vocabulary_multiple=8", 1);
