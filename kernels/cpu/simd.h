@@ -1,6 +1,6 @@
 #pragma once
-// Sums of products, and elementwise functions that the compiler can turn into vector code: no branches, no calls, no tables. The same bits come out
-// of the vector and the scalar form, because each is a fixed sequence of IEEE operations.
+// Elementwise functions that the compiler can turn into vector code: no branches, no calls, no tables. The same bits come out of
+// the vector and the scalar form, because each is a fixed sequence of IEEE operations. And a dot product.
 
 #include <bit>
 #include <cmath>

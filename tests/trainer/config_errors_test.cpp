@@ -183,12 +183,12 @@ TEST(ConfigErrors, CrossChecks) {
                "expected attention.score cosine");
   expect_error(error_of("attention: {score: fidelity, threshold: {init: 1}}"), "attention.threshold.init",
                "expected a threshold >= 0 and < 1, found 1");
-  expect_error(error_of("attention: {normalizer: rms, always: {self: true}}"), "x.yaml:1:41: attention.always.self: the edge to oneself joins a sum",
+  expect_error(error_of("attention: {normalizer: rms, always: {self: true}}"), "x.yaml:1:45: attention.always.self: the edge to oneself joins a sum",
                "expected attention.normalizer sum with it, found rms");
   expect_error(error_of("attention: {always: {self: 1}}"), "attention.always.self: expected true or false, found 1");
   expect_error(error_of("attention: {always: true}"), "attention.always");
   expect_error(error_of("attention: {always: {self: true}}\nparallel: {sequence: 2, exchange: heads}"),
-               "x.yaml:2:36: parallel.exchange: exchange heads", "expected exchange needed or ring, or attention.always.self false");
+               "x.yaml:2:35: parallel.exchange: exchange heads", "expected exchange needed or ring, or attention.always.self false");
   EXPECT_EQ(error_of("attention: {gate: softmax, always: {self: true}}\nparallel: {sequence: 2, exchange: heads}"), "");
   const std::vector<std::string> longest = {"model.context=1048576", "train.tokens_per_step=4194304", "attention.tile.query=16",
                                             "attention.tile.key=16"};

@@ -20,7 +20,9 @@ Config make_config(int sequence, const std::string& exchange, const std::string&
       "", {"model.layers=2", "model.heads=4", "model.width=32", "model.context=75",
            "attention.pattern={any: [{window: {size: 20}}, {global: {tokens: 3}}]}", "attention.threshold.mode=learned", "train.micro_batch=1",
            "train.tokens_per_step=600", fmt::format("attention.document_mask={}", documents), fmt::format("attention.always.self={}", self_edges),
-           fmt::format("parallel.sequence={}", sequence), "parallel.exchange=" + exchange, "parallel.layout=" + layout, "parallel.bucket_mib=1"});
+           // With two edges at most, a document's first tokens divide by little more than epsilon.
+           fmt::format("attention.epsilon={}", self_edges ? 0.1 : 0.01), fmt::format("parallel.sequence={}", sequence),
+           "parallel.exchange=" + exchange, "parallel.layout=" + layout, "parallel.bucket_mib=1"});
   c.model.attention.tile_query = c.model.attention.tile_key = 8;  // 10 blocks
   c.model.vocabulary = 19;
   c.model.vocabulary_padded = 24;

@@ -104,15 +104,6 @@ struct Forward {
   void run() { cuda::norm_forward(context(), f); }
 };
 
-std::vector<unsigned char> joined(const std::vector<const OnDevice*>& tensors) {
-  std::vector<unsigned char> all;
-  for (const OnDevice* t : tensors) {
-    const auto bytes = t->bytes();
-    all.insert(all.end(), bytes.begin(), bytes.end());
-  }
-  return all;
-}
-
 TEST(CudaNorm, ForwardMatchesTheDefinition) {
   TESSERA_NEEDS_GPU();
   for (const Case& c : cases()) {

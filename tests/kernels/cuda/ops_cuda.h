@@ -173,6 +173,16 @@ class OnDevice {
   Tensor tensor_;
 };
 
+/// The bytes of several, one after another.
+inline std::vector<unsigned char> joined(const std::vector<const OnDevice*>& tensors) {
+  std::vector<unsigned char> all;
+  for (const OnDevice* t : tensors) {
+    const auto bytes = t->bytes();
+    all.insert(all.end(), bytes.begin(), bytes.end());
+  }
+  return all;
+}
+
 // -- judging ----------------------------------------------------------------------------------------------------------
 
 /// The largest |got - exact|; infinite where an element is not finite, and its index.

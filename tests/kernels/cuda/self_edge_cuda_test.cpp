@@ -147,14 +147,6 @@ struct Memory {
     g.dq = part(dqkv, 0, 0), g.dk = part(dqkv, 1, 0), g.dv = part(dqkv, 2, 0), g.dscale = dscale, g.dbias = dbias;
     return g;
   }
-  static std::vector<unsigned char> joined(std::initializer_list<const OnDevice*> tensors) {
-    std::vector<unsigned char> all;
-    for (const OnDevice* t : tensors) {
-      const auto bytes = t->bytes();
-      all.insert(all.end(), bytes.begin(), bytes.end());
-    }
-    return all;
-  }
 };
 
 TEST(CudaSelfEdge, ForwardMatchesTheDefinition) {
@@ -166,7 +158,7 @@ TEST(CudaSelfEdge, ForwardMatchesTheDefinition) {
     const auto run = [&] {
       m.o.set(p.o), m.z.set(p.z);
       cuda::self_edge_forward(context(), m.forward());
-      return Memory::joined({&m.o, &m.z});
+      return joined({&m.o, &m.z});
     };
     run();
     Doubles o, z;
@@ -191,7 +183,7 @@ TEST(CudaSelfEdge, BackwardMatchesTheDefinition) {
     const auto run = [&] {
       m.dqkv.set(p.dqkv), m.dscale.set(p.dscale), m.dbias.set(p.dbias);
       cuda::self_edge_backward(context(), m.backward());
-      return Memory::joined({&m.dqkv, &m.dscale, &m.dbias});
+      return joined({&m.dqkv, &m.dscale, &m.dbias});
     };
     run();
     const auto exact = p.backward(o, z);
@@ -202,12 +194,12 @@ TEST(CudaSelfEdge, BackwardMatchesTheDefinition) {
     expect_repeatable(run, name_of(c));
 
     // Without dscale the rest has the same bits.
-    const auto with = Memory::joined({&m.dqkv, &m.dbias});
+    const auto with = joined({&m.dqkv, &m.dbias});
     m.dqkv.set(p.dqkv), m.dscale.set(p.dscale), m.dbias.set(p.dbias);
     SelfEdgeBackward g = m.backward();
     g.dscale = {};
     cuda::self_edge_backward(context(), g);
-    EXPECT_TRUE(Memory::joined({&m.dqkv, &m.dbias}) == with);
+    EXPECT_TRUE(joined({&m.dqkv, &m.dbias}) == with);
     EXPECT_TRUE(m.dscale.doubles() == p.dscale);
   }
 }
