@@ -36,9 +36,9 @@ struct SimulatedRates {
   // "A training step of 354 M parameters": 100.5 ms of matrix products for 32 x 1024 tokens of 2.121 GFLOP.
   double gemm_tflops = 692;
   // "Attention on one NVIDIA H200": windows of 1024 and 256 at T = 65536 give time a tile and time a list. What they say of the other rows there is
-  // within 10 % of the measured times, but for the shortest, window 256 at T = 16384 (0.1 ms forward), which took 18 % longer.
-  double tile_forward_ns = 2.08, list_forward_ns = 11.5;
-  double tile_backward_ns = 6.30, list_backward_ns = 27.6;
+  // within 6 % of the measured times.
+  double tile_forward_ns = 1.92, list_forward_ns = 9.2;
+  double tile_backward_ns = 6.14, list_backward_ns = 22.0;
   // The same step: norms 7.0 ms, unit length and rotation 4.0, over 32,768 tokens x 24 layers x width 1024; cross-entropy 1.7 ms over 50,304 logits
   // a token; AdamW 2.9 ms over 354 M parameters.
   double other_ps = 13.7, logit_ps = 1.03, adamw_ps = 8.2;

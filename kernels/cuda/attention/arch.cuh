@@ -72,6 +72,17 @@ __device__ __forceinline__ void store_shared4(uint32_t at, int x, int y, int z, 
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
 
+/// In one piece: the compiler cuts such a store where registers do not lie well.
+__device__ __forceinline__ void store_global4(void* to, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+/// 1 / x up to an ulp, in an instruction.
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float r;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
 // -- Barriers (mbarrier) ---------------------------------------------------------------------------------------------
 __device__ __forceinline__ void barrier_init(uint32_t bar, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
@@ -146,7 +157,7 @@ __device__ __forceinline__ bool warpgroup_any(bool p, int warpgroup) {
                : "=r"(any)
                : "r"(static_cast<uint32_t>(p)), "r"(warpgroup + 1)
                : "memory");
-  return uniform(static_cast<int>(any));
+  return __any_sync(0xffffffffu, any);  // known to be the same in the whole warp
 }
 
 // -- Copies into shared memory ---------------------------------------------------------------------------------------
@@ -201,6 +212,16 @@ __device__ __forceinline__ void load_fragment(Frag& a, uint32_t tile, int warp, 
   }
 }
 
+/// Two ones in bf16.
+constexpr uint32_t kOnes = 0x3f803f80;
+/// Shared memory that Product<true>::multiply_summing reads: all ones.
+constexpr uint32_t kOnesBytes = 2048;
+/// By the whole block, before the __syncthreads() behind which products read it.
+__device__ __forceinline__ void fill_ones(uint32_t at) {
+  for (uint32_t n = 8 * threadIdx.x; n < kOnesBytes; n += 8 * blockDim.x) store_shared2(at + n, kOnes, kOnes);
+  reads_before_copies();  // what reads it is in the copy engine's proxy
+}
+
 template <bool Hopper>
 struct Product;
 
@@ -239,6 +260,13 @@ struct Product<false> {
       }
     }
   }
+  /// c += a b as multiply<true>, and sums += the sums of a's rows: [0] = [1] of row lane/4, [2] = [3] of row lane/4 + 8. They are a product with a
+  /// column of ones.
+  static __device__ __forceinline__ void multiply_summing(Acc& c, float (&sums)[4], const Frag& a, uint32_t right, uint32_t, int lane) {
+    multiply<true>(c, a, right, lane);
+#pragma unroll
+    for (int kk = 0; kk < 4; ++kk) mma(sums, a[kk], kOnes, kOnes);
+  }
   /// The same with the left operand in shared memory (rows of its tile are rows of the product).
   template <bool Clear>
   static __device__ __forceinline__ void multiply_shared(Acc& c, uint32_t left, uint32_t right, int warp, int lane) {
@@ -251,6 +279,7 @@ struct Product<false> {
   template <int Pending>
   static __device__ __forceinline__ void wait() {}
   static __device__ __forceinline__ void settle(Acc&) {}
+  static __device__ __forceinline__ void settle(float (&)[4]) {}
 
  private:
   static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -273,6 +302,9 @@ struct Product<false> {
 #define TESSERA_ACC_NAMES                                                                                                               \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, " \
   "%28, %29, %30, %31}"
+#define TESSERA_ACC_NAMES_72                                                                                                            \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, " \
+  "%28, %29, %30, %31, %32, %33, %34, %35}"
 
 /// Asynchronous: begin() before the first of a set, commit() after it, wait<n>() until at most the n latest sets are under way.
 /// Operands in registers and shared memory stay untouched until then.
@@ -305,6 +337,22 @@ struct Product<true> {
                      : TESSERA_ACC(c)
                      : "r"(a[kk][0]), "r"(a[kk][1]), "r"(a[kk][2]), "r"(a[kk][3]), "l"(b), "n"(Transposed ? 1 : 0));
       }
+    }
+#else
+    __trap();
+#endif
+  }
+  /// See Product<false>. The right operand has 72 columns: after the 64 of `right`, leading offset away, eight of the ones at `ones`, which are
+  /// behind it. Those are the same for each step along the summed index.
+  static __device__ __forceinline__ void multiply_summing(Acc& c, float (&sums)[4], const Frag& a, uint32_t right, uint32_t ones, int) {
+#ifdef TESSERA_SM90A
+    const uint32_t base = ((right & 0x3ffff) >> 4) | ((ones - right) >> 4 << 16);
+#pragma unroll
+    for (int kk = 0; kk < 4; ++kk) {
+      const uint64_t b = whole(base + kk * ((2048 >> 4) - (2048 >> 4 << 16)));
+      asm volatile("wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 " TESSERA_ACC_NAMES_72 ", {%36, %37, %38, %39}, %40, 1, 1, 1, 1;"
+                   : TESSERA_ACC(c), "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                   : "r"(a[kk][0]), "r"(a[kk][1]), "r"(a[kk][2]), "r"(a[kk][3]), "l"(b));
     }
 #else
     __trap();
@@ -349,6 +397,9 @@ struct Product<true> {
   }
   /// After wait: keeps the compiler from reading the accumulator earlier.
   static __device__ __forceinline__ void settle(Acc& c) { asm volatile("" : TESSERA_ACC(c)::"memory"); }
+  static __device__ __forceinline__ void settle(float (&sums)[4]) {
+    asm volatile("" : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])::"memory");
+  }
 };
 
 __device__ __forceinline__ void clear(Acc& c) {
@@ -366,6 +417,14 @@ struct Left {
     for (int d = 1; d < Parts; ++d) Product<Hopper>::template multiply_shared<false>(c, rows + d * kTileBytes, right + d * kTileBytes, warp, lane);
   }
 };
+
+/// c[d] += a b, and sums += the sums of a's rows (Product::multiply_summing); kOnesBytes of ones lie behind b.
+template <bool Hopper, int Parts>
+__device__ __forceinline__ void accumulate_summing(Acc (&c)[Parts], float (&sums)[4], const Frag& a, uint32_t right, uint32_t ones, int lane) {
+#pragma unroll
+  for (int d = 0; d + 1 < Parts; ++d) Product<Hopper>::template multiply<true>(c[d], a, right + d * kTileBytes, lane);
+  Product<Hopper>::multiply_summing(c[Parts - 1], sums, a, right + (Parts - 1) * kTileBytes, ones, lane);
+}
 
 /// c[d] += a b, a in registers, b's rows the summed index.
 template <bool Hopper, int Parts>

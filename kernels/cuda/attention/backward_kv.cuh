@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
       };
       produce(ring, at, a.by_key, list, 2 * kRows + sizeof(RowTile), lane, keep, load);
     };
-    produce_items(a, schedule, a.by_key, ring, Shared::kOwnBytes, lane, load_own, walk);
+    produce_items<D>(a, schedule, a.by_key, ring, Shared::kOwnBytes, lane, load_own, walk);
     return;
   }
 
@@ -113,9 +113,8 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
   Cursor at, own;
   consume_items(ring, own, [&](const Item& item) {
     const int tile = kGroups * item.band + group, j0 = tile * kTile + r0, j8 = j0 + 8;
-    const float bound = gate_bound(a, item.scale, item.threshold, D);
-    const float scale = kept_float(Gate::kSoftmax ? item.scale * kLog2e : item.scale / bound);
-    const float offset = Gate::kRowOffsets ? 0.f : kept_float(row_offset(a, item.scale, item.threshold, 0, D) / bound);
+    const float bound = item.bound, scale = kept_float(item.scale * (Gate::kSoftmax ? kLog2e : inverse_of(bound)));
+    const float offset = Gate::kRowOffsets ? 0.f : kept_float(row_offset(a, item.scale, item.threshold, 0, D) * inverse_of(bound));
 
     Acc dk[kParts], dv[kParts];
 #pragma unroll

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
       };
       produce(ring, at, a.by_query, list, 2 * kRows, lane, keep, load);
     };
-    produce_items(a, schedule, a.by_query, ring, Shared::kOwnBytes, lane, load_own, walk);
+    produce_items<D>(a, schedule, a.by_query, ring, Shared::kOwnBytes, lane, load_own, walk);
     return;
   }
 
@@ -80,8 +80,7 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
     const int place = a.by_query.tile(item.band, group, kGroups), tile = max(place, 0), i0 = tile * kTile + r0, i8 = i0 + 8;
     const int64_t at_tile = (static_cast<int64_t>(item.b) * a.heads + item.h) * a.query_tiles + tile;
     const bool exists = place >= 0 && place < a.query_tiles;
-    const float bound = gate_bound(a, item.scale, item.threshold, D);
-    const float scale = kept_float(Gate::kSoftmax ? item.scale * kLog2e : item.scale / bound);
+    const float bound = item.bound, scale = kept_float(item.scale * (Gate::kSoftmax ? kLog2e : inverse_of(bound)));
     struct Row {
       float offset = 0, inverse_z = 0, minus_delta = 0;  // the last over z, too
       int document_start = 0;

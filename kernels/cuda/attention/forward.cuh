@@ -16,7 +16,8 @@ struct ForwardShared {
   static constexpr int kGroups = D == 64 ? 3 : 2, kStages = Hopper ? (D == 64 ? 8 : 5) : 4, kOwn = Hopper ? 2 : 1;
   static constexpr uint32_t kRows = D / 64 * kTileBytes;  // 64 rows of one tensor
   static constexpr uint32_t kOwnBytes = kGroups * kRows;
-  static constexpr uint32_t kQ = 0, kK = kOwn * kOwnBytes, kV = kK + kStages * kRows, kRing = kV + kStages * kRows;
+  static constexpr uint32_t kQ = 0, kK = kOwn * kOwnBytes, kV = kK + kStages * kRows, kOnesAt = kV + kStages * kRows,
+                            kRing = kOnesAt + (Hopper ? kOnesBytes : 0);
   using Ring = cuda_attention::Ring<kGroups, Hopper, kStages, kOwn>;
   static constexpr uint32_t kBytes = kRing + Ring::kBytes;
 };
@@ -86,6 +87,7 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
   const typename Shared::Ring ring{base + Shared::kRing};
   const Schedule schedule(a, a.by_query, a.query_tiles, kGroups, true);
   const int lane = threadIdx.x & 31;
+  if constexpr (Hopper && !Gate::kSoftmax) fill_ones(base + Shared::kOnesAt);
   ring.init();
 
   if (threadIdx.x >= kGroups * kWarpgroup) {  // producer
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
       };
       produce(ring, at, a.by_query, list, 2 * kRows, lane, keep, load);
     };
-    produce_items(a, schedule, a.by_query, ring, Shared::kOwnBytes, lane, load_own, walk);
+    produce_items<D>(a, schedule, a.by_query, ring, Shared::kOwnBytes, lane, load_own, walk);
     return;
   }
 
@@ -129,12 +131,12 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
     const int b = item.b, h = item.h, place = a.by_query.tile(item.band, group, kGroups), tile = max(place, 0);
     const bool exists = place >= 0 && place < a.query_tiles;
     const int i0 = tile * kTile + r0, i8 = i0 + 8;
-    const float bound = gate_bound(a, item.scale, item.threshold, D);
-    const float scale = kept_float(Gate::kSoftmax ? item.scale * kLog2e : item.scale / bound);
+    const float bound = item.bound, inverse_bound = inverse_of(bound);
+    const float scale = kept_float(item.scale * (Gate::kSoftmax ? kLog2e : inverse_bound));
     float offset0 = 0, offset8 = 0;
     if (!Gate::kSoftmax) {
-      offset0 = row_offset(a, item.scale, item.threshold, i0, D) / bound;
-      offset8 = row_offset(a, item.scale, item.threshold, i8, D) / bound;
+      offset0 = offset8 = row_offset(a, item.scale, item.threshold, i0, D) * inverse_bound;
+      if (a.length_beta > 0) offset8 = row_offset(a, item.scale, item.threshold, i8, D) * inverse_bound;
     }
     int document0 = 0, document8 = 0;
     if (a.document_start && exists) {
@@ -154,6 +156,7 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
       resume<D, 0, Gate::kSoftmax>(a, b, h, i0, lane, o, sum0, top0);
       resume<D, 1, Gate::kSoftmax>(a, b, h, i8, lane, o, sum8, top8);
     }
+    float sums[4] = {sum0, sum0, sum8, sum8};  // of weights as rounded for the product, by the tensor cores; softmax has sum0 and sum8
 
     // While the weights of a tile are worked out from its scores, the tensor cores add the product of the tile before to o and compute the scores of
     // the one behind. One wait a tile is for all of it, and most of the time for nothing.
@@ -166,7 +169,11 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
     const auto add_held = [&](const Frag& p) {
       if (held < 0) return;
       P::begin();
-      accumulate<Hopper>(o, p, base + Shared::kV + held * kRows, lane);
+      const uint32_t v = base + Shared::kV + held * kRows;
+      if constexpr (Gate::kSoftmax)
+        accumulate<Hopper>(o, p, v, lane);
+      else
+        accumulate_summing<Hopper>(o, sums, p, v, base + Shared::kOnesAt, lane);
       P::commit();
     };
     const auto begin_scores = [&](Acc& s, int stage) {
@@ -240,19 +247,24 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
             for (int j = 0; j < 8; ++j) o[d][j][0] *= decay0, o[d][j][1] *= decay0, o[d][j][2] *= decay8, o[d][j][3] *= decay8;
           }
         } else {
-          const float2 sum = weigh<Gate>(s, scale, offset0, offset8);
-          sum0 += sum.x, sum8 += sum.y;
-          active = likely = warpgroup_any(sum.x + sum.y > 0.f, group);
+          weigh<Gate>(s, scale, offset0, offset8);
+        }
+        round_fragment(mine.p, s);
+        if constexpr (!Gate::kSoftmax) {
+          bool any;
+          if (counting) {
+            const float count = count_positive(mine.p);
+            active_edges += count, any = count > 0.f;
+          } else {
+            any = any_positive(mine.p);
+          }
+          active = likely = warpgroup_any(any, group);
         }
         active_tiles += active;
         if (active) bitmap.set(step.tile, thread == 0);
         add = active || (visit_all && visible);
       } else {
         likely = false;
-      }
-      if (add) {
-        round_fragment(mine.p, s);
-        if (!Gate::kSoftmax && counting) active_edges += count_positive(mine.p);
       }
       wait();
       P::settle(other.s);
@@ -286,6 +298,8 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
     }
 #pragma unroll
     for (int d = 0; d < kParts; ++d) P::settle(o[d]);
+    P::settle(sums);
+    if constexpr (!Gate::kSoftmax) sum0 = sums[0], sum8 = sums[2];
     ring.release(at.stage), at.next<kStages>();
     ring.release_own(own.stage), own.next<kOwn>();
     if (!exists) return;
@@ -301,14 +315,15 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
     unsigned empty = 0;
     if (!Carry || a.carry_last) {
       const float unit = power<Gate::kPower>(bound);  // of the weights
-      sum0 = quad_sum(sum0) * unit, sum8 = quad_sum(sum8) * unit;
+      if constexpr (Gate::kSoftmax) sum0 = quad_sum(sum0), sum8 = quad_sum(sum8);
+      sum0 *= unit, sum8 *= unit;
       const auto finish = [&](float sum, float top, int seen, float& z) {
         if constexpr (Gate::kSoftmax) {
           z = sum > 0.f ? top * kLn2 + logf(sum) : 0.f;
-          return sum > 0.f ? 1.f / sum : 0.f;
+          return sum > 0.f ? fast_reciprocal(sum) : 0.f;
         }
         z = a.normalize_sum ? a.epsilon + sum : a.normalize_length ? powf(static_cast<float>(max(seen, 1)), a.length_alpha) : 1.f;
-        return z > 0.f ? unit / z : 0.f;
+        return z > 0.f ? unit * fast_reciprocal(z) : 0.f;
       };
       float z0, z8;
       const float inverse0 = finish(sum0, top0, seen0, z0), inverse8 = finish(sum8, top8, seen8, z8);
@@ -330,12 +345,11 @@ __global__ void __launch_bounds__(threads_of(ForwardShared<D, Hopper>::kGroups, 
       empty = __reduce_add_sync(0xffffffffu, empty);
       const unsigned active = Gate::kSoftmax ? visible : __reduce_add_sync(0xffffffffu, static_cast<unsigned>(active_edges));
       if (lane == 0) {
-        unsigned long long* counters = a.counters + h * 5ll;
-        atomicAdd(counters + 0, static_cast<unsigned long long>(active));
-        atomicAdd(counters + 1, static_cast<unsigned long long>(visible));
-        if (warp == 0) atomicAdd(counters + 2, static_cast<unsigned long long>(active_tiles));
-        if (warp == 0) atomicAdd(counters + 3, static_cast<unsigned long long>(visible_tiles));
-        if (empty) atomicAdd(counters + 4, static_cast<unsigned long long>(empty));
+        unsigned long long* const counters = a.counters + h * static_cast<int>(kAttentionCounters);
+        const auto add = [&](AttentionCounter at, unsigned n) { atomicAdd(counters + at, static_cast<unsigned long long>(n)); };
+        add(kActiveEdges, active), add(kVisibleEdges, visible);
+        if (warp == 0) add(kActiveTiles, active_tiles), add(kVisibleTiles, visible_tiles);
+        if (empty) add(kEmptyRows, empty);
       }
     }
   });

@@ -10,26 +10,6 @@ namespace tessera::cuda_attention {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-/// x = scale f(s) + offset of query row i of a head with scale c and threshold tau; for softmax scale and offset are 0-based exponents of two
-/// instead (offset: -z, backward).
-__device__ __forceinline__ float row_offset(const Args& a, float c, float tau, int i, int head_size) {
-  if (a.length_beta > 0) {
-    const float position = static_cast<float>(a.positions ? a.positions[min(i, a.tokens - 1)] : i);
-    return -c * a.length_beta * sqrtf(2.f * logf(position + 2.f) / static_cast<float>(head_size));
-  }
-  return a.fidelity ? -c * tau : -tau;
-}
-
-/// A power of two m above every x of a head when |<q, k>| <= 1.06 (unit vectors, rounded): then max(0, x) = m saturate(x / m), and
-/// saturation is free with the multiply-add while a maximum is an instruction at half rate. Dividing by m changes no bit of the result. 1 where
-/// scores have no bound.
-__device__ __forceinline__ float gate_bound(const Args& a, float c, float tau, int head_size) {
-  if (!a.bounded) return 1.f;
-  int exponent;
-  frexpf(1.14f * fabsf(c) + fabsf(row_offset(a, c, tau, a.tokens - 1, head_size)), &exponent);
-  return ldexpf(1.f, exponent);
-}
-
 /// max(0, x), or saturate(x) for bounded scores.
 template <bool Bounded>
 __device__ __forceinline__ float positive(float scale, float f, float offset) {
@@ -134,21 +114,17 @@ __device__ __forceinline__ bool any_active(const Acc& s, float scale, float offs
   return fmaxf(fmaf(scale, top0, offset0), fmaf(scale, top8, offset8)) > 0.f;
 }
 
-/// Weights of a tile: s becomes a = max(0, x)^P (over gate_bound^P) in fp32. Returns the two rows' sums over this thread's columns.
+/// Weights of a tile: s becomes a = max(0, x)^P (over gate_bound^P) in fp32.
 template <class Gate>
-__device__ __forceinline__ float2 weigh(Acc& s, float scale, float offset0, float offset8) {
-  // Two sums a row, so that additions wait less for each other.
-  float sum[4] = {0.f, 0.f, 0.f, 0.f};
+__device__ __forceinline__ void weigh(Acc& s, float scale, float offset0, float offset8) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float f = Gate::kFidelity ? s[j][e] * s[j][e] : s[j][e];
       s[j][e] = power<Gate::kPower>(positive<Gate::kBounded>(scale, f, e < 2 ? offset0 : offset8));
-      sum[e] += s[j][e];
     }
   }
-  return {sum[0] + sum[1], sum[2] + sum[3]};
 }
 
 /// Backward: max(0, x)^(P-1), for softmax the weight.
@@ -171,6 +147,14 @@ __device__ __forceinline__ float edge_weight(float& s, float scale, float offset
   const float factor = edge_slope<Gate>(s, scale, offset, r) * inverse_z;
   s = !Gate::kFidelity ? factor : factor != 0.f ? factor * s : 0.f;  // a hidden score is NaN
   return factor * r;
+}
+
+/// Is any weight of a rounded fragment positive? None is negative.
+__device__ __forceinline__ bool any_positive(const Frag& p) {
+  uint32_t any = 0;
+#pragma unroll
+  for (int kk = 0; kk < 4; ++kk) any |= p[kk][0] | p[kk][1] | p[kk][2] | p[kk][3];
+  return any != 0;
 }
 
 /// Positive weights among a rounded fragment: exact, since 16 ones fit bf16 and their sums fit fp32.

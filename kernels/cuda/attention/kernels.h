@@ -33,7 +33,7 @@ template <int D>
 int backward_q_groups(bool hopper);
 
 /// What a kernel needs beside Shared::kBytes, at most.
-constexpr uint32_t kStaticShared = 1024;
+constexpr uint32_t kStaticShared = 128;
 
 /// When the blocks of a kernel on the Hopper path may start: after the kernel before in the stream, or as soon as all blocks of that one allow it
 /// (let_next_kernel_start in arch.cuh).

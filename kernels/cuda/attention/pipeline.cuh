@@ -95,6 +95,27 @@ struct Args {
   bool carry_first, carry_last;
 };
 
+/// x = scale f(s) + offset of query row i of a head with scale c and threshold tau; for softmax scale and offset are 0-based exponents of two
+/// instead (offset: -z, backward).
+__device__ __forceinline__ float row_offset(const Args& a, float c, float tau, int i, int head_size) {
+  if (a.length_beta > 0) {
+    const float position = static_cast<float>(a.positions ? a.positions[min(i, a.tokens - 1)] : i);
+    return -c * a.length_beta * sqrtf(2.f * logf(position + 2.f) / static_cast<float>(head_size));
+  }
+  return a.fidelity ? -c * tau : -tau;
+}
+
+/// A power of two m above every x of a head when |<q, k>| <= 1.06 (unit vectors, rounded): then max(0, x) = m saturate(x / m), and
+/// saturation is free with the multiply-add while a maximum is an instruction at half rate. Dividing by m changes no bit of the result. 1 where
+/// scores have no bound.
+__device__ __forceinline__ float gate_bound(const Args& a, float c, float tau, int head_size) {
+  if (!a.bounded) return 1.f;
+  const float top = 1.14f * fabsf(c) + fabsf(row_offset(a, c, tau, a.tokens - 1, head_size));
+  return __int_as_float((min(max(__float_as_int(top) >> 23, 100), 250) + 1) << 23);
+}
+/// 1 / m for a power of two.
+__device__ __forceinline__ float inverse_of(float bound) { return __int_as_float((254 << 23) - __float_as_int(bound)); }
+
 struct Cursor {
   int stage = 0;
   uint32_t phase = 0;
@@ -106,8 +127,8 @@ struct Cursor {
 
 /// A band of a (batch, head) and the head's parameters.
 struct Item {
-  int band, b, h;  // band -1: the block has no more
-  float scale, threshold;
+  int band, b, h;                 // band -1: the block has no more
+  float scale, threshold, bound;  // gate_bound
 };
 
 /// A band's tile of the other side.
@@ -151,7 +172,7 @@ struct Ring {
     return {uniform(e.x), uniform(e.y)};
   }
   __device__ __forceinline__ void put_item(int slot, const Item& i) const {
-    store_shared4(own_full(slot) + 16, i.band, i.b, i.h, 0);
+    store_shared4(own_full(slot) + 16, i.band, i.b, i.h, __float_as_int(i.bound));
     store_shared2(own_full(slot) + 32, __float_as_int(i.scale), __float_as_int(i.threshold));
   }
   /// Waits until a band's own tiles are there.
@@ -159,7 +180,8 @@ struct Ring {
     barrier_wait(own_full(own.stage), own.phase);
     const float4 v = load_shared4(own_full(own.stage) + 16);
     const int2 head = load_shared2(own_full(own.stage) + 32);
-    return {uniform(__float_as_int(v.x)), uniform(__float_as_int(v.y)), uniform(__float_as_int(v.z)), __int_as_float(head.x), __int_as_float(head.y)};
+    return {uniform(__float_as_int(v.x)), uniform(__float_as_int(v.y)), uniform(__float_as_int(v.z)),
+            __int_as_float(head.x),       __int_as_float(head.y),       v.w};
   }
   /// A consumer warp is done with a stage, with a slot. Every lane arrives for what it read itself: one arrival a warp after __syncwarp would do,
   /// and measures the same, but compute-sanitizer's racecheck does not follow that order from lane to lane.
@@ -288,7 +310,7 @@ struct Schedule {
     }
   }
   /// Item n and the number of its tile list.
-  __device__ __forceinline__ Item item(const Args& a, const BandLists& lists, int n, int64_t& list) const {
+  __device__ __forceinline__ Item item(const Args& a, const BandLists& lists, int head_size, int n, int64_t& list) const {
     const int ranks = bands - last, behind = n - ranks * heads;
     int rank, bh;
     if (behind >= 0) {
@@ -301,7 +323,7 @@ struct Schedule {
     }
     Item i;
     i.b = bh / a.heads, i.h = bh % a.heads;
-    i.scale = a.scale[i.h], i.threshold = a.threshold[i.h];
+    i.scale = a.scale[i.h], i.threshold = a.threshold[i.h], i.bound = gate_bound(a, i.scale, i.threshold, head_size);
     const int64_t group = a.group_of_head[i.h];
     i.band = bands == lists.bands ? lists.order[group * lists.bands + rank] : descending ? bands - 1 - rank : rank;
     list = group * (lists.bands + 1) + i.band;
@@ -311,7 +333,7 @@ struct Schedule {
 
 /// The producer warp's part: own(item, at, bar) loads a band's own tiles, own_bytes in all; walk(item, at, list) calls produce. Ends with an item of
 /// band -1.
-template <int Groups, bool Hopper, int Stages, int Own, class LoadOwn, class Walk>
+template <int D, int Groups, bool Hopper, int Stages, int Own, class LoadOwn, class Walk>
 __device__ __forceinline__ void produce_items(const Args& a, const Schedule& schedule, const BandLists& lists,
                                               const Ring<Groups, Hopper, Stages, Own>& ring, uint32_t own_bytes, int lane, LoadOwn load_own,
                                               Walk walk) {
@@ -319,7 +341,7 @@ __device__ __forceinline__ void produce_items(const Args& a, const Schedule& sch
   at.phase = own.phase = 1;  // the first round finds everything empty
   schedule.for_each([&](int n) {
     int64_t list;
-    const Item item = schedule.item(a, lists, n, list);
+    const Item item = schedule.item(a, lists, D, n, list);
     const uint32_t full = ring.own_full(own.stage);
     barrier_wait(ring.own_empty(own.stage), own.phase);
     if (lane == 0) ring.put_item(own.stage, item);  // by the lane that arrives below
@@ -331,7 +353,7 @@ __device__ __forceinline__ void produce_items(const Args& a, const Schedule& sch
   });
   const uint32_t full = ring.own_full(own.stage);
   barrier_wait(ring.own_empty(own.stage), own.phase);
-  if (lane == 0) ring.put_item(own.stage, Item{-1, 0, 0, 0.f, 0.f});
+  if (lane == 0) ring.put_item(own.stage, Item{-1, 0, 0, 0.f, 0.f, 1.f});
   open_loads<Hopper>(full, 0, lane);
   close_loads<Hopper>(full, lane);
 }
@@ -352,36 +374,33 @@ __device__ __forceinline__ void consume_items(const Ring<Groups, Hopper, Stages,
 /// Writes a warpgroup's 64 x 64 product, rows scaled, as bf16: rows i0 and i0 + 8 of this thread, columns from `column`.
 __device__ __forceinline__ void store_product(const Acc& c, const View& view, int b, int h, int row, int tokens, int column, int lane, float scale0,
                                               float scale8) {
+  // The four lanes of a row exchange quarters, so that each stores 16 bytes: a 4 x 4 transpose of words in two steps.
+  const int quarter = kept(lane & 3);
+  const bool odd = quarter & 1, upper = quarter & 2;
+  bf16* const first = kept(view.row(b, h, row) + column + quarter * 8);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int i = row + 8 * half;
     const float scale = half ? scale8 : scale0;
-    // The four lanes of a row exchange quarters, so that each stores 16 bytes: a 4 x 4 transpose of words in two steps.
+    bf16* const to = half ? first + 8 * view.token : first;
+    const bool inside = row + 8 * half < tokens;
 #pragma unroll
     for (int group = 0; group < 2; ++group) {
       uint32_t w[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) w[j] = pack(c[group * 4 + j][2 * half] * scale, c[group * 4 + j][2 * half + 1] * scale);
-      const int quarter = lane & 3;
       {  // exchange with lane ^ 1
-        const bool odd = quarter & 1;
         const uint32_t s0 = odd ? w[0] : w[1], s1 = odd ? w[2] : w[3];
         const uint32_t r0 = __shfl_xor_sync(0xffffffffu, s0, 1), r1 = __shfl_xor_sync(0xffffffffu, s1, 1);
-        if (odd)
-          w[0] = r0, w[2] = r1;
-        else
-          w[1] = r0, w[3] = r1;
+        w[0] = odd ? r0 : w[0], w[2] = odd ? r1 : w[2];
+        w[1] = odd ? w[1] : r0, w[3] = odd ? w[3] : r1;
       }
       {  // exchange with lane ^ 2
-        const bool upper = quarter & 2;
         const uint32_t s0 = upper ? w[0] : w[2], s1 = upper ? w[1] : w[3];
         const uint32_t r0 = __shfl_xor_sync(0xffffffffu, s0, 2), r1 = __shfl_xor_sync(0xffffffffu, s1, 2);
-        if (upper)
-          w[0] = r0, w[1] = r1;
-        else
-          w[2] = r0, w[3] = r1;
+        w[0] = upper ? r0 : w[0], w[1] = upper ? r1 : w[1];
+        w[2] = upper ? w[2] : r0, w[3] = upper ? w[3] : r1;
       }
-      if (i < tokens) *reinterpret_cast<uint4*>(view.row(b, h, i) + column + group * 32 + quarter * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+      if (inside) store_global4(to + group * 32, w[0], w[1], w[2], w[3]);
     }
   }
 }

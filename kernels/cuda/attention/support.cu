@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(256, 4) row_info_kernel(const __grid_constant_
       offset = -z * kLog2e;
       inverse_z = 1.f;
     } else {
-      offset = row_offset(a, c, tau, i, D) / gate_bound(a, c, tau, D);
+      offset = row_offset(a, c, tau, i, D) * inverse_of(gate_bound(a, c, tau, D));
       inverse_z = z > 0.f ? 1.f / z : 0.f;
     }
     if (a.document_start) document = a.document_start[static_cast<int64_t>(b) * a.tokens + i];
