@@ -260,6 +260,12 @@ void Gpt::forward_backward(const Batch& batch, float gradient_scale) {
   impl_->trunk_backward(batch);
 }
 
+double Gpt::attention_seconds(const Batch& batch) {
+  if (!impl_->options.training) throw std::logic_error("Gpt: attention_seconds of a model that is not for training");
+  impl_->begin(batch);
+  return impl_->attention_seconds(batch);
+}
+
 void Gpt::set_hooks(Hooks hooks) { impl_->hooks = std::move(hooks); }
 void Gpt::set_visit(Visit visit) { impl_->visit = visit; }
 

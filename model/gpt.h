@@ -90,6 +90,10 @@ class Gpt {
   void forward(const Batch& batch, bool predictions = false);
   /// As forward, and adds gradient_scale * d(sum of losses)/d(parameters) to gradients(). Needs training.
   void forward_backward(const Batch& batch, float gradient_scale);
+  /// Seconds that the attention of all layers takes in forward_backward(batch), which must have been the last pass: done again on what that left in
+  /// memory, layer by layer, waiting for the device around each. Changes no parameter, gradient, loss or counter. Collective where ranks share
+  /// sequences.
+  double attention_seconds(const Batch& batch);
   void set_hooks(Hooks hooks);  // empty functions: none
   void set_visit(Visit visit);  // of the passes from here on, instead of attention.visit: the same bits
   Tensor losses() const;

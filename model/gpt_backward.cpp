@@ -1,5 +1,7 @@
 // The backward pass: the forward pass read from its end. The stream's gradient passes each branch unchanged and takes the branch's own.
 
+#include <chrono>
+
 #include "model/gpt_impl.h"
 
 namespace tessera {
@@ -40,6 +42,27 @@ void Gpt::Impl::mlp_branch_backward(int layer) {
   norm_backward(2 * layer + 1, narrow());
 }
 
+/// Without dscale and dthreshold.
+AttentionBackward Gpt::Impl::attention_backward(int layer, const Batch& batch, const Tensor& d_o, const Tensor& d_qkv) const {
+  AttentionBackward a;
+  a.forward = attention(layer, batch);
+  a.d_o = heads_of(d_o, T, C, D);
+  a.dq = packed_heads(d_qkv, 0, T, C, D);
+  a.dk = packed_heads(d_qkv, 1, T, C, D);
+  a.dv = packed_heads(d_qkv, 2, T, C, D);
+  a.workspace = plan[memory.attention_workspace];
+  return a;
+}
+
+void Gpt::Impl::run(int layer, const AttentionBackward& a, const Tensor& d_qkv) {
+  if (shared) {
+    ops.zero(d_qkv);
+    shared->backward(layer, a);
+  } else {
+    ops.attention_backward(a);
+  }
+}
+
 void Gpt::Impl::attention_branch_backward(int layer, const Batch& batch) {
   const BlockSlots& s = memory.blocks[layer];
   const BlockTensors &p = w.blocks[layer], &g = d.blocks[layer];
@@ -59,21 +82,10 @@ void Gpt::Impl::attention_branch_backward(int layer, const Batch& batch) {
   }
 
   const Tensor d_qkv = rows(memory.wide, 3 * C);
-  AttentionBackward a;
-  a.forward = attention(layer, batch);
-  a.d_o = heads_of(d_o, T, C, D);
-  a.dq = packed_heads(d_qkv, 0, T, C, D);
-  a.dk = packed_heads(d_qkv, 1, T, C, D);
-  a.dv = packed_heads(d_qkv, 2, T, C, D);
+  AttentionBackward a = attention_backward(layer, batch, d_o, d_qkv);
   a.dscale = g.scale;
   a.dthreshold = g.threshold;
-  a.workspace = plan[memory.attention_workspace];
-  if (shared) {
-    ops.zero(d_qkv);
-    shared->backward(layer, a);
-  } else {
-    ops.attention_backward(a);
-  }
+  run(layer, a, d_qkv);
   if (config.attention.self_edge()) {
     for (const Stretch heads : z_heads())
       ops.self_edge_backward({.forward = self_edge(layer, heads),
@@ -108,6 +120,28 @@ void Gpt::Impl::trunk_backward(const Batch& batch) {
   }
   ops.embedding_backward(d_stream, rows(batch.tokens), rows(batch.positions), d.wte, d.wpe);
   hook(-1);
+}
+
+/// What goes to the attention's outputs is overwritten in the next pass; narrow() stands for their gradient.
+double Gpt::Impl::attention_seconds(const Batch& batch) {
+  using Clock = std::chrono::steady_clock;
+  const auto seconds = [&](const auto& work) {
+    ops.synchronize();
+    const Clock::time_point begin = Clock::now();
+    work();
+    ops.synchronize();
+    return std::chrono::duration<double>(Clock::now() - begin).count();
+  };
+  const Tensor d_qkv = rows(memory.wide, 3 * C);
+  double sum = 0;
+  for (int l = config.layers - 1; l >= 0; --l) {
+    const bool shares_memory = options.recompute == Recompute::block;
+    if (shares_memory) compute_again(l, batch);
+    const double forward = seconds([&] { run(l, attention(l, batch)); });
+    sum += shares_memory && l + 1 < config.layers ? 2 * forward : forward;
+    sum += seconds([&] { run(l, attention_backward(l, batch, narrow(), d_qkv), d_qkv); });
+  }
+  return sum;
 }
 
 }  // namespace tessera

@@ -83,6 +83,13 @@ SelfEdge Gpt::Impl::self_edge(int layer, Stretch heads) const {
   return e;
 }
 
+void Gpt::Impl::run(int layer, const AttentionForward& a) {
+  if (shared)
+    shared->forward(layer, a);
+  else
+    ops.attention_forward(a);
+}
+
 /// The output of the block's attention as c_proj reads it: with normalizer rms after the norm of each head.
 Tensor Gpt::Impl::head_norm_forward(int layer) {
   const BlockSlots& s = memory.blocks[layer];
@@ -105,10 +112,7 @@ void Gpt::Impl::attention_branch(int layer, const Batch& batch, bool count, cons
   } else {
     AttentionForward a = attention(layer, batch);
     if (count) a.counters = plan[memory.counters].slice(layer * H * kAttentionCounters, H * kAttentionCounters).view({H, kAttentionCounters});
-    if (shared)
-      shared->forward(layer, a);
-    else
-      ops.attention_forward(a);
+    run(layer, a);
   }
   if (config.attention.self_edge())
     for (const Stretch heads : z_heads()) ops.self_edge_forward(self_edge(layer, heads));

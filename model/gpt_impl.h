@@ -62,6 +62,7 @@ struct Gpt::Impl {
   void norm_forward(int norm, NormInput input);
   QkTransform qk_transform(int layer, const Batch& batch) const;
   AttentionForward attention(int layer, const Batch& batch) const;
+  void run(int layer, const AttentionForward& a);
   /// The stretches of heads whose z lies together.
   std::vector<Stretch> z_heads() const { return shared ? shared->z_heads() : std::vector<Stretch>{{0, H}}; }
   SelfEdge self_edge(int layer, Stretch heads) const;
@@ -92,8 +93,11 @@ struct Gpt::Impl {
   void norm_backward(int norm, const Tensor& dy);
   void compute_again(int layer, const Batch& batch);
   void mlp_branch_backward(int layer);
+  AttentionBackward attention_backward(int layer, const Batch& batch, const Tensor& d_o, const Tensor& d_qkv) const;
+  void run(int layer, const AttentionBackward& a, const Tensor& d_qkv);
   void attention_branch_backward(int layer, const Batch& batch);
   void trunk_backward(const Batch& batch);
+  double attention_seconds(const Batch& batch);
 
   const ModelConfig config;
   Ops& ops;

@@ -52,7 +52,7 @@ class Trainer {
  private:
   void prepare();
   StepReport step(std::int64_t t);
-  void evaluate(Json& row);
+  void evaluate(double step_seconds, Json& row);
   void log(std::int64_t t, const StepReport& report, const AttentionCounts& counts, Json row);
   void sample(std::int64_t t);
   void save();
@@ -242,7 +242,7 @@ void Trainer::run() {
 
     Json extra = Json::object();
     const bool evaluates = (last || due(config_.eval.every, t)) && can_evaluate(), samples = due(config_.sample.every, t);
-    if (evaluates) evaluate(extra);
+    if (evaluates) evaluate(report.seconds, extra);
     log(t, report, counts, std::move(extra));
     if (position_.nonfinite_in_a_row >= config_.train.max_nonfinite) {
       agree(comm_, [&] {
@@ -329,8 +329,11 @@ StepReport Trainer::step(std::int64_t t) {
   return report;
 }
 
-void Trainer::evaluate(Json& row) {
+void Trainer::evaluate(double step_seconds, Json& row) {
   state_->optimizer.await_all();
+  // Before the evaluation takes the activations' memory. The micro-batches of a step are alike.
+  const double attention = state_->model.attention_seconds(state_->batch.upload(device_->ops(), micro_batches_.back()));
+  row["attention_share"] = std::min(1.0, attention * static_cast<double>(micro_batches_.size()) / step_seconds);
   std::vector<Evaluation> parts(evaluators_.size());
   for (std::size_t i = 0; i < evaluators_.size(); ++i)
     if (evaluators_[i].batches() > 0)

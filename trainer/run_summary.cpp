@@ -73,6 +73,7 @@ RunSummary summarize_run(const std::string& path) {
       s.memory_bytes = planned;
       s.memory_planned = true;
     }
+    if (const auto share = MetricsFile::number(row, "attention_share")) s.attention_share = share;
     const auto loss = MetricsFile::number(row, "validation_loss");
     if (!loss) continue;
     s.validation_loss = loss;
@@ -122,6 +123,7 @@ Json to_json(const RunSummary& s) {
               {"tile", {a.tile_query, a.tile_key}},
               {"empty_row_share", s.empty_rows},
               {"tokens_per_s", or_null(s.tokens_per_s)},
+              {"attention_share", or_null(s.attention_share)},
               {"memory_bytes", or_null(s.memory_bytes)},
               {"memory_planned", s.memory_planned}};
   if (const Json& e = s.evaluation; !e.is_null()) {

@@ -29,6 +29,9 @@ TEST(GptRecompute, SameBits) {
       kept.gpt.forward_backward(kept.upload(whole), 0.5f);
       const auto both = kept.host(kept.gpt.gradients());
       const auto counters = kept.host<std::uint64_t>(kept.gpt.counters());
+      EXPECT_GT(kept.gpt.attention_seconds(kept.upload(whole)), 0);
+      EXPECT_EQ(kept.host(kept.gpt.gradients()), both);
+      EXPECT_EQ(kept.host(kept.gpt.losses()), losses);
       for (auto recompute : kAgain) {
         TestModel again(config, {.micro_batch = 3, .recompute = recompute});
         again.poison();
@@ -38,6 +41,10 @@ TEST(GptRecompute, SameBits) {
         again.gpt.forward_backward(again.upload(whole), 0.5f);
         EXPECT_EQ(again.host(again.gpt.gradients()), both);
         EXPECT_EQ(again.host<std::uint64_t>(again.gpt.counters()), counters);  // an edge counts once, however often it is computed
+        EXPECT_GT(again.gpt.attention_seconds(again.upload(whole)), 0);
+        EXPECT_EQ(again.host(again.gpt.gradients()), both);
+        EXPECT_EQ(again.host(again.gpt.losses()), losses);
+        EXPECT_EQ(again.host<std::uint64_t>(again.gpt.counters()), counters);
         EXPECT_EQ(again.losses(whole), losses);
         EXPECT_EQ(again.gpt.next_logits(part.tokens), kept.gpt.next_logits(part.tokens));
       }

@@ -58,6 +58,7 @@ class EventRunTest : public RunTest {
                                                                    {"empty_row_share", "attention/empty_row_share"},
                                                                    {"tokens_per_s", "speed/tokens_per_s"},
                                                                    {"step_ms", "speed/step_ms"},
+                                                                   {"attention_share", "speed/attention_share"},
                                                                    {"planned_bytes", "memory/planned_bytes"}};
     const auto rows = metrics(name);
     const auto events = shown(name);

@@ -103,7 +103,10 @@ class Reports : public SweepFiles {
                   {"edge_sparsity", validation > 2 ? 0.95 : 0.8},
                   {"tile_skip_rate", 0.25},
                   {"planned_bytes", 1 << 20}};
-      if (t % 10 == 0 || t == steps) row["validation_loss"] = validation + 0.01 * (steps - t);
+      if (t % 10 == 0 || t == steps) {
+        row["validation_loss"] = validation + 0.01 * (steps - t);
+        row["attention_share"] = 0.01 * t;
+      }
       if (t % 5 == 0 && config.model.attention.gate != Gate::softmax) {
         row["active_share"] = {{0.5 / t, 0.25}, {0.0, 1.0}};
         row["thresholds"] = {{0.01 * t, -0.5}, {1.5, 2.5}};
@@ -144,6 +147,7 @@ TEST_F(Reports, ASweepsVariants) {
   EXPECT_NEAR(relu["tokens_per_s"].get<double>(), 2000, 1e-9);
   EXPECT_EQ(relu["provisional"], false);
   EXPECT_EQ(relu["state"], "3 finished");
+  EXPECT_NEAR(relu["attention_share"].get<double>(), 0.01 * kSteps, 1e-12);
   EXPECT_TRUE(relu["skip_rates"].is_null());
   const Json& cut = row(report, "base");
   EXPECT_EQ(cut["provisional"], true);

@@ -32,7 +32,13 @@ TEST_F(RunTest, LearnsAndLeavesAWholeRunFolder) {
   EXPECT_EQ(rows[3]["active_share"].size(), 2u);
   EXPECT_EQ(rows[3]["thresholds"][1].size(), 2u);
   EXPECT_FALSE(rows[4].contains("active_share"));
-  for (std::size_t i = 0; i < rows.size(); ++i) EXPECT_EQ(rows[i].contains("validation_loss"), (i + 1) % 8 == 0) << i;
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    EXPECT_EQ(rows[i].contains("validation_loss"), (i + 1) % 8 == 0) << i;
+    ASSERT_EQ(rows[i].contains("attention_share"), (i + 1) % 8 == 0) << i;
+    if (rows[i].contains("attention_share")) {
+      EXPECT_GT(rows[i]["attention_share"].get<double>(), 0) << i;
+    }
+  }
   auto files = names("runs/a");
   EXPECT_EQ(std::erase_if(files, [](const std::string& name) { return name.starts_with("events.out.tfevents."); }), 1u);
   EXPECT_EQ(files, (std::vector<std::string>{"checkpoints", "config.yaml", "metrics.jsonl", "samples"}));

@@ -29,7 +29,7 @@ class SweepReports : public SweepFiles {
     std::string rows;
     for (std::int64_t t = 1; t <= steps; ++t)
       rows += fmt::format(R"({{"step":{},"tokens":{},"loss":5,"tokens_per_s":1000,"step_ms":500,"edge_sparsity":0.9,"tile_skip_rate":0.4{}}})", t,
-                          512 * t, t == steps ? fmt::format(",\"validation_loss\":{}", loss) : "") +
+                          512 * t, t == steps ? fmt::format(R"(,"validation_loss":{},"attention_share":0.125)", loss) : "") +
               "\n";
     write_file(r.config.run.dir + "/metrics.jsonl", rows);
     if (!finished) return;
@@ -85,6 +85,7 @@ TEST_F(SweepReports, MeansSpreadAndTwins) {
   EXPECT_TRUE(v[1]["validation_loss_sd"].is_null());
   EXPECT_TRUE(v[1]["twin"].is_null());  // no softmax at this rate
   EXPECT_EQ(v[0]["tokens_per_s"], 1000);
+  EXPECT_EQ(v[0]["attention_share"], 0.125);
   EXPECT_EQ(v[0]["seconds"], 10);
   EXPECT_EQ(v[0]["edge_sparsity"], 0.9);
   EXPECT_TRUE(v[2]["edge_sparsity"].is_null());

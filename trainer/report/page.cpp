@@ -90,6 +90,7 @@ std::string table(const Report& report) {
     columns.push_back(
         {fmt::format("tiles skipped, {}", size), fmt::format("1 - active / causal tiles of {0} x {0}, measured on validation sequences", size)});
   columns.push_back({"tokens/s", "median of the last half of the steps"});
+  columns.push_back({"attention", "its share of a step's time, forward and backward, measured at the last evaluation"});
   columns.push_back({"memory a rank", "in use on the device, else as planned before the run; all of it is allocated at the start"});
   columns.push_back({"time a run", "of steps, without evaluation and checkpoints"});
   std::string out = "<table>\n<thead><tr>";
@@ -124,6 +125,8 @@ std::string table(const Report& report) {
       cells.push_back(
           number_cell(row["skip_rates"].is_null() ? Json() : row["skip_rates"][size], no_tiles, [](double v) { return fmt::format("{:.4f}", v); }));
     cells.push_back(number_cell(row["tokens_per_s"], "no step yet", format_count));
+    cells.push_back(
+        number_cell(row["attention_share"], "not measured: a run measures it when it evaluates", [](double v) { return fmt::format("{:.3f}", v); }));
     cells.push_back(memory_cell(row));
     cells.push_back(number_cell(row["seconds"], "no step yet", format_duration));
     out += fmt::format(R"(<tr data-v="{}" class="{}{}">)", xml_text(variant), softmax ? "twin" : "", provisional ? " provisional" : "");
@@ -150,8 +153,7 @@ std::string table_caption(const Report& report) {
     text += fmt::format("Tiles skipped: of each run's newest checkpoint, on {} validation sequence{} of {} tokens, in fp32 on the CPU. ", sequences,
                         sequences == 1 ? "" : "s", fewest == most ? fmt::format("{}", most) : fmt::format("{} to {}", fewest, most));
   }
-  text += "Losses compare only between runs on the same text and tokenizer, or the same synthetic task. ";
-  text += "The share of a step that attention takes is not in the table: training does not time the parts of a step.";
+  text += "Losses compare only between runs on the same text and tokenizer, or the same synthetic task.";
   return text;
 }
 

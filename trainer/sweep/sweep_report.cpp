@@ -148,6 +148,7 @@ Json report_json(const Sweep& sweep, const SweepResults& results) {
                 {"tile_skip_rate", mean(runs, "tile_skip_rate")},
                 {"tile", {a.tile_query, a.tile_key}},
                 {"tokens_per_s", mean(runs, "tokens_per_s")},
+                {"attention_share", mean(runs, "attention_share")},
                 {"memory_bytes", mean(runs, "memory_bytes")},
                 {"seconds", mean(runs, "seconds")},
                 {"parameters", runs.empty() ? Json(nullptr) : runs[0]["parameters"]},
@@ -172,7 +173,8 @@ std::string report_text(const Sweep& sweep, const SweepResults& results) {
   std::vector<std::vector<std::string>> rows = {{"variant", "seeds", "validation loss"}};
   if (accuracy) rows[0].push_back("accuracy");
   if (twins) rows[0].push_back("over softmax");
-  for (const char* title : {"edges zero", "tiles skipped", "tile", "tokens/s", "memory a rank", "time a run"}) rows[0].emplace_back(title);
+  for (const char* title : {"edges zero", "tiles skipped", "tile", "tokens/s", "attention", "memory a rank", "time a run"})
+    rows[0].emplace_back(title);
   for (const Json& v : variants) {
     const auto with_spread = [&](const char* key, const char* spread_key) {
       std::string text = number(v[key], "{:.4f}");
@@ -189,13 +191,15 @@ std::string report_text(const Sweep& sweep, const SweepResults& results) {
     row.push_back(number(v["tile_skip_rate"], "{:.4f}"));
     row.push_back(fmt::format("{}x{}", v["tile"][0].get<int>(), v["tile"][1].get<int>()));
     row.push_back(v["tokens_per_s"].is_number() ? format_count(v["tokens_per_s"]) : "-");
+    row.push_back(number(v["attention_share"], "{:.3f}"));
     row.push_back(v["memory_bytes"].is_number() ? format_bytes(v["memory_bytes"]) : "-");
     row.push_back(v["seconds"].is_number() ? format_duration(v["seconds"]) : "-");
     rows.push_back(std::move(row));
   }
   std::string text = text_table(rows);
-  text += fmt::format("\nMeans over finished seeds{}.\nEdges zero and tiles skipped: of the causal ones, in the last step.",
-                      sd ? "; +- is the standard deviation over seeds (n - 1)" : "");
+  text += fmt::format(
+      "\nMeans over finished seeds{}.\nEdges zero and tiles skipped: of the causal ones, in the last step. Attention: its share of a step's time.",
+      sd ? "; +- is the standard deviation over seeds (n - 1)" : "");
   if (any("softmax") && std::ranges::any_of(variants, [](const Json& v) { return v["softmax"] == true; }))
     text += fmt::format("\n* softmax{}.", twins ? ", the twin that \"over softmax\" compares with: the same but for attention" : "");
   if (const std::string base = base_note(sweep); !base.empty()) text += "\n" + base + ".";
@@ -211,10 +215,10 @@ std::string report_csv(const Sweep& sweep, const SweepResults& results) {
     for (const char c : text) quoted += c == '"' ? "\"\"" : std::string(1, c);
     return quoted + "\"";
   };
-  const std::vector<std::string> columns = {"variant",    "softmax",     "seeds",        "finished",     "validation_loss", "validation_loss_sd",
-                                            "accuracy",   "accuracy_sd", "twin",         "over_twin",    "edge_sparsity",   "tile_skip_rate",
-                                            "tile_query", "tile_key",    "tokens_per_s", "memory_bytes", "seconds",         "parameters",
-                                            "tokens"};
+  const std::vector<std::string> columns = {"variant",    "softmax",     "seeds",        "finished",        "validation_loss", "validation_loss_sd",
+                                            "accuracy",   "accuracy_sd", "twin",         "over_twin",       "edge_sparsity",   "tile_skip_rate",
+                                            "tile_query", "tile_key",    "tokens_per_s", "attention_share", "memory_bytes",    "seconds",
+                                            "parameters", "tokens"};
   std::string text = fmt::format("{}\r\n", fmt::join(columns, ","));
   const Json report = report_json(sweep, results);
   for (Json v : report["variants"]) {

@@ -45,6 +45,7 @@ constexpr ScalarTag kScalarTags[] = {
     {"step_ms", "speed/step_ms", "milliseconds of the step"},
     {"mfu", "speed/mfu", "model FLOPs utilisation, of active tiles alone"},
     {"mfu_dense_equivalent", "speed/mfu_dense_equivalent", "model FLOPs utilisation if no tile were skipped in this time"},
+    {"attention_share", "speed/attention_share", "share of the step that attention takes, forward and backward"},
     {"data_wait_share", "speed/data_wait_share", "share of the step in which data was waited for"},
     {"exchange_bytes", "speed/exchange_bytes", "bytes that ranks of a sequence sent each other"},
     {"planned_bytes", "memory/planned_bytes", "of a rank's device"},
