@@ -68,7 +68,10 @@ ExchangeBytes bytes_of_ring(const SequenceSplit& split, const ExchangeShape& sha
   return bytes;
 }
 
-bool can_deal_heads(int ranks, const ExchangeShape& shape) { return shape.heads % ranks == 0 && !shape.self_edges; }
+std::string heads_problem(int ranks, const ExchangeShape& shape) {
+  if (shape.heads % ranks != 0) return fmt::format("{} ranks do not divide {} heads", ranks, shape.heads);
+  return shape.self_edges ? "attention.always.self is set" : "";
+}
 
 ExchangeBytes bytes_of_heads(const SequenceSplit& split, const ExchangeShape& shape) {
   const int ranks = split.ranks();
@@ -102,7 +105,7 @@ ExchangeBytes bytes_of_heads(const SequenceSplit& split, const ExchangeShape& sh
 
 SequenceExchange cheapest_exchange(const SequenceSplit& split, const std::vector<std::shared_ptr<const TileMap>>& layers,
                                    const ExchangeShape& shape) {
-  if (!can_deal_heads(split.ranks(), shape)) return SequenceExchange::needed;
+  if (!heads_problem(split.ranks(), shape).empty()) return SequenceExchange::needed;
   std::map<const TileMap*, std::int64_t> planned;
   std::int64_t needed = 0;
   for (const auto& map : layers) {

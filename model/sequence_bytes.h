@@ -15,6 +15,7 @@
 //           sharded
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "model/sequence_plan.h"
@@ -46,8 +47,8 @@ struct ExchangeShape {
 /// `plan` is plan_needed(split, map)'s.
 ExchangeBytes bytes_of_needed(const SequenceSplit& split, const std::vector<NeededKeys>& plan, int tile_key, const ExchangeShape& shape);
 ExchangeBytes bytes_of_ring(const SequenceSplit& split, const ExchangeShape& shape);
-/// Whether exchange heads can be: the ranks divide the heads, and there are no self edges.
-bool can_deal_heads(int ranks, const ExchangeShape& shape);
+/// Why exchange heads cannot be, in a few words, or "" where it can: the ranks divide the heads, and there are no self edges.
+std::string heads_problem(int ranks, const ExchangeShape& shape);
 /// Throws std::invalid_argument where it cannot be, saying what would do.
 ExchangeBytes bytes_of_heads(const SequenceSplit& split, const ExchangeShape& shape);
 

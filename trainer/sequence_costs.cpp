@@ -27,7 +27,7 @@ LayerCosts layer_costs(const SequenceSplit& split, const TileMap& map, const Exc
   LayerCosts costs;
   const auto plan = plan_needed(split, map);
   const auto ranks = static_cast<std::size_t>(split.ranks());
-  const bool dealt = can_deal_heads(split.ranks(), shape);
+  const bool dealt = heads_problem(split.ranks(), shape).empty();
   for (std::size_t r = 0; r < ranks; ++r) {
     LayerCosts::Rank rank;
     rank.keys = plan[r].keys;
@@ -120,6 +120,7 @@ Json plan_sequence(const Config& config, int ranks) {
           {"block_tokens", costs.split.block},
           {"layers_computed_again", config.train.recompute == Recompute::block ? config.model.layers - 1 : 0},
           {"bytes", std::move(totals)},
+          {"heads_problem", heads_problem(ranks, costs.shape)},
           {"layers", std::move(layers)}};
 }
 

@@ -22,7 +22,7 @@ struct LayerCosts {
   std::vector<int> layers;
   std::vector<Rank> ranks;
   ExchangeBytes needed, ring;
-  std::optional<ExchangeBytes> heads;  // where the ranks divide the heads
+  std::optional<ExchangeBytes> heads;  // where they can be dealt
 
   const ExchangeBytes* bytes(SequenceExchange exchange) const;  // null: heads that cannot be dealt
 };
@@ -42,7 +42,8 @@ SequenceCosts sequence_costs(const Config& config, const std::vector<std::shared
 std::string name_of(SequenceLayout layout);
 
 /// As `tessera plan --json` prints it under "sequence": "ranks", "layout", "exchange" (auto: the cheapest), "bytes" of each exchange over all layers
-/// (with train.recompute block the forward pass of all but the last once more), "layers_computed_again", and "layers": [{"layers": [...], "ranks":
+/// (with train.recompute block the forward pass of all but the last once more; null: not possible), "heads_problem" (why exchange heads is not, or
+/// ""), "layers_computed_again", and "layers": [{"layers": [...], "ranks":
 /// [{"rank", "tokens", "visible_tiles", "keys", "needed": {"forward_sent", ...}, "ring", "heads"}]}]. Throws std::invalid_argument when the sequence
 /// cannot be split so, or when exchange heads is asked for and the heads cannot be dealt.
 nlohmann::ordered_json plan_sequence(const Config& config, int ranks);

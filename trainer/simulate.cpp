@@ -227,8 +227,7 @@ Json simulate(const Config& config, const std::vector<int>& gpus, int sequence, 
                               {"sequence", ranks},
                               {"layout", name_of(layout)},
                               {"exchange", name_of(exchange)},
-                              {"reason", config.model.heads % ranks != 0 ? fmt::format("{} ranks do not divide {} heads", ranks, config.model.heads)
-                                                                         : "exchange heads does not do attention.always.self"}});
+                              {"reason", heads_problem(ranks, it->second.shape)}});
       }
     }
   }

@@ -45,8 +45,10 @@ TEST(PlanSequence, TextForPeople) {
   const Outcome outcome = run_tessera(kTiny + " --sequence 4 --set parallel.layout=contiguous");
   ASSERT_EQ(outcome.code, 0) << outcome.err;
   for (const char* part : {"a sequence of 64 tokens over 4 ranks, layout contiguous, blocks of 16 tokens; exchange needed, which moves fewest bytes",
-                           "visible tiles", "needed sent", "ring sent", "0-1", "heads not possible (the ranks do not divide the heads, or attention.always.self)"})
+                           "visible tiles", "needed sent", "ring sent", "0-1", "heads not possible (4 ranks do not divide 2 heads)"})
     EXPECT_TRUE(has(outcome.out, part)) << part << "\n" << outcome.out;
+  const Outcome self = run_tessera(kTiny + " --sequence 2 --set attention.always.self=true");
+  EXPECT_TRUE(has(self.out, "heads not possible (attention.always.self is set)")) << self.out << self.err;
 }
 
 TEST(PlanSequence, LayersWithOtherPatternsAreApart) {

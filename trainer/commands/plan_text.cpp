@@ -59,10 +59,9 @@ std::string sequence_text(const Json& sequence) {
   text += fmt::format("sent by all ranks in all layers, forward + backward{}:", again > 0 ? fmt::format(", {} layers forward twice", again) : "");
   for (const char* e : exchanges) {
     const Json& bytes = sequence["bytes"][e];
-    text +=
-        fmt::format(" {} {}{}", e,
-                    bytes.is_null() ? "not possible (the ranks do not divide the heads, or attention.always.self)" : human_bytes(bytes.get<double>()),
-                    e == exchanges[2] ? "\n" : ",");
+    const std::string found =
+        bytes.is_null() ? fmt::format("not possible ({})", sequence["heads_problem"].get<std::string>()) : human_bytes(bytes.get<double>());
+    text += fmt::format(" {} {}{}", e, found, e == exchanges[2] ? "\n" : ",");
   }
   return text;
 }
