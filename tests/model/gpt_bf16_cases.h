@@ -1,6 +1,7 @@
 #pragma once
 // Models for devices that compute in bf16, and how far their losses and gradients are from those of the same parameters in fp32.
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <string>
@@ -96,20 +97,34 @@ inline double relative_error(const float* found, const float* exact, std::size_t
 }
 
 /// The relative error of the losses, and of the gradient of each parameter by itself. That of a scale is a difference of large parts where the
-/// normalizer takes the scale out again: no gradient counts as smaller than 1/5000 of all together.
+/// normalizer takes the scale out again: no gradient counts as smaller than 1/5000 of all together. The few numbers of a head may all but cancel in
+/// one batch: none counts as smaller than in `sizes`, where given.
 struct Errors {
   double losses = 0;
   std::vector<double> gradients;
 };
 
-inline Errors errors_of(const Outcome& found, const Outcome& exact, const ParameterLayout& layout) {
+inline Errors errors_of(const Outcome& found, const Outcome& exact, const ParameterLayout& layout, const std::vector<double>& sizes = {}) {
   Errors e;
   e.losses = relative_error(found.losses.data(), exact.losses.data(), exact.losses.size());
   const double least = norm_of(exact.gradients.data(), exact.gradients.size()) / 5000;
-  for (const auto& p : layout.parameters)
+  for (const auto& p : layout.parameters) {
+    const double size = sizes.empty() ? least : std::max(least, sizes[e.gradients.size()]);
     e.gradients.push_back(
-        relative_error(found.gradients.data() + p.offset, exact.gradients.data() + p.offset, static_cast<std::size_t>(p.shape.numel()), least));
+        relative_error(found.gradients.data() + p.offset, exact.gradients.data() + p.offset, static_cast<std::size_t>(p.shape.numel()), size));
+  }
   return e;
+}
+
+/// The size of each parameter's gradient: the root mean square over batches.
+inline std::vector<double> sizes_of(const std::vector<Outcome>& exact, const ParameterLayout& layout) {
+  std::vector<double> sizes;
+  for (const auto& p : layout.parameters) {
+    double square = 0;
+    for (const Outcome& o : exact) square += std::pow(norm_of(o.gradients.data() + p.offset, static_cast<std::size_t>(p.shape.numel())), 2);
+    sizes.push_back(std::sqrt(square / static_cast<double>(exact.size())));
+  }
+  return sizes;
 }
 
 }  // namespace tessera::test
