@@ -95,7 +95,7 @@ struct AttentionForward {
   Tensor threshold;       // in [H] f32: tau_h
   Tensor document_start;  // in, optional [B, T] i32: the first row of k that belongs to the query's document; rows before it are not visible
   Tensor positions;       // in, optional [T] i32: index i of each query in its sequence, ascending, for length_beta; without it query t is token t
-  Tensor z;               // out [B, H, T] f32 (1 for none and rms)
+  Tensor z;               // out [B, H, T] f32 (1 for none and rms; sum: of the weights as the product with v takes them, on a GPU in bf16)
   Tensor active_tiles;    // out [B, H, query_tiles(tokens), bitmap_words(key_tiles(keys))] u32, whole words written
   Tensor counters;        // in/out, optional [H, kAttentionCounters] u64
   /// Optional: the keys come in parts, a call each, in any order, and what a query has summed up goes from call to call: [B, H, T, D + kCarryExtra]

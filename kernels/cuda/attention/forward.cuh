@@ -41,8 +41,8 @@ class BitmapRow {
   int at_ = 0;
 };
 
-/// What row i of a head has summed up before this call: D sums of a v, four of a (one of each lane that shares the row), top (softmax), and the edges
-/// seen. Sums are over gate_bound^P, as in registers, so that going on from them changes no bit.
+/// What row i of a head has summed up before this call: D sums of a v, four of a (one of each lane that shares the row; but for softmax all are the
+/// whole), top (softmax), and the edges seen. Sums are over gate_bound^P, as in registers, so that going on from them changes no bit.
 template <int D>
 __device__ __forceinline__ float* carry_row(const Args& a, int b, int h, int i) {
   return a.carry + ((static_cast<int64_t>(b) * a.heads + h) * a.tokens + i) * (D + kCarryExtra);
