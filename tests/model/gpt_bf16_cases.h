@@ -116,12 +116,13 @@ inline Errors errors_of(const Outcome& found, const Outcome& exact, const Parame
   return e;
 }
 
-/// The size of each parameter's gradient: the root mean square over batches.
-inline std::vector<double> sizes_of(const std::vector<Outcome>& exact, const ParameterLayout& layout) {
+/// The size of the gradient of a parameter of one number a head, the root mean square over batches; 0 for any other.
+inline std::vector<double> sizes_of(const std::vector<Outcome>& exact, const ParameterLayout& layout, int heads) {
   std::vector<double> sizes;
   for (const auto& p : layout.parameters) {
     double square = 0;
-    for (const Outcome& o : exact) square += std::pow(norm_of(o.gradients.data() + p.offset, static_cast<std::size_t>(p.shape.numel())), 2);
+    for (const Outcome& o : exact)
+      if (p.shape.numel() <= heads) square += std::pow(norm_of(o.gradients.data() + p.offset, static_cast<std::size_t>(p.shape.numel())), 2);
     sizes.push_back(std::sqrt(square / static_cast<double>(exact.size())));
   }
   return sizes;

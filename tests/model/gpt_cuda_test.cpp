@@ -36,7 +36,7 @@ TEST_F(GptCuda, LossesAndGradientsAreThoseOfTheCpuUpToRounding) {
     Errors usual;
     usual.gradients.resize(layout.parameters.size());
     for (unsigned seed = 0; seed < kBatches; ++seed) exact.push_back(run(fp32, bf16_sequences(config, seed)));
-    const std::vector<double> sizes = sizes_of(exact, layout);
+    const std::vector<double> sizes = sizes_of(exact, layout, config.heads);
     for (unsigned seed = 0; seed < kBatches; ++seed) {
       const Errors e = errors_of(run(bf16, bf16_sequences(config, seed)), exact[seed], layout, sizes);
       usual.losses = std::max(usual.losses, e.losses);

@@ -311,7 +311,7 @@ struct Product<false> {
 template <>
 struct Product<true> {
   // Matrix descriptor: address / 16, leading and stride offsets / 16, 128-byte swizzle. Groups of 8 rows are 1024 bytes apart
-  // whether rows are the summed index or not; a tile is one swizzle atom wide, so the leading offset is never used.
+  // whether rows are the summed index or not; a tile is one swizzle atom wide, so the leading offset is used by multiply_summing alone.
   // The address sits in the low word, so that a step along the summed index is one 32-bit addition.
   static __device__ __forceinline__ uint32_t descriptor(uint32_t address) { return ((address & 0x3ffff) >> 4) | (1u << 16); }
   static __device__ __forceinline__ uint64_t whole(uint32_t low) {
