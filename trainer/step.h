@@ -1,6 +1,6 @@
 #pragma once
 // One step of training on one rank: forward and backward passes of its micro-batches, the sum of gradients over the ranks beside the last of them,
-// the update. The host waits once, for the loss and the norm.
+// the update. The host waits once, for what every step logs: the loss, the norm and the counters of active edges.
 
 #include <cstdint>
 #include <memory>

@@ -4,7 +4,8 @@
 // All calls are asynchronous on `stream`: they return before the work is done, launch kernels only (no allocation, no
 // synchronisation), and can be captured in a CUDA graph. Every pointer in the descriptors is device memory.
 //
-//   q, k, v, o, d_o, dq, dk, dv   bf16; head sizes 64 and 128; address and strides multiples of 16 bytes
+//   q, k, v, o, d_o, dq, dk, dv   bf16; head sizes 64 and 128; address and strides multiples of 16 bytes. Head size 128 takes 160 KiB of shared
+//                                 memory a block: compute capability 8.0, 9.0 and 10.0 have it, 8.6, 8.9 and 12.0 do not
 //   q, k                          of unit length for cosine and fidelity (up to bf16 rounding): the gate is computed on the scale that this bounds,
 //                                 and longer vectors give wrong values without an error
 //   tiles                         of 64 x 64, from upload_tiles_cuda; up to 131,072 tokens and beyond (64-bit offsets)
@@ -12,7 +13,7 @@
 //   workspace                     16-byte aligned, attention_backward_workspace() elements
 //   carry                         8-byte aligned; the sum of a is four, top and edges seen stand behind them
 //
-// Errors: std::logic_error for descriptors that break the contract, std::runtime_error for what CUDA reports.
+// Errors: std::logic_error for descriptors that break the contract, std::runtime_error for what CUDA reports and a head size too large for the GPU.
 // Deterministic: no atomics on values, every sum in a fixed order; visit all and visit active give the same bits.
 // Document masks expect documents in one piece: document_start never falls from one token to the next.
 
