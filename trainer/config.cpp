@@ -157,14 +157,14 @@ void unknown_key(const Value& value, Problems& problems, const std::string& sect
                fmt::format("unknown key; nearest valid key \"{}\" (tessera config --schema lists all)", nearest_key(value.path)));
 }
 
-std::optional<Value> read_set(const std::string& assignment, Problems& problems) {
+std::optional<Value> read_set(const std::string& assignment, Problems& problems, const std::string& option) {
   const std::size_t equals = assignment.find('=');
   if (equals == std::string::npos || equals == 0) {
-    problems.add("--set " + assignment, "", "expected key=value, as --set train.steps=100");
+    problems.add(option + " " + assignment, "", "expected key=value, as --set train.steps=100");
     return {};
   }
   const std::string path = assignment.substr(0, equals), text = assignment.substr(equals + 1);
-  check_yaml_text(text, "--set " + path, kConfiguration);
+  check_yaml_text(text, option + " " + path, kConfiguration);
   const Key* key = find_key(path);
   const bool verbatim = text.empty() || (key && key->text && text[0] != '"' && text[0] != '\'');
   std::vector<YAML::Node> documents;
@@ -174,14 +174,14 @@ std::optional<Value> read_set(const std::string& assignment, Problems& problems)
     else
       documents = YAML::LoadAll(text);
   } catch (const YAML::Exception& e) {
-    problems.add("--set", path, fmt::format("the value is not YAML: {}", yaml_problem(e)));
+    problems.add(option, path, fmt::format("the value is not YAML: {}", yaml_problem(e)));
     return {};
   }
   if (documents.size() != 1) {
-    problems.add("--set", path, fmt::format("expected one YAML value, found {}", documents.size()));
+    problems.add(option, path, fmt::format("expected one YAML value, found {}", documents.size()));
     return {};
   }
-  Value value{documents[0], path, "--set", "--set"};
+  Value value{documents[0], path, option, option};
   if (key || is_section(path)) return value;
   unknown_key(value, problems);
   return {};
@@ -189,7 +189,7 @@ std::optional<Value> read_set(const std::string& assignment, Problems& problems)
 
 Config load_variant(const std::string& file, const std::vector<Value>& values) {
   Assembly assembly;
-  assembly.load_text(read_yaml_file(file, kConfiguration), file);
+  if (!file.empty()) assembly.load_text(read_yaml_file(file, kConfiguration), file);
   for (const Value& value : values) assembly.set(value);
   return assembly.finish();
 }

@@ -63,9 +63,10 @@ std::string nearest_key(const std::string& path);
 /// Adds that there is no such key, with the nearest one; or, for a part of a key whose value is a map (data.synthetic.mqar.pairs), how the whole is
 /// set. `section`: of a sweep file, in which it stands.
 void unknown_key(const Value& value, Problems& problems, const std::string& section = "");
-/// "key=value" of --set as the value of a key or section; nothing, and a problem, when it is none.
-std::optional<Value> read_set(const std::string& assignment, Problems& problems);
-/// As load_config() of config.h, with values of keys that stand in other files, in their order: a mistake is reported at the value's own place.
+/// "key=value" of --set, or of another option that stands for a key, as the value of a key or section; nothing, and a problem, when it is none.
+std::optional<Value> read_set(const std::string& assignment, Problems& problems, const std::string& option = "--set");
+/// As load_config() of config.h, with values of keys that stand in other files or options, in their order: a mistake is reported at the value's own
+/// place.
 Config load_variant(const std::string& file, const std::vector<Value>& values);
 
 /// "file:line:column" of a node (columns and lines from 1), or `origin` alone where YAML knows no place.

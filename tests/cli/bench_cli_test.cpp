@@ -84,10 +84,23 @@ TEST(BenchCommand, AttentionReportsTilesTimesAndEqualBits) {
   EXPECT_EQ(r["same_bits"], true);
   EXPECT_EQ(r["visible_tiles"], 144);
   EXPECT_NEAR(r["active_tile_share"].get<double>(), 0.25, 0.1);
-  EXPECT_EQ(run_tessera("bench attention --gate tanh").code, 2);
-  EXPECT_EQ(run_tessera("bench attention --device abacus").code, 2);
-  EXPECT_EQ(run_tessera("bench attention --head-size 12").code, 2);
-  EXPECT_EQ(run_tessera("bench attention --tile 12").code, 2);
+}
+
+TEST(BenchCommand, AWrongOptionOfAttentionIsNamed) {
+  const auto error = [](const std::string& options) {
+    const Outcome outcome = run_tessera("bench attention " + options);
+    EXPECT_EQ(outcome.code, 2) << options;
+    return outcome.err;
+  };
+  EXPECT_EQ(error("--gate tanh"),
+            "tessera: error: --gate: attention.gate: expected relu | relu2 | relu4 | softmax, found tanh; nearest is \"relu\"\n");
+  EXPECT_TRUE(error("--device abacus").starts_with("tessera: error: --device: abacus not in {cpu,cuda}"));
+  EXPECT_TRUE(has(error("--head-size 12"), "--head-size: expected a multiple of 8, found 12"));
+  EXPECT_TRUE(has(error("--tile 64x12"), "--tile: attention.tile.key: expected an integer a multiple of 8"));
+  EXPECT_TRUE(has(error("--pattern '{window: {size: 0}}'"), "--pattern: attention.pattern.window.size: expected an integer >= 1"));
+  EXPECT_TRUE(has(error("--pattern '{window: '"), "--pattern: attention.pattern: the value is not YAML"));
+  EXPECT_TRUE(has(error("--device cuda --head-size 96"), "--head-size: model.heads: "));
+  EXPECT_TRUE(has(error("--device cuda --tile 32"), "--tile: attention.tile.query: device cuda computes tiles of 64 x 64"));
 }
 
 TEST(BenchCommand, GemmReportsEveryLayer) {
@@ -143,6 +156,7 @@ TEST(BenchCommand, ADeviceThatCannotBeUsedIsTwo) {
     const Outcome outcome = run_tessera("bench " + what + " --device cuda");
     EXPECT_EQ(outcome.code, 2) << what;
     EXPECT_TRUE(outcome.err.starts_with("tessera: error: device cuda: ")) << outcome.err;
+    EXPECT_TRUE(outcome.err.ends_with("; or use device cpu\n")) << outcome.err;
     EXPECT_EQ(outcome.out, "");
   }
   const Outcome profile = run_tessera("bench step --profile");

@@ -40,16 +40,13 @@ void add_bench_command(CLI::App& app) {
 }
 
 void BenchOptions::add_to(CLI::App& command) {
-  command.add_option("--device", device, "Device to measure: cpu or cuda")->capture_default_str();
+  command.add_option("--device", device, "Device to measure")->check(CLI::IsMember({"cpu", "cuda"}))->capture_default_str();
   command.add_option("--threads", threads, "CPU threads; 0: OMP_NUM_THREADS or all cores")->check(CLI::Range(0, 4096))->capture_default_str();
   command.add_option("--seconds", seconds, "Time spent on each measurement")->check(number_in(0.001, 3600))->capture_default_str();
   command.add_flag("--json", json, "Print JSON");
 }
 
-std::unique_ptr<Ops> BenchOptions::make_ops() const {
-  load_config("", {"device=" + device});  // says what is a device
-  return tessera::make_ops(device, threads);
-}
+std::unique_ptr<Ops> BenchOptions::make_ops() const { return tessera::make_ops(device, threads); }
 
 std::int64_t vocabulary_for_bench(const Config& c) {
   const std::string& tokenizer = c.data.tokenizer;

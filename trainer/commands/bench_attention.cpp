@@ -14,7 +14,7 @@
 
 #include "trainer/commands/bench.h"
 #include "trainer/commands/commands.h"
-#include "trainer/config.h"
+#include "trainer/schema.h"
 
 namespace tessera {
 
@@ -28,14 +28,30 @@ struct AttentionBench : BenchOptions {
   double active_share = 0.1;
 };
 
+/// The options as keys, each with its own name where it is wrong.
 AttentionConfig configuration(const AttentionBench& o) {
   const auto cross = o.tile.find('x');
   const std::string query = o.tile.substr(0, cross), key = cross == std::string::npos ? query : o.tile.substr(cross + 1);
-  return load_config("", {fmt::format("model.context={}", o.tokens), "train.micro_batch=1", fmt::format("train.tokens_per_step={}", o.tokens),
-                          "device=" + o.device, "model.heads=1", fmt::format("model.width={}", o.head_size), "attention.gate=" + o.gate,
-                          "attention.score=" + o.score, "attention.normalizer=" + o.normalizer, "attention.pattern=" + o.pattern,
-                          "attention.tile.query=" + query, "attention.tile.key=" + key, "attention.threshold.mode=fixed"})
-      .model.attention;
+  const std::pair<const char*, std::string> assignments[] = {{"--tokens", fmt::format("model.context={}", o.tokens)},
+                                                             {"--tokens", "train.micro_batch=1"},
+                                                             {"--tokens", fmt::format("train.tokens_per_step={}", o.tokens)},
+                                                             {"--device", "device=" + o.device},
+                                                             {"--head-size", "model.heads=1"},
+                                                             {"--head-size", fmt::format("model.width={}", o.head_size)},
+                                                             {"--gate", "attention.gate=" + o.gate},
+                                                             {"--score", "attention.score=" + o.score},
+                                                             {"--normalizer", "attention.normalizer=" + o.normalizer},
+                                                             {"--pattern", "attention.pattern=" + o.pattern},
+                                                             {"--tile", "attention.tile.query=" + query},
+                                                             {"--tile", "attention.tile.key=" + key},
+                                                             {"--gate", "attention.threshold.mode=fixed"}};
+  Problems problems("the options");
+  std::vector<Value> values;
+  for (const auto& [option, assignment] : assignments) {
+    if (const auto value = read_set(assignment, problems, option)) values.push_back(*value);
+  }
+  problems.throw_if_any();
+  return load_variant("", values).model.attention;
 }
 
 /// One problem on the device, and the calls on it.

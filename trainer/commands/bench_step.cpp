@@ -248,7 +248,7 @@ void add_bench_step(CLI::App& bench) {
       ->capture_default_str();
   command->add_flag("--profile", o->profile, "One micro-batch and one update, marked for ncu or nsys (tests/bench/profile_step.py); no timing");
   o->add_to(*command);
-  command->get_option("--device")->description("cpu or cuda; not given: as the configuration says")->default_str("");
+  command->get_option("--device")->description("Not given: as the configuration says")->default_str("");
   command->footer(
       "An untrained model has about half of its edges active and computes every tile; --set attention.threshold.init=4 leaves few.\n"
       "Examples:\n"
