@@ -183,8 +183,8 @@ static int edit_distance(const std::string& a, const std::string& b) {
 
 std::string nearest(const std::string& word, const std::vector<std::string>& words) {
   const std::string shown = word.substr(0, 100);  // a longer one is no typing mistake, and the distance takes quadratic time
-  return *std::min_element(words.begin(), words.end(),
-                           [&](const auto& a, const auto& b) { return edit_distance(shown, a) < edit_distance(shown, b); });
+  const auto unlikeness = [&](const std::string& w) { return std::pair(shown.empty() || !w.starts_with(shown), edit_distance(shown, w)); };
+  return *std::min_element(words.begin(), words.end(), [&](const auto& a, const auto& b) { return unlikeness(a) < unlikeness(b); });
 }
 
 std::string nearest_key(const std::string& path) {

@@ -71,6 +71,7 @@ TEST(ConfigErrors, WrongTypes) {
   expect_error(error_of("optimizer: {lr: fast}"), "optimizer.lr: expected a number > 0 and <= 100, found fast");
   expect_error(error_of("run: {dir: [a]}"), "run.dir: expected a text, found a list");
   expect_error(error_of("attention: {gate: relu3}"), "attention.gate: expected relu | relu2 | relu4 | softmax, found relu3; nearest is \"relu");
+  expect_error(error_of("train: {recompute: gelu}"), "train.recompute: expected none | gelu+norm | block, found gelu; nearest is \"gelu+norm\"");
   expect_error(error_of("train: 5"), "x.yaml:1:8: train: expected a map of keys, found 5");
   expect_error(error_of("- a\n- b\n"), "x.yaml:1:1: expected a map of keys, found a list");
   expect_error(error_of("words"), "x.yaml:1:1: expected a map of keys, found words");
