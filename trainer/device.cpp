@@ -13,7 +13,8 @@ namespace tessera {
 namespace {
 
 void require(const std::string& device) {
-  if (const std::string problem = device_problem(device); !problem.empty()) throw ConfigError("device " + device + ": " + problem);
+  if (const std::string problem = device_problem(device); !problem.empty())
+    throw ConfigError("device " + device + ": " + problem + "; or use device cpu");
 }
 
 #ifdef TESSERA_HAS_CUDA
@@ -48,7 +49,7 @@ std::string device_problem(const std::string& device) {
 #ifdef TESSERA_HAS_CUDA
   return cuda_problem();
 #else
-  return "this build has no CUDA backend; configure it where nvcc is found (-DTESSERA_CUDA=ON), or use device cpu";
+  return "this build has no CUDA backend; configure it where nvcc is found (-DTESSERA_CUDA=ON)";
 #endif
 }
 

@@ -19,7 +19,7 @@ std::string device_problem(const std::string& device);
 DeviceKind device_kind(const std::string& device);
 
 /// Operations for a process that computes alone, on the first GPU that it sees. threads: of the CPU, 0 for OMP_NUM_THREADS or all cores.
-/// batch_invariant: of a GPU, see make_cuda_ops(). Throws ConfigError with device_problem().
+/// batch_invariant: of a GPU, see make_cuda_ops(). Throws ConfigError with device_problem() and what to do.
 std::unique_ptr<Ops> make_ops(const std::string& device, int threads = 0, bool batch_invariant = false);
 /// The same on every rank of `host`, a GPU each unless parallel.share_gpu. All ranks throw, or none. Collective.
 std::unique_ptr<Ops> make_ops(const std::string& device, int threads, const ParallelConfig& parallel, Communicator& host,

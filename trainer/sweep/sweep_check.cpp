@@ -83,7 +83,7 @@ SweepCheck check_sweep(const Sweep& sweep, const HostRoom& host, bool to_run) {
       checked.plan = plan->second.second;
       if (to_run)
         if (const std::string text = device_problem(config.device); !text.empty())
-          problem(run.name, fmt::format("device {}: {}", config.device, text));
+          problem(run.name, fmt::format("device {}: {}; or set device cpu", config.device, text));
       // A folder that was made and never trained in may not know the vocabulary yet.
       Config known = there ? there->config : config;
       if (known.model.vocabulary == 0) known.model.vocabulary = config.model.vocabulary;
