@@ -199,7 +199,7 @@ std::string memory_problem(const std::vector<MemoryClaim>& ranks) {
     if (t.planned > t.available) {
       return fmt::format(
           "{} has {:.2f} GiB of memory free, and {} rank{} on it need{} {:.2f} GiB. Use a smaller train.micro_batch, model.context or "
-          "model, or fewer ranks on this device; or end what else uses its memory",
+          "model, train.recompute gelu+norm or block, or fewer ranks on this device; or end what else uses its memory",
           key.first, static_cast<double>(t.available) / kGiB, t.ranks, t.ranks == 1 ? "" : "s", t.ranks == 1 ? "s" : "",
           static_cast<double>(t.planned) / kGiB);
     }

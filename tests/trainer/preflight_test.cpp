@@ -139,7 +139,7 @@ TEST(Preflight, NamesTheDeviceWithoutEnoughMemory) {
   EXPECT_EQ(memory_problem({{"gpu 0", 10 * gib, 20 * gib}, {"gpu 1", 20 * gib, 20 * gib}}), "");
   EXPECT_EQ(memory_problem({{"gpu 0", 10 * gib, 20 * gib}, {"gpu 0", 10 * gib, 20 * gib}}), "");
   expect_line(memory_problem({{"gpu 0", 10 * gib, 20 * gib}, {"gpu 1", 21 * gib, 20 * gib}}),
-              {"gpu 1 has 20.00 GiB", "1 rank on it needs 21.00 GiB"});
+              {"gpu 1 has 20.00 GiB", "1 rank on it needs 21.00 GiB", "train.micro_batch", "train.recompute gelu+norm or block"});
   expect_line(memory_problem({{"gpu 0", 10 * gib, 20 * gib}, {"gpu 0", 10 * gib, 19 * gib}}),
               {"gpu 0 has 19.00 GiB", "2 ranks on it need 20.00 GiB"});
   EXPECT_EQ(memory_problem({{"host a", 10 * gib, 15 * gib, "1"}, {"host a", 10 * gib, 15 * gib, "2"}}), "") << "two hosts of one name";
