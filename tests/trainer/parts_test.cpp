@@ -100,7 +100,7 @@ TEST(Device, ByName) {
       make_ops("cuda");
       ADD_FAILURE() << "nothing was thrown";
     } catch (const ConfigError& e) {
-      EXPECT_EQ(e.what(), "device cuda: " + problem);
+      EXPECT_EQ(e.what(), "device cuda: " + problem + "; or use device cpu");
     }
   }
 }
