@@ -2,7 +2,7 @@
 // Matrix products through cuBLASLt: linear layers with bias and GELU in the product's epilogue, and the fused classifier.
 //
 // bf16 in, f32 sums. What is written in bf16 is rounded once; gradients of weights are added to f32 inside the product (beta = 1).
-// Gradients of biases are a kernel of their own (add_column_sums): cuBLASLt's epilogues for them overwrite, and these are added up over micro-batches.
+// Gradients of biases are a kernel of their own (add_column_sums): cuBLASLt's epilogues for them overwrite, and these are added to.
 // The algorithm of a product is one of cuBLASLt's answers for its shape (batch-invariant: without its rows), taken by its attributes: nothing is
 // timed, and addresses do not matter beyond their 16-byte alignment, so a shape has the same bits in every run on the same kind of GPU. Sums split
 // over the inner extent are added in f32 in a fixed order.
