@@ -165,10 +165,11 @@ SequenceSplit split_sequence(SequenceLayout layout, std::int64_t tokens, int ran
   if (split.block_count() < parts) {
     const std::int64_t most = layout == SequenceLayout::zigzag ? std::max<std::int64_t>(1, split.block_count() / 2) : split.block_count();
     throw std::invalid_argument(fmt::format(
-        "{} tokens over {} ranks: tiles of {} x {} make {} block{} of {} tokens, and {} needs {}. Possible: at most {} rank{}, a sequence of "
-        "at least {} tokens, or smaller tiles",
+        "{} tokens over {} ranks: tiles of {} x {} make {} block{} of {} tokens, and {} needs {}. Possible: at most {} rank{} to a sequence "
+        "(parallel.sequence, --sequence), {}a sequence of at least {} tokens (model.context, --context), or smaller tiles (attention.tile)",
         tokens, ranks, first.tile_query, first.tile_key, split.block_count(), split.block_count() == 1 ? "" : "s", split.block,
-        layout == SequenceLayout::zigzag ? "a zigzag layout" : "a layout", parts, most, most == 1 ? "" : "s", (parts - 1) * split.block + 1));
+        layout == SequenceLayout::zigzag ? "a zigzag layout" : "a layout", parts, most, most == 1 ? "" : "s",
+        split.block_count() >= ranks ? "another parallel.layout, " : "", (parts - 1) * split.block + 1));
   }
   if (ranks == 1)
     split.blocks = even_parts(split.block_count(), 1);

@@ -32,6 +32,14 @@ std::string neighbours(std::int64_t value, std::int64_t unit) {
   return below > 0 ? fmt::format("{} or {}", below, below + unit) : fmt::format("{}", below + unit);
 }
 
+/// What divides n, up to `most`, in words: "1, 2, 4".
+std::string divisors(std::int64_t n, std::int64_t most) {
+  std::string text;
+  for (std::int64_t d = 1; d <= std::min(n, most); ++d)
+    if (n % d == 0) text += fmt::format("{}{}", text.empty() ? "" : ", ", d);
+  return text;
+}
+
 /// At most so many tiles hold a visible edge (an upper bound, near enough to tell thousands from billions).
 double most_tiles(const PatternSpec& p, std::int64_t tokens, int tile_query, int tile_key) {
   const double rows = std::ceil(static_cast<double>(tokens) / tile_query), columns = std::ceil(static_cast<double>(tokens) / tile_key);
@@ -255,10 +263,8 @@ class Resolver {
     }
     if (c_.parallel.exchange == SequenceExchange::heads && c_.model.heads % c_.parallel.sequence != 0)
       fail({"parallel.exchange", "parallel.sequence", "model.heads"},
-           fmt::format(
-               "exchange heads deals {} heads to {} ranks, which does not come out even; expected a parallel.sequence that divides the heads, or "
-               "another exchange",
-               c_.model.heads, c_.parallel.sequence));
+           fmt::format("exchange heads deals {} heads to {} ranks, which does not come out even; expected parallel.sequence {}, or another exchange",
+                       c_.model.heads, c_.parallel.sequence, divisors(c_.model.heads, 1024)));
     if (c_.parallel.exchange == SequenceExchange::heads && c_.model.attention.self_edge())
       fail({"parallel.exchange", "attention.always.self"},
            "exchange heads keeps each query's sum of weights with another rank, where attention.always.self does not reach it; expected exchange "
@@ -321,29 +327,20 @@ void resolve_vocabulary(Config& config, std::int64_t vocabulary, const std::stri
 void check_ranks(const Config& config, int job_ranks) {
   const int shared = config.parallel.sequence;
   if (job_ranks % shared != 0) {
-    std::string fitting;
-    for (int s = 1; s <= job_ranks; ++s)
-      if (job_ranks % s == 0) fitting += fmt::format("{}{}", fitting.empty() ? "" : ", ", s);
     throw ConfigError(fmt::format("parallel.sequence {}: {} ranks do not make groups of {}. What would do: {} ranks, or parallel.sequence {}", shared,
-                                  job_ranks, shared, neighbours(job_ranks, shared), fitting));
+                                  job_ranks, shared, neighbours(job_ranks, shared), divisors(job_ranks, 1024)));
   }
   const int ranks = job_ranks / shared;  // that see different sequences
   const std::int64_t sequences = config.train.tokens_per_step / config.model.context;
   const std::int64_t micro = config.train.micro_batch;
   if (sequences % (micro * ranks) == 0) return;
-  const auto list = [](std::int64_t n, std::int64_t most) {  // divisors of n
-    std::string text;
-    for (std::int64_t d = 1; d <= std::min(n, most); ++d)
-      if (n % d == 0) text += fmt::format("{}{}", text.empty() ? "" : ", ", d);
-    return text;
-  };
   const std::string what_they_are = shared == 1 ? "ranks" : fmt::format("groups of {} ranks", shared);
   const std::string what =
       fmt::format("train.tokens_per_step {} is {} sequences of model.context {}, which {} {} x train.micro_batch {} do not divide",
                   config.train.tokens_per_step, sequences, config.model.context, ranks, what_they_are, micro);
-  const std::string by_ranks = fmt::format("with train.micro_batch {}: {} {}", micro, list(sequences / micro, 1024), what_they_are);
+  const std::string by_ranks = fmt::format("with train.micro_batch {}: {} {}", micro, divisors(sequences / micro, 1024), what_they_are);
   const std::string by_micro = sequences % ranks == 0
-                                   ? fmt::format("with {} {}: train.micro_batch {}", ranks, what_they_are, list(sequences / ranks, 1024))
+                                   ? fmt::format("with {} {}: train.micro_batch {}", ranks, what_they_are, divisors(sequences / ranks, 1024))
                                    : fmt::format("with {0} {1} and train.micro_batch {2}: train.tokens_per_step {3}", ranks, what_they_are, micro,
                                                  neighbours(config.train.tokens_per_step, config.model.context * micro * ranks));
   throw ConfigError(fmt::format("{}. What would do: {}; {}", what, by_ranks, by_micro));

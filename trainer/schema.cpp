@@ -360,7 +360,7 @@ std::vector<Key> make_schema() {
            {"heads", SequenceExchange::heads},
            {"auto", SequenceExchange::automatic}},
           "How the ranks of a sequence see each other's keys: fetch the tiles that the pattern needs; pass all of them round a ring; "
-          "trade tokens for heads. auto: whichever moves fewest bytes."),
+          "trade tokens for heads, which the ranks must divide, without attention.always.self. auto: whichever moves fewest bytes."),
       choice<SequenceLayout>(
           "parallel.layout", FIELD(parallel.layout),
           {{"contiguous", SequenceLayout::contiguous}, {"zigzag", SequenceLayout::zigzag}, {"balanced", SequenceLayout::balanced}},

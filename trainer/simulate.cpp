@@ -35,7 +35,7 @@ constexpr Rate kRates[] = {
     {"other_ps", &SimulatedRates::other_ps, "norms, unit length, rotation of that step, by token, layer and width"},
     {"logit_ps", &SimulatedRates::logit_ps, "cross-entropy of that step, by token and logit"},
     {"adamw_ps", &SimulatedRates::adamw_ps, "AdamW of that step, by parameter"},
-    {"stages", &SimulatedRates::stages, "assumed: heads of exchange needed go in so many stages"},
+    {"stages", &SimulatedRates::stages, "assumed: with exchange needed or heads, a rank takes its heads in so many turns at most"},
 };
 
 double seconds(std::int64_t bytes, double gbps) { return 8 * static_cast<double>(bytes) / (gbps * 1e9); }
@@ -67,16 +67,18 @@ struct Pass {
   double exposed = 0;  // of it what the attention does not hide
 };
 
-/// `a`: seconds of the kernels.
-Pass pass_of(double a, const Traffic& traffic, SequenceExchange exchange, bool backward, const SimulatedCluster& cluster,
+/// `a`: seconds of the kernels; `heads`: of the model.
+Pass pass_of(double a, double heads, const Traffic& traffic, SequenceExchange exchange, bool backward, const SimulatedCluster& cluster,
              const SimulatedRates& rates) {
   const auto S = static_cast<double>(traffic.size());
   if (traffic.size() == 1) return {a, 0, 0};
   const double latency = cluster.latency_us * 1e-6;
   const double hops = exchange == SequenceExchange::needed ? 1 : exchange == SequenceExchange::heads ? 2 : backward ? S : S - 1;
   const double c = time_of(traffic, cluster) + hops * latency;
-  if (exchange == SequenceExchange::heads) return {a, c, c};
-  if (exchange == SequenceExchange::needed) return {a, c, (a + c) / rates.stages + (rates.stages - 1) * std::max(a, c) / rates.stages - a};
+  if (exchange != SequenceExchange::ring) {
+    const double turns = std::min(rates.stages, exchange == SequenceExchange::heads ? heads / S : heads);
+    return {a, c, (a + c) / turns + (turns - 1) * std::max(a, c) / turns - a};
+  }
   const double beside = (S - 1) * std::max(a / S, c / hops), last = backward ? c / hops : 0;
   return {a, c, a / S + beside + last - a};
 }
@@ -124,8 +126,8 @@ SimulatedStep simulate_step(const Config& config, const SequenceCosts& costs, Se
       backward = std::max(backward, (tiles * size * rates.tile_backward_ns + lists * rates.list_backward_ns) * 1e-9);
     }
     const ExchangeBytes& bytes = *layer.bytes(exchange);
-    const Pass there = pass_of(forward, bytes.forward, exchange, false, cluster, rates);
-    const Pass back = pass_of(backward, bytes.backward, exchange, true, cluster, rates);
+    const Pass there = pass_of(forward, m.heads, bytes.forward, exchange, false, cluster, rates);
+    const Pass back = pass_of(backward, m.heads, bytes.backward, exchange, true, cluster, rates);
     const auto times = static_cast<double>(layer.layers.size());
     attention_forward += times * there.attention;
     attention_backward += times * (back.attention + (forwards - 1) * there.attention);

@@ -9,10 +9,11 @@
 //               tile_ns is of heads of 64, and in proportion to their size
 //   exchange    what the kernels do not hide. A rank's GPU sends and receives at once, to its node at link_gbps and to others at node_gbps, both at
 //               once; the slowest rank's c is the exchange's. With a the attention's time:
-//                 needed   one round of latency; in `stages` by heads, c of the next beside a of this:  (a + c) / s + (s - 1) max(a, c) / s
+//                 needed   one round of latency; in s turns of heads, `stages` or as many as there are heads, c of the next beside a of this:
+//                          (a + c) / s + (s - 1) max(a, c) / s
 //                 ring     S - 1 hops forward, S backward, each a latency; h hops beside S kernels:  a / S + h max(a / S, c / h) forward; backward
 //                          its last hop, which brings sums home, has no kernel beside it:  a / S + (S - 1) max(a / S, c / S) + c / S
-//                 heads    one round before the kernel and one after, nothing beside it:  a + c
+//                 heads    the same with two rounds, of the H / S heads of a rank
 // A step is M micro-batches and, over all GPUs (ZeRO-1), with P parameters:
 //   gradients   reduce-scatter of 4 P bytes, beside the backward pass of the last micro-batch; all-gather of 2 P (bf16), beside the forward pass of
 //   the
@@ -42,7 +43,7 @@ struct SimulatedRates {
   // The same step: norms 7.0 ms, unit length and rotation 4.0, over 32,768 tokens x 24 layers x width 1024; cross-entropy 1.7 ms over 50,304 logits
   // a token; AdamW 2.9 ms over 354 M parameters.
   double other_ps = 13.7, logit_ps = 1.03, adamw_ps = 8.2;
-  // Stages of exchange needed.
+  // Turns of heads, of exchanges needed and heads.
   double stages = 4;
 };
 

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <filesystem>
 #include <map>
 #include <set>
 #include <thread>
@@ -92,6 +93,32 @@ TEST_F(LoaderTest, PlacesOfASequenceAreThoseOfTheWhole) {
     o.places = wrong;
     EXPECT_THROW(Loader(info, info.train, o), std::invalid_argument);
   }
+}
+
+/// A part is read where the shards that hold the rest of the sequence are gone.
+TEST_F(LoaderTest, PlacesOfASequenceAreAllThatIsRead) {
+  const auto& shards = info.train.shards;
+  ASSERT_GE(shards.size(), 4u);
+  const auto first = static_cast<std::int32_t>(shards[0].tokens), end = first + static_cast<std::int32_t>(shards[1].tokens);
+  std::vector<std::int32_t> places;  // of the second shard, from where a document begins; the last target is in it too
+  for (std::int32_t p = first; p + 1 < end; ++p)
+    if (!places.empty() || tokens[static_cast<std::size_t>(p)] == 256) places.push_back(p);
+  ASSERT_GT(places.size(), 100u);
+  const auto context = static_cast<std::int64_t>(tokens.size()) - 1;
+  for (std::size_t shard = 0; shard < shards.size(); ++shard)
+    if (shard != 1) std::filesystem::remove(info.directory + "/" + shards[shard].file);
+
+  TokenReader reader(info, info.train);
+  const HostBatch found = read_sequences(reader, 0, 1, context, places);
+  std::int32_t document = 0;
+  for (std::size_t i = 0; i < places.size(); ++i) {
+    const auto at = static_cast<std::size_t>(places[i]);
+    if (tokens[at] == 256) document = places[i];
+    ASSERT_EQ(found.token[i], tokens[at]);
+    ASSERT_EQ(found.target[i], tokens[at + 1]);
+    ASSERT_EQ(found.document_start[i], document);
+  }
+  EXPECT_THROW(read_sequences(reader, 0, 1, context), std::runtime_error);
 }
 
 TEST_F(LoaderTest, PlacesOfASequenceThatTheSplitEndsIn) {

@@ -386,11 +386,14 @@ TEST(SequencePlan, ErrorsSayWhichNumbersWouldDo) {
   };
   EXPECT_EQ(message(SequenceLayout::contiguous, 100, 4, {whole}), "");
   EXPECT_EQ(message(SequenceLayout::contiguous, 100, 5, {whole}),
-            "100 tokens over 5 ranks: tiles of 16 x 32 make 4 blocks of 32 tokens, and a layout needs 5. Possible: at most 4 ranks, a sequence of at "
-            "least 129 tokens, or smaller tiles");
+            "100 tokens over 5 ranks: tiles of 16 x 32 make 4 blocks of 32 tokens, and a layout needs 5. Possible: at most 4 ranks to a sequence "
+            "(parallel.sequence, --sequence), a sequence of at least 129 tokens (model.context, --context), or smaller tiles (attention.tile)");
   EXPECT_EQ(message(SequenceLayout::zigzag, 100, 2, {whole}), "");
-  EXPECT_NE(message(SequenceLayout::zigzag, 100, 3, {whole}).find("at most 2 ranks, a sequence of at least 161 tokens"), std::string::npos);
-  EXPECT_NE(message(SequenceLayout::balanced, 96, 4, {whole}).find("at most 3 ranks, a sequence of at least 97 tokens"), std::string::npos);
+  for (const char* part : {"at most 2 ranks to", "another parallel.layout", "a sequence of at least 161 tokens"})
+    EXPECT_NE(message(SequenceLayout::zigzag, 100, 3, {whole}).find(part), std::string::npos) << part;
+  EXPECT_EQ(message(SequenceLayout::zigzag, 100, 5, {whole}).find("another"), std::string::npos);
+  for (const char* part : {"at most 3 ranks to", "a sequence of at least 97 tokens"})
+    EXPECT_NE(message(SequenceLayout::balanced, 96, 4, {whole}).find(part), std::string::npos) << part;
   EXPECT_NE(message(SequenceLayout::balanced, 101, 2, {whole}).find("for a sequence of 101 tokens"), std::string::npos);
   EXPECT_NE(message(SequenceLayout::balanced, 100, 2, {whole, make_tile_map({}, 0, 1, 100, 16, 16)}).find("tiles of 16 x 16"), std::string::npos);
   EXPECT_NE(message(SequenceLayout::balanced, 100, 2, {}), "");

@@ -106,13 +106,16 @@ inline Inputs part_of(const Inputs& in, const Case& c, const std::vector<std::in
   return part;
 }
 
-inline std::shared_ptr<const TileMap> map_of(const Case& c) {
+inline PatternConfig pattern_of(const Case& c) {
   PatternConfig config;
   config.base = c.patterns[0];
   for (std::size_t n = 1; n < c.patterns.size(); ++n)
     for (int h = static_cast<int>(n); h < c.heads; h += static_cast<int>(c.patterns.size()))
       config.overrides.push_back({.head_first = h, .head_last = h, .pattern = c.patterns[n]});
-  return make_tile_map(config, 0, static_cast<int>(c.heads), c.tokens, c.tile_query, c.tile_key);
+  return config;
+}
+inline std::shared_ptr<const TileMap> map_of(const Case& c) {
+  return make_tile_map(pattern_of(c), 0, static_cast<int>(c.heads), c.tokens, c.tile_query, c.tile_key);
 }
 
 /// Device memory. What it is not given a value is full of 0xff, which is NaN in every floating type.
@@ -196,6 +199,7 @@ class Call {
     a.dscale = dscale_();
     a.dthreshold = dthreshold_();
   }
+  std::vector<float> o() const { return o_.floats(); }
   /// z is left out.
   Results results() const {
     return {o_.floats(), {}, gradients_.floats(), dscale_.floats(), dthreshold_.floats(), dbias_.floats(), counters_.host<std::uint64_t>()};
@@ -267,6 +271,7 @@ class Late final : public testing::Forwarding {
     Job& job = jobs_[++last_];
     job = {std::vector<char>(in.bytes()),   std::vector<char>(out.bytes(), static_cast<char>(0xff)), in, out, {send.begin(), send.end()},
            {receive.begin(), receive.end()}};
+    if (on_begin) on_begin();
     ops_.download(job.in_bytes.data(), in);
     ops_.upload(out, job.out_bytes.data());
     return last_;
@@ -278,6 +283,7 @@ class Late final : public testing::Forwarding {
     ops_.upload(job.out, job.out_bytes.data());
   }
   bool idle() const { return jobs_.empty(); }
+  std::function<void()> on_begin;  // called as an exchange begins
 
  private:
   struct Job {
@@ -304,6 +310,7 @@ inline SharedAttention::Shape shape_of(const Case& c) {
 
 struct Sent {
   std::uint64_t forward = 0, backward = 0;
+  std::vector<int> heads_done{};  // of the forward pass: heads that had an output as each exchange began
 };
 
 /// One rank's results. z is left out, but for exchange needed.
@@ -329,7 +336,13 @@ inline Results on_rank(const Case& c, const Inputs& whole, const SequenceSplit& 
   call.a.workspace = workspace();
   shared->begin(c.documents ? document_start() : Tensor{});
   const std::uint64_t before = comm.sent_bytes();  // starts of documents are no part of the attention's tensors
+  late.on_begin = [&] {
+    const std::vector<float> o = call.o();
+    sent.heads_done.push_back(0);
+    for (std::int64_t h = 0; h < H; ++h) sent.heads_done.back() += !std::isnan(o[static_cast<std::size_t>(h * c.size)]);
+  };
   shared->forward(0, call.a.forward);
+  late.on_begin = nullptr;
   sent.forward = comm.sent_bytes() - before;
   if (c.self_edges) call.self_edges(*ops, shared->z_heads(), false);
   shared->backward(0, call.a);

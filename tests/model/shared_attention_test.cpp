@@ -3,6 +3,8 @@
 
 #include "tests/model/shared_attention_cases.h"
 
+#include <set>
+
 namespace tessera::test {
 namespace {
 
@@ -12,18 +14,19 @@ TEST_P(Shared, EveryPatternLayoutAndNumberOfRanks) {
   unsigned n = 0;
   for (const auto& [name, patterns] : families())
     for (const auto layout : {SequenceLayout::contiguous, SequenceLayout::zigzag, SequenceLayout::balanced})
-      for (const int ranks : {2, 3, 4, 8}) {
-        Case c;
-        c.patterns = patterns;
-        c.layout = layout;
-        c.ranks = ranks;
-        c.exchange = GetParam();
-        c.documents = ++n % 2 == 0;
-        c.stages = 1 + static_cast<int>(n % 3);
-        if (c.exchange == SequenceExchange::heads) c.heads = ranks;
-        SCOPED_TRACE(fmt::format("{}, {}, {} ranks{}", name, name_of(layout), ranks, c.documents ? ", documents" : ""));
-        check(c, n);
-      }
+      for (const int ranks : {2, 3, 4, 8})
+        for (const bool documents : {false, true}) {
+          Case c;
+          c.patterns = patterns;
+          c.layout = layout;
+          c.ranks = ranks;
+          c.exchange = GetParam();
+          c.documents = documents;
+          c.stages = 1 + static_cast<int>(++n % 3);
+          if (c.exchange == SequenceExchange::heads) c.heads = ranks;
+          SCOPED_TRACE(fmt::format("{}, {}, {} ranks{}", name, name_of(layout), ranks, documents ? ", documents" : ""));
+          check_with_self_edges(c, n);
+        }
 }
 
 TEST_P(Shared, EveryScoreGateAndNormalizer) {
@@ -85,6 +88,38 @@ TEST(SharedAttention, AWindowMovesAHaloWhateverTheLength) {
       EXPECT_EQ(s.backward, (rank == 3 ? 0 : halo) + (rank == 0 ? 0 : halo)) << tokens << " tokens, rank " << rank;
     }
   }
+}
+
+/// The keys of a turn of heads are on their way before the attention of the turn before it is computed.
+TEST(SharedAttention, FetchesOfATurnBeginBeforeTheAttentionOfTheOneBefore) {
+  Case c;
+  c.heads = 6;
+  c.stages = 3;
+  for (const Sent& sent : on_ranks(c, make_inputs(c, 11)).sent) EXPECT_EQ(sent.heads_done, (std::vector<int>{0, 0, 2}));
+}
+
+/// What a ring holds of other ranks does not grow with their number.
+TEST(SharedAttention, MemoryOfARingIsOfOnePart) {
+  std::map<std::string, std::set<std::size_t>> bytes;  // by name of the block, whatever the ranks
+  for (const int ranks : {2, 4, 8}) {
+    Case c;
+    c.exchange = SequenceExchange::ring;
+    c.layout = SequenceLayout::contiguous;
+    c.ranks = ranks;
+    c.tokens = 64 * ranks;
+    MemoryPlan plan;
+    const auto shared = make_shared_attention(part_of(c, 1), split_sequence(c.layout, c.tokens, ranks, {map_of(c)}), {map_of(c)}, shape_of(c), plan);
+    EXPECT_EQ(shared->sizes().z, c.sequences * c.heads * 64);
+    std::map<std::string, std::size_t> found;
+    for (const auto& block : plan.blocks())
+      if (block.category == MemoryCategory::communication && !block.name.ends_with("table"))
+        found[block.name] += Tensor(nullptr, block.dtype, block.shape).bytes();
+    for (const auto& [name, size] : found) bytes[name].insert(size);
+  }
+  EXPECT_EQ(bytes.size(), 6u);
+  for (const auto& [name, sizes] : bytes) EXPECT_EQ(sizes.size(), 1u) << name;
+  const std::size_t part = 64 * 3 * 8 * 2;  // numbers of a part: tokens, heads, size, sequences
+  EXPECT_EQ(bytes["keys and values on their way"], std::set{2 * 2 * part * sizeof(float)}) << "two buffers";
 }
 
 TEST(SharedAttention, CallsThatDoNotFitAreRefused) {

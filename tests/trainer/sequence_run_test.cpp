@@ -85,10 +85,16 @@ TEST_F(SequenceRunTest, TrainsAndGoesOnLikeOneRank) {
   const Result last = tessera(command("mixed", "--resume"));
   ASSERT_EQ(last.code, 0) << last;
   expect_close("mixed", "one");
+  // And one rank's in a ring of several.
+  EXPECT_NE(tessera(command("grown"), "TESSERA_FAULT=kill@0:6").code, 0);
+  const Result ring = tessera_on(4, command("grown", "--resume " + parallel(2, "ring", "balanced")));
+  ASSERT_EQ(ring.code, 0) << ring;
+  EXPECT_TRUE(ring.says("going on after step 4")) << ring;
+  expect_close("grown", "one");
 }
 
 TEST_F(SequenceRunTest, EvaluatesLikeOneRank) {
-  ASSERT_EQ(tessera(command("one", "--set train.steps=4")).code, 0);
+  ASSERT_EQ(tessera(command("one", "--set train.steps=4 --set attention.always.self=true")).code, 0);
   const auto eval = [&](int ranks, const std::string& more) {
     const std::string arguments = "eval runs/one --json --output found.json " + more;
     const Result r = ranks == 1 ? tessera(arguments) : tessera_on(ranks, arguments);
@@ -124,7 +130,8 @@ TEST_F(SequenceRunTest, SaysWhatDoesNotFit) {
   refused(3, parallel(2, "needed", "zigzag"), {"3 ranks do not make groups of 2. What would do: 2 or 4 ranks, or parallel.sequence 1, 3"});
   refused(4, parallel(4, "needed", "zigzag") + " --set model.context=90 --set train.tokens_per_step=720",
           {"90 tokens over 4 ranks: tiles of 16 x 16 make 6 blocks", "Possible: at most 3 ranks"});
-  refused(2, parallel(2, "heads", "zigzag") + " --set model.heads=1", {"1 heads"});
+  refused(4, parallel(4, "heads", "zigzag") + " --set model.heads=2",
+          {"parallel.exchange", "2 heads to 4 ranks", "expected parallel.sequence 1, 2, or another exchange"});
   refused(4, parallel(2, "needed", "zigzag") + " --set train.tokens_per_step=1620", {"2 groups of 2 ranks x train.micro_batch 1 do not divide"});
 }
 

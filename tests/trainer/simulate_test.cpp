@@ -150,6 +150,19 @@ TEST(Simulate, Overlap) {
     EXPECT_NEAR(step_of(c, 8, SequenceExchange::ring, cluster, SequenceLayout::contiguous, rates).exchange - ring_backward,
                 a / 8 + 7 * std::max(a / 8, t / 7) - a, 1e-9 * a);
   }
+  // Heads: 8 over 2 ranks are 4 turns, over 8 one, which nothing hides. Forward 4 tensors go.
+  for (const double share : {0.1, 1.0, 7.0}) {
+    for (const int ranks : {2, 8}) {
+      SimulatedCluster cluster = free;
+      cluster.gpus = ranks;
+      const double kernels = step_of(c, ranks, SequenceExchange::heads, cluster, SequenceLayout::contiguous, rates).attention;
+      const double bytes = 4 * (4096.0 / ranks * 512 * 2) * (ranks - 1) / ranks;
+      cluster.link_gbps = bytes * 8 / (share * kernels * 1e-3) / 1e9;
+      const double t = share * kernels, turns = ranks == 2 ? 4 : 1, backward = 2 * t;  // 8 tensors, no work beside them
+      EXPECT_NEAR(step_of(c, ranks, SequenceExchange::heads, cluster, SequenceLayout::contiguous, rates).exchange - backward,
+                  (kernels + t) / turns + (turns - 1) * std::max(kernels, t) / turns - kernels, 1e-9 * kernels * (1 + share));
+    }
+  }
 }
 
 TEST(Simulate, GradientsHideBehindThePasses) {

@@ -73,8 +73,8 @@ std::string simulation_text(const Json& simulation) {
     text += fmt::format("  {:<18}{:>10}  {}\n", a["name"].get<std::string>(), fmt::format("{:g}", a["value"].get<double>()),
                         a["source"].get<std::string>());
   text +=
-      "  every visible tile is active; ranks of a sequence are neighbours; exchange needed hides in stages, ring behind each hop's kernel, heads "
-      "not;\n"
+      "  every visible tile is active; ranks of a sequence are neighbours; exchanges needed and heads hide behind the turn of heads before, ring "
+      "behind each hop's kernel;\n"
       "  gradients are reduced beside the last backward pass and weights gathered beside the first forward pass; memory is not asked for\n"
       "ms by part; exchange and gradients: what is not hidden, and in brackets all of it\n";
   std::vector<std::vector<std::string>> table = {{"GPUs", "a sequence", "layout", "exchange", "dense", "other", "attention", "exchange", "gradients",
