@@ -104,7 +104,8 @@ struct SelfEdge {
   //   x_i  = c_h f(<q_i, k_i>) + b_h     f(s) = s (dot, cosine), s^2 (fidelity)
   //   s_i  = max(0, x_i)^p               p as the gate says
   //   z'_i = z_i + s_i,  o'_i = (z_i o_i + s_i v_i) / z'_i
-  // Where x_i <= 0 o and z keep their bits. It is no active edge: neither the bitmap nor a counter knows of it.
+  // Where x_i <= 0 o and z keep their bits. Where x_i > 0 it is one active edge more, beside (i, i) if the gate admits that too; the bitmap does not
+  // know of it, and a query with this edge alone still counts as empty (kEmptyRows).
   AttentionShape shape{};    // its heads are those of this call, which may be some of a tensor's (views from the first of them on)
   Score score = Score::dot;  // q, k are what attention_forward reads
   Gate gate = Gate::relu2;   // not softmax
@@ -112,6 +113,7 @@ struct SelfEdge {
   HeadsView o{};             // in/out
   Tensor scale{}, bias{};    // in [H] f32: c_h, b_h
   Tensor z{};                // in/out [B, H, T] f32
+  Tensor counters{};         // optional [H, kAttentionCounters] u64: forward adds open edges to kActiveEdges
 };
 
 struct SelfEdgeBackward {

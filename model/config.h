@@ -42,7 +42,7 @@ struct AttentionConfig {
   bool document_mask = false;
   /// Normalizer sum, a relu gate: beside the gated edges one from each token to itself that no threshold closes, so that no query is without an edge
   /// at high sparsity: s_i = max(0, c_h f(<q_i, k_i>) + b_h)^p, o_i = (sum_j a_ij v_j + s_i v_i) / (epsilon + sum_j a_ij + s_i), b_h learned from
-  /// self_bias_init on (SelfEdge in kernels/ops.h). It costs no tile and counts as no active edge.
+  /// self_bias_init on (SelfEdge in kernels/ops.h). It costs no tile; an open one is an active edge.
   bool always_self = false;
   static constexpr float self_bias_init = 0.25f;
   ThresholdConfig threshold;

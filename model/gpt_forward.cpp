@@ -65,7 +65,7 @@ AttentionForward Gpt::Impl::attention(int layer, const Batch& batch) const {
   return a;
 }
 
-SelfEdge Gpt::Impl::self_edge(int layer, Stretch heads) const {
+SelfEdge Gpt::Impl::self_edge(int layer, Stretch heads, const Tensor& counters) const {
   const BlockSlots& s = memory.blocks[layer];
   const Tensor qkv = rows(s.qkv, 3 * C);
   const auto part = [&](std::int64_t n) { return from_head(packed_heads(qkv, n, T, C, D), heads.first); };
@@ -80,6 +80,7 @@ SelfEdge Gpt::Impl::self_edge(int layer, Stretch heads) const {
   e.scale = heads_slice(scale(layer), heads);
   e.bias = heads_slice(w.blocks[layer].self_bias, heads);
   e.z = plan[s.z].slice(B * heads.first * T, B * heads.count * T);
+  e.counters = counters_slice(counters, heads);
   return e;
 }
 
@@ -106,16 +107,18 @@ void Gpt::Impl::attention_branch(int layer, const Batch& batch, bool count, cons
   ops.linear_forward({.x = normed(2 * layer), .w = p.qkv, .bias = p.qkv_bias, .y = rows(memory.blocks[layer].qkv, 3 * C), .pre_activation = {}});
   if (transforms_qk()) ops.qk_transform_forward(qk_transform(layer, batch));
 
+  Tensor counters;
+  if (count) counters = plan[memory.counters].slice(layer * H * kAttentionCounters, H * kAttentionCounters).view({H, kAttentionCounters});
   if (cache) append_to_cache(layer, *cache);
   if (cache && cache->decode) {
     attend_to_cache(layer, *cache);
   } else {
     AttentionForward a = attention(layer, batch);
-    if (count) a.counters = plan[memory.counters].slice(layer * H * kAttentionCounters, H * kAttentionCounters).view({H, kAttentionCounters});
+    a.counters = counters;
     run(layer, a);
   }
   if (config.attention.self_edge())
-    for (const Stretch heads : z_heads()) ops.self_edge_forward(self_edge(layer, heads));
+    for (const Stretch heads : z_heads()) ops.self_edge_forward(self_edge(layer, heads, counters));
 
   ops.linear_forward({.x = head_norm_forward(layer), .w = p.proj, .bias = p.proj_bias, .y = narrow(), .pre_activation = {}});
 }

@@ -65,7 +65,7 @@ struct Gpt::Impl {
   void run(int layer, const AttentionForward& a);
   /// The stretches of heads whose z lies together.
   std::vector<Stretch> z_heads() const { return shared ? shared->z_heads() : std::vector<Stretch>{{0, H}}; }
-  SelfEdge self_edge(int layer, Stretch heads) const;
+  SelfEdge self_edge(int layer, Stretch heads, const Tensor& counters = {}) const;  // counters: of the layer, [H, kAttentionCounters]
   Tensor head_norm_forward(int layer);
   /// A pass that generates: each row's (prefill: each sequence's) keys and values go into the cache, and decoding attends to what is there.
   struct CachePass {

@@ -267,7 +267,7 @@ std::vector<Key> make_schema() {
       boolean(
           "attention.always.self", FIELD(model.attention.always_self),
           "Whether each token also has an edge to itself that no threshold closes, with a learned bias of its own (normalizer sum; no effect with "
-          "gate softmax)."),
+          "gate softmax). It counts as an active edge where it is open."),
       choice<ThresholdMode>("attention.threshold.mode", FIELD(model.attention.threshold.mode),
                             {{"fixed", ThresholdMode::fixed},
                              {"learned", ThresholdMode::learned},

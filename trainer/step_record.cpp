@@ -55,6 +55,7 @@ Json head_values(const Gpt& model, Ops& ops, const AttentionCounts& counts) {
                                                                             : model.thresholds().slice(l * m.heads, m.heads)));
     }
     if (m.attention.learns_scale()) values["scales"].push_back(numbers(model.parameter(fmt::format("h.{}.attn.scale", l))));
+    if (m.attention.self_edge()) values["self_biases"].push_back(numbers(model.parameter(fmt::format("h.{}.attn.self_bias", l))));
   }
   return values;
 }

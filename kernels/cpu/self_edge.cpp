@@ -19,6 +19,7 @@ struct Call {
   Heads q, k, v, o;
   const float *scale, *bias;
   float* z;
+  std::uint64_t* counters;
 
   Call(const char* operation, const SelfEdge& a)
       : heads(a.shape.heads),
@@ -33,6 +34,7 @@ struct Call {
     scale = elements<float>(operation, "scale", a.scale, heads);
     bias = elements<float>(operation, "bias", a.bias, heads);
     z = elements<float>(operation, "z", a.z, rows * heads);
+    counters = optional_elements<std::uint64_t>(operation, "counters", a.counters, heads * kAttentionCounters);
   }
   Heads view(const char* operation, const char* name, const HeadsView& v) const {
     return checked_heads(operation, name, v, shape.batch, heads, tokens, size);
@@ -61,17 +63,22 @@ void self_edge_forward(const SelfEdge& a) {
   const Call c("self_edge_forward", a);
   with_gate(a.gate, [&](auto gate) {
     parallel_ranges(c.rows, kRowGrain, [&](std::int64_t first, std::int64_t last) {
-      for (std::int64_t row = first; row < last; ++row) {
-        const std::int64_t b = row / c.tokens, t = row % c.tokens;
-        for (std::int64_t h = 0; h < c.heads; ++h) {
+      for (std::int64_t h = 0; h < c.heads; ++h) {
+        std::uint64_t open = 0;
+        for (std::int64_t row = first; row < last; ++row) {
+          const std::int64_t b = row / c.tokens, t = row % c.tokens;
           const float x = argument<Form::linear>(c.f(c.score(b, h, t)), c.scale[h], -c.bias[h]);
           if (!(x > 0.0f)) continue;
+          ++open;
           float &z = c.z_of(b, h, t), *o = c.o.at(b, h, t);
           const float *v = c.v.at(b, h, t), weight = gate_value<gate.value>(x), before = z, inverse = inverse_of(before + weight);
           z = before + weight;
 #pragma omp simd
           for (std::int64_t d = 0; d < c.size; ++d) o[d] = multiply_add(before, o[d], weight * v[d]) * inverse;
         }
+        if (!c.counters) continue;
+#pragma omp atomic
+        c.counters[h * kAttentionCounters + kActiveEdges] += open;
       }
     });
   });

@@ -1,8 +1,8 @@
 // The edge from each token to itself, beside the attention's own (SelfEdge in kernels/ops.h). Bound by memory.
 //
-// A warp takes a token and a tile of heads: `lanes` lanes a head, 8 elements each. Backward, each warp walks a fixed set of tokens with its heads'
-// sums in registers; the warps of a block add theirs in the order of their numbers, and add_partial_sums() adds the blocks'. How tokens are dealt
-// depends on the shape alone, not on the GPU. Results are f32 until they are rounded once.
+// A warp takes a fixed set of tokens, one after another, and a tile of heads: `lanes` lanes a head, 8 elements each. Its heads' sums stay in
+// registers (forward: how many edges are open); the warps of a block add theirs in the order of their numbers, and add_partial_sums() adds the
+// blocks'. How tokens are dealt depends on the shape alone, not on the GPU. Results are f32 until they are rounded once.
 
 #include <algorithm>
 #include <bit>
@@ -16,7 +16,8 @@ namespace tessera::cuda {
 namespace {
 
 constexpr int kForwardWarps = 4, kBackwardWarps = 8;  // of a block
-constexpr int kBackwardBlocks = 264;                  // at most, a tile of heads: norm_backward_scratch() has room for their sums
+constexpr int kForwardBlocks = 2112;                  // at most, a tile of heads: as many as 132 SMs hold
+constexpr int kBackwardBlocks = 264;                  // the same: norm_backward_scratch() has room for their sums
 constexpr int kLargestHead = 256;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -32,8 +33,9 @@ struct Args {
   View d_o, dq, dk, dv;  // backward
   const float *scale, *bias;
   float *z, *partials;
-  std::int64_t rows, tokens;  // rows: tokens of all sequences
-  int heads, size, lanes;     // lanes: size / 8, rounded up to a power of two
+  unsigned long long* counters;  // forward, optional
+  std::int64_t rows, tokens;     // rows: tokens of all sequences
+  int heads, size, lanes;        // lanes: size / 8, rounded up to a power of two
   int power;
   bool squared;
 };
@@ -71,24 +73,35 @@ __device__ __forceinline__ float opening(const Args& a, const Place& place, floa
 __device__ __forceinline__ float weight_of(const Args& a, float r) { return a.power == 1 ? r : a.power == 2 ? r * r : (r * r) * (r * r); }
 
 __global__ void __launch_bounds__(32 * kForwardWarps) self_edge_forward_kernel(const __grid_constant__ Args a) {
-  const std::int64_t row = std::int64_t{blockIdx.x} * kForwardWarps + threadIdx.y;
-  if (row >= a.rows) return;
-  const std::int64_t b = row / a.tokens, t = row % a.tokens;
+  __shared__ unsigned open_edges[kForwardWarps][32];
   const Place place(a);
-  const std::int64_t at_z = (b * a.heads + place.head) * a.tokens + t;
-  const Piece<8> q_ = place.load(a.q, b, t), k_ = place.load(a.k, b, t), v_ = place.load(a.v, b, t), o_ = place.load(a.o, b, t);
-  float before = place.first ? a.z[at_z] : 0.0f, q[8], k[8], v[8], o[8];
-  unpack(q_, q), unpack(k_, k), unpack(v_, v), unpack(o_, o);
-  float s[1] = {dot(q, k)};
-  group_sums(s, a.lanes);
-  before = __shfl_sync(kAllLanes, before, static_cast<int>(threadIdx.x) / a.lanes * a.lanes);
-  const float r = opening(a, place, s[0]);
-  if (!place.has || !(r > 0.0f)) return;
-  const float weight = weight_of(a, r), z = before + weight, inverse = 1.0f / z;
+  const int group = static_cast<int>(threadIdx.x) / a.lanes;
+  unsigned open = 0;
+  for (std::int64_t row = std::int64_t{blockIdx.x} * kForwardWarps + threadIdx.y; row < a.rows; row += std::int64_t{gridDim.x} * kForwardWarps) {
+    const std::int64_t b = row / a.tokens, t = row % a.tokens, at_z = (b * a.heads + place.head) * a.tokens + t;
+    const Piece<8> q_ = place.load(a.q, b, t), k_ = place.load(a.k, b, t), v_ = place.load(a.v, b, t), o_ = place.load(a.o, b, t);
+    float before = place.first ? a.z[at_z] : 0.0f, q[8], k[8], v[8], o[8];
+    unpack(q_, q), unpack(k_, k), unpack(v_, v), unpack(o_, o);
+    float s[1] = {dot(q, k)};
+    group_sums(s, a.lanes);
+    before = __shfl_sync(kAllLanes, before, group * a.lanes);
+    const float r = opening(a, place, s[0]);
+    if (!place.has || !(r > 0.0f)) continue;
+    const float weight = weight_of(a, r), z = before + weight, inverse = 1.0f / z;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) o[i] = fmaf(before, o[i], weight * v[i]) * inverse;
-  store_piece(a.o.at(b, place.head, t, place.within), pack(o));
-  if (place.first) a.z[at_z] = z;
+    for (int i = 0; i < 8; ++i) o[i] = fmaf(before, o[i], weight * v[i]) * inverse;
+    store_piece(a.o.at(b, place.head, t, place.within), pack(o));
+    if (place.first) a.z[at_z] = z;
+    ++open;
+  }
+  if (!a.counters) return;
+  if (place.first) open_edges[threadIdx.y][group] = open;
+  __syncthreads();
+  if (threadIdx.y != 0 || !place.first) return;
+  unsigned long long sum = 0;
+#pragma unroll
+  for (int w = 0; w < kForwardWarps; ++w) sum += open_edges[w][group];
+  atomicAdd(a.counters + place.head * static_cast<int>(kAttentionCounters) + kActiveEdges, sum);
 }
 
 /// to += factor x.
@@ -151,6 +164,8 @@ Args arguments(const char* operation, const SelfEdge& e) {
   a.scale = elements<float>(operation, "scale", e.scale, s.heads, sizeof(float));
   a.bias = elements<float>(operation, "bias", e.bias, s.heads, sizeof(float));
   a.z = elements<float>(operation, "z", e.z, s.batch * s.heads * s.tokens, sizeof(float));
+  a.counters = reinterpret_cast<unsigned long long*>(
+      optional_elements<std::uint64_t>(operation, "counters", e.counters, s.heads * kAttentionCounters, sizeof(std::uint64_t)));
   a.rows = s.batch * s.tokens, a.tokens = s.tokens, a.heads = static_cast<int>(s.heads), a.size = static_cast<int>(s.head_size);
   a.lanes = static_cast<int>(std::bit_ceil(static_cast<unsigned>(a.size / 8)));
   a.power = gate_power(e.gate), a.squared = e.score == Score::fidelity;
@@ -169,7 +184,8 @@ void self_edge_forward(const Context& c, const SelfEdge& e) {
   constexpr const char* kOp = "self_edge_forward";
   const Args a = arguments(kOp, e);
   if (a.rows == 0) return;
-  self_edge_forward_kernel<<<grid(a, (a.rows + kForwardWarps - 1) / kForwardWarps), dim3(32, kForwardWarps), 0, c.stream>>>(a);
+  const std::int64_t blocks = std::min<std::int64_t>(kForwardBlocks, (a.rows + kForwardWarps - 1) / kForwardWarps);
+  self_edge_forward_kernel<<<grid(a, blocks), dim3(32, kForwardWarps), 0, c.stream>>>(a);
   check_launch(kOp);
 }
 

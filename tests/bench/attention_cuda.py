@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The CUDA attention beside PyTorch's dense kernels (cuDNN and FlashAttention-2 through SDPA), measured in one run on one GPU.
+"""The CUDA attention beside PyTorch's dense kernels (cuDNN and FlashAttention-2 through SDPA), and for windows its FlexAttention (compiled, with a
+block mask), measured in one run on one GPU.
 
 usage: attention_cuda.py BINARY [options of the binary]
 
@@ -13,6 +14,7 @@ import time
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 H = 16
 
@@ -35,21 +37,38 @@ def median_ms(f, repeats=30, calls=1):
     return sorted(times)[repeats // 2]
 
 
-def sdpa(backend, batch, tokens, size):
+def measured(attention, batch, tokens, size):
+    """Milliseconds of attention(q, k, v): forward, forward and backward, and both with twenty calls in a row."""
     q, k, v = (torch.randn(batch, H, tokens, size, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     do = torch.randn(batch, H, tokens, size, device="cuda", dtype=torch.bfloat16)
 
-    def forward():
-        with sdpa_kernel(backend):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-
     def both():
         q.grad = k.grad = v.grad = None
-        forward().backward(do)
+        attention(q, k, v).backward(do)
+
+    def forward():
+        attention(q, k, v)
 
     with torch.no_grad():
         fwd, fwd_stream = median_ms(forward), median_ms(forward, 5, 20)
     return fwd, median_ms(both), fwd_stream, median_ms(both, 5, 20)
+
+
+def sdpa(backend):
+    def attention(q, k, v):
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return attention
+
+
+def flex(window, tokens):
+    def visible(b, h, i, j):
+        return (j <= i) & (i - j < window)
+
+    mask = create_block_mask(visible, None, None, tokens, tokens, device="cuda")
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask)
 
 
 def gemm_tflops(n=8192):
@@ -69,7 +88,7 @@ def main():
     for r in rows:
         key = (r["B"], r["T"], r["D"])
         if key not in baseline and r["T"] <= 16384:
-            baseline[key] = [sdpa(b, *key) for b in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)]
+            baseline[key] = [measured(sdpa(b), *key) for b in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)]
         row = f"{r['case']:22}{r['B']:3}{r['T']:7}{r['fwd_ms']:9.3f}{r['fwd_tflops']:9.0f}{r['both_ms']:9.3f}{r['both_tflops']:9.0f}{r['both_tflops'] / light:9.2f}{r['active_tiles']:7.3f}"
         if key in baseline:
             (cf, cb, *_), (ff, fb, *_) = baseline[key]
@@ -82,6 +101,15 @@ def main():
         if (key := (r["B"], r["T"], r["D"])) in baseline:
             row += f"{baseline[key][0][2]:16.3f}{baseline[key][0][3]:12.3f}"
         print(row)
+    print("\nwindows beside FlexAttention, ms: one at a time and twenty in a row; ratios above 1: the CUDA attention is faster")
+    print(f"{'case':22}{'B':>3}{'T':>7}{'fwd':>9}{'stream':>9}{'f+b':>9}{'stream':>9}{'Flex f':>9}{'stream':>9}{'f+b':>9}{'stream':>9}{'ratio':>7}{'f+b':>6}")
+    for r in rows:
+        if not r["window"]:
+            continue
+        ours = [r[k + t + "_ms"] for k in ("fwd", "both") for t in ("", "_stream")]
+        f, b, f_stream, b_stream = measured(flex(r["window"], r["T"]), r["B"], r["T"], r["D"])
+        theirs = (f, f_stream, b, b_stream)
+        print(f"{r['case']:22}{r['B']:3}{r['T']:7}" + "".join(f"{x:9.3f}" for x in (*ours, *theirs)) + f"{theirs[1] / ours[1]:7.2f}{theirs[3] / ours[3]:6.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 // The edge from each token to itself against its definition in double and its differences.
 
 #include <algorithm>
+#include <numeric>
 
 #include "tests/kernels/ops_testing.h"
 
@@ -28,11 +29,11 @@ struct Values {
 };
 struct Outputs {
   std::vector<double> o, z;
-  std::int64_t open = 0;  // edges with x > 0
+  std::vector<std::uint64_t> open;  // edges with x > 0, of each head
 };
 
 Outputs definition(const Case& c, const Values& in, const std::vector<double>& o, const std::vector<double>& z) {
-  Outputs out{o, z};
+  Outputs out{o, z, std::vector<std::uint64_t>(static_cast<std::size_t>(c.heads))};
   for (std::int64_t b = 0; b < c.batch; ++b)
     for (std::int64_t h = 0; h < c.heads; ++h)
       for (std::int64_t t = 0; t < c.tokens; ++t) {
@@ -42,7 +43,7 @@ Outputs definition(const Case& c, const Values& in, const std::vector<double>& o
         const auto head = static_cast<std::size_t>(h), row = static_cast<std::size_t>((b * c.heads + h) * c.tokens + t);
         const double x = in.scale[head] * (c.score == Score::fidelity ? s * s : s) + in.bias[head];
         const double weight = std::pow(std::max(0.0, x), gate_power(c.gate));
-        out.open += x > 0;
+        out.open[head] += x > 0;
         out.z[row] = z[row] + weight;
         for (std::int64_t d = 0; d < c.size; ++d) {
           const std::size_t at = output_at(c, b, h, t) + static_cast<std::size_t>(d);
@@ -56,6 +57,7 @@ Outputs definition(const Case& c, const Values& in, const std::vector<double>& o
 struct Problem {
   Case c;
   Floats qkv, scale, bias, o, z, d_o, dqkv, dscale, dbias;
+  Host<std::uint64_t> counters;
 
   explicit Problem(const Case& which)
       : c(which),
@@ -67,7 +69,8 @@ struct Problem {
         d_o(random_floats({c.batch, c.tokens, c.heads, c.size}, 6)),
         dqkv(random_floats({c.batch, c.tokens, 3, c.heads * c.size}, 7)),
         dscale(random_floats({c.heads}, 8)),
-        dbias(random_floats({c.heads}, 9)) {
+        dbias(random_floats({c.heads}, 9)),
+        counters({c.heads, kAttentionCounters}, 1000) {
     for (float& x : scale.values) x += 2.0f;
     for (float& x : z.values) x = 0.01f + std::abs(x);
     // q and k of about unit length, so that x is of the order of 1.
@@ -92,6 +95,7 @@ struct Problem {
     s.q = part(qkv, 0, first), s.k = part(qkv, 1, first), s.v = part(qkv, 2, first), s.o = rows(o, first);
     s.scale = scale.tensor().slice(first, count), s.bias = bias.tensor().slice(first, count);
     s.z = z.tensor().slice(c.batch * first * c.tokens, c.batch * count * c.tokens);
+    s.counters = counters.tensor().slice(first * kAttentionCounters, count * kAttentionCounters).view({count, kAttentionCounters});
     return s;
   }
   SelfEdge call() { return call(0, c.heads); }
@@ -120,10 +124,15 @@ TEST_P(SelfEdges, MatchTheDefinitionAndItsDifferences) {
       const auto o = p.o.doubles(), z = p.z.doubles();
       const Outputs exact = definition(c, in, o, z);
       if (c.tokens > 10 && score != Score::fidelity) {
-        EXPECT_GT(exact.open, 0) << "the case is to have open edges";
-        EXPECT_LT(exact.open, c.batch * c.heads * c.tokens) << "and closed ones";
+        const auto open = std::accumulate(exact.open.begin(), exact.open.end(), std::uint64_t{0});
+        EXPECT_GT(open, 0u) << "the case is to have open edges";
+        EXPECT_LT(open, static_cast<std::uint64_t>(c.batch * c.heads * c.tokens)) << "and closed ones";
       }
       ops().self_edge_forward(p.call());
+      for (std::int64_t h = 0; h < c.heads; ++h)
+        for (std::int64_t n = 0; n < kAttentionCounters; ++n)
+          EXPECT_EQ(p.counters[h * kAttentionCounters + n], 1000 + (n == kActiveEdges ? exact.open[static_cast<std::size_t>(h)] : 0))
+              << h << ", " << n;
       // A product of D terms, to the power p, relative to z.
       const double tolerance = 4 * (static_cast<double>(c.size) + 20) * kEpsilon;
       expect_close(p.o.values, exact.o, tolerance, "o");
@@ -197,6 +206,14 @@ TEST(SelfEdge, SomeHeadsAtATimeHaveTheBitsOfAll) {
   ops().self_edge_forward(parts.call(3, 1));
   EXPECT_EQ(parts.o, all.o);
   EXPECT_EQ(parts.z, stretched(all.z));
+  EXPECT_EQ(parts.counters, all.counters);
+
+  // Nobody has to count.
+  Problem uncounted(kCase);
+  SelfEdge s = uncounted.call();
+  s.counters = {};
+  ops().self_edge_forward(s);
+  EXPECT_EQ(uncounted.o, all.o);
 }
 
 TEST(SelfEdge, RefusesWrongArguments) {
@@ -209,6 +226,7 @@ TEST(SelfEdge, RefusesWrongArguments) {
   refused([](SelfEdge& s, auto&) { s.gate = Gate::softmax; });
   refused([](SelfEdge& s, auto&) { s.z = s.z.slice(1, s.z.numel() - 1); });
   refused([](SelfEdge& s, auto&) { s.bias = {}; });
+  refused([](SelfEdge& s, auto&) { s.counters = s.counters.slice(0, 5); });
   refused([](SelfEdge& s, auto&) { s.v.dtype = DType::bf16; });
   refused([](SelfEdge& s, auto&) { s.q.token = 3; });
   refused([](auto&, SelfEdgeBackward& g) { g.dk.data = nullptr; });

@@ -98,6 +98,7 @@ struct Head {
         z = a.epsilon + weights;
       if (self_bias) {
         const double s = dot(q[i], k[i]), weight = gate(c * (a.score == Score::fidelity ? s * s : s) + *self_bias);
+        if (weight > 0) ++active;
         z += weight;
         for (std::size_t d = 0; d < D; ++d) o[i][d] += weight * v[i][d];
       }

@@ -218,6 +218,7 @@ class Call {
       e.gate = f.math.gate;
       e.q = from_head(f.q, first), e.k = from_head(f.k, first), e.v = from_head(f.v, first), e.o = from_head(f.o, first);
       e.scale = heads_slice(f.scale, heads), e.bias = heads_slice(f.threshold, heads);
+      e.counters = counters_slice(f.counters, heads);
       e.z = Tensor(f.z.data, f.z.dtype, {f.z.numel()}).slice(rows * first, rows * heads.count);
       if (backward)
         ops.self_edge_backward({.forward = e,

@@ -201,6 +201,15 @@ TEST(Config, SelfEdges) {
   EXPECT_EQ(to_yaml(twin), to_yaml(parse_config("{}", "x", {"attention.gate=softmax"})));
   EXPECT_EQ(twin.notices.size(), 3u);  // beside those of the normalizer and the threshold
   EXPECT_TRUE(load_config("", {"attention.always.self=true", "parallel.sequence=2", "parallel.exchange=needed"}).notices.empty());
+  // A target must leave more than that edge: one of (context + 1) / 2.
+  const auto with = [](const char* target, const char* spread = "1") {
+    return load_config("", {"attention.always.self=true", "model.context=64", std::string("attention.threshold.target_edge_sparsity=") + target,
+                            std::string("attention.threshold.head_spread=") + spread});
+  };
+  with("0.96");
+  EXPECT_THROW(with("0.97"), ConfigError);
+  EXPECT_THROW(with("0.96", "4"), ConfigError);
+  EXPECT_NO_THROW(load_config("", {"model.context=64", "attention.threshold.target_edge_sparsity=0.99"}));
 }
 
 TEST(Config, AGpuNeedsNoGpuToBeConfigured) {

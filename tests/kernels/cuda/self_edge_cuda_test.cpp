@@ -74,13 +74,17 @@ struct Problem {
   double f(double s) const { return c.score == Score::fidelity ? s * s : s; }
   double argument(std::int64_t h, double s) const { return scale[h] * f(s) + bias[h]; }
 
-  void forward(Doubles& to_o, Doubles& to_z) const {
+  /// And how many edges are open, counters as the operation leaves them from 7 on.
+  Doubles forward(Doubles& to_o, Doubles& to_z) const {
     to_o = o, to_z = z;
+    Doubles counters(c.heads * kAttentionCounters, 7);
     for_each_edge([&](auto h, auto q, auto k, auto v, auto at, auto at_z) {
       const double x = argument(h, product(q, k)), weight = x > 0 ? std::pow(x, gate_power(c.gate)) : 0;
       to_z[at_z] = z[at_z] + weight;
       for (std::int64_t d = 0; d < c.size; ++d) to_o[at + d] = (z[at_z] * o[at + d] + weight * qkv[v + d]) / to_z[at_z];
+      counters[h * kAttentionCounters + kActiveEdges] += x > 0;
     });
+    return counters;
   }
   /// With o' and z' as the operation gets them.
   struct Gradients {
@@ -109,7 +113,7 @@ struct Problem {
 /// A call's memory.
 struct Memory {
   const Case c;
-  OnDevice qkv, o, d_o, dqkv, z, scale, bias, dscale, dbias;
+  OnDevice qkv, o, d_o, dqkv, z, scale, bias, dscale, dbias, counters;
 
   explicit Memory(const Problem& p)
       : c(p.c),
@@ -121,7 +125,8 @@ struct Memory {
         scale(DType::f32, {c.heads}, p.scale),
         bias(DType::f32, {c.heads}, p.bias),
         dscale(DType::f32, {c.heads}, p.dscale),
-        dbias(DType::f32, {c.heads}, p.dbias) {}
+        dbias(DType::f32, {c.heads}, p.dbias),
+        counters(DType::u64, {c.heads, kAttentionCounters}, Doubles(c.heads * kAttentionCounters, 7)) {}
 
   HeadsView part(const Tensor& packed, std::int64_t n, std::int64_t first_head) const {
     const std::int64_t width = c.heads * c.size;
@@ -138,6 +143,7 @@ struct Memory {
     e.q = part(qkv, 0, first), e.k = part(qkv, 1, first), e.v = part(qkv, 2, first), e.o = heads(o, first);
     e.scale = scale.tensor().slice(first, count), e.bias = bias.tensor().slice(first, count);
     e.z = z.tensor().slice(c.batch * first * c.tokens, c.batch * count * c.tokens);
+    e.counters = counters.tensor().slice(first * kAttentionCounters, count * kAttentionCounters).view({count, kAttentionCounters});
     return e;
   }
   SelfEdge forward() const { return forward(0, c.heads); }
@@ -156,13 +162,13 @@ TEST(CudaSelfEdge, ForwardMatchesTheDefinition) {
     const Problem p(c);
     Memory m(p);
     const auto run = [&] {
-      m.o.set(p.o), m.z.set(p.z);
+      m.o.set(p.o), m.z.set(p.z), m.counters.set(Doubles(c.heads * kAttentionCounters, 7));
       cuda::self_edge_forward(context(), m.forward());
-      return joined({&m.o, &m.z});
+      return joined({&m.o, &m.z, &m.counters});
     };
     run();
     Doubles o, z;
-    p.forward(o, z);
+    EXPECT_TRUE(m.counters.doubles() == p.forward(o, z)) << "open edges";
     expect_within_twice(m.o.doubles(), o, bf16(o), "o");
     expect_close(m.z.doubles(), z, 1e-5, "z");
     EXPECT_TRUE(m.qkv.doubles() == p.qkv) << "q, k, v were touched";
@@ -226,6 +232,7 @@ TEST(CudaSelfEdge, SomeHeadsAndSomeRowsHaveTheBitsOfAll) {
   cuda::self_edge_forward(context(), heads.forward(3, 2));
   EXPECT_TRUE(heads.o.bytes() == all.o.bytes());
   EXPECT_TRUE(heads.z.bytes() == all.z.bytes());
+  EXPECT_TRUE(heads.counters.bytes() == all.counters.bytes());
   // The last token alone, as generation has it, with z [B, H] of its own.
   Doubles z;
   for (int h = 0; h < 5; ++h) z.push_back(p.z[h * 13 + 12]);
@@ -252,6 +259,7 @@ TEST(CudaSelfEdge, RefusesWrongArguments) {
   refused([](SelfEdge& e, auto&) { e.gate = Gate::softmax; }, "softmax");
   refused([](SelfEdge& e, auto&) { e.shape.head_size = 12; }, "a head size of 12");
   refused([](SelfEdge& e, auto&) { e.bias = {}; }, "no bias");
+  refused([](SelfEdge& e, auto&) { e.counters = e.counters.slice(0, 5); }, "counters of another size");
   refused([](SelfEdge& e, auto&) { e.z = e.z.slice(0, 5); }, "z of another size");
   refused([](SelfEdge& e, auto&) { e.v.data = static_cast<Bf16*>(e.v.data) + 1; }, "v on no boundary of 16 bytes");
   refused([](auto&, SelfEdgeBackward& g) { g.dk.dtype = DType::f32; }, "dk in f32");
