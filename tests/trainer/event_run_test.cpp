@@ -78,7 +78,8 @@ class EventRunTest : public RunTest {
 };
 
 TEST_F(EventRunTest, ShowsWhatMetricsSay) {
-  const Result r = tessera_on(2, "train tiny.yaml --set run.dir=runs/a --set log.heads_every=8 --set tensorboard.histogram_every=5 --set attention.always.self=true");
+  const Result r = tessera_on(
+      2, "train tiny.yaml --set run.dir=runs/a --set log.heads_every=8 --set tensorboard.histogram_every=5 --set attention.always.self=true");
   ASSERT_EQ(r.code, 0) << r;
   ASSERT_EQ(event_files("a").size(), 1u);  // rank 0's
   expect_metrics("a", 24);
