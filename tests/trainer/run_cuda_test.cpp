@@ -139,8 +139,8 @@ TEST_F(RunCudaTest, SameLossesOnSeveralRanks) {
 // Every output of the attention has the bits of one rank's, and so has the first loss but for the order of its sum; with exchange ring outputs are
 // rounded sums in another order. Gradients of keys and values are sums over ranks, rounded to bf16 once (and in `needed` on their way): in the steep
 // part of its fall that moves the curve by some hundredths. With a GPU's roundings made on the CPU, as above, norms of gradients moved by up to 5e-5
-// of their size in step 1, 1e-3 by step 3, and later 0.3 with softmax, 0.06 with the sparse pattern, 0.7 with edges to itself; some three times that
-// is allowed.
+// of their size in step 1, 1e-3 by step 3, and later 0.3 with softmax and with four heads, 0.06 with the sparse pattern of two, 0.7 with edges to
+// itself, where losses moved by 0.03, 0.06, 0.01 and 0.04; some three times that is allowed.
 TEST_F(RunCudaTest, SequencesSharedByRanksGiveTheLossesOfOne) {
   struct Division {
     int ranks, shared;
@@ -148,7 +148,7 @@ TEST_F(RunCudaTest, SequencesSharedByRanksGiveTheLossesOfOne) {
   };
   struct Case {
     std::string options;
-    double loss, norm;  // tolerances: of the first loss, but with exchange ring; of late norms, as a share
+    double first_loss, loss, norm;  // tolerances: of the first loss, but with exchange ring; of losses; of late norms, as a share
     std::vector<Division> divisions;
   };
   const std::string longer = "--set model.context=320 --set train.tokens_per_step=1280 ";
@@ -158,11 +158,11 @@ TEST_F(RunCudaTest, SequencesSharedByRanksGiveTheLossesOfOne) {
   const std::vector<Division> all = {{2, 2, "contiguous", "needed"}, {4, 4, "balanced", "needed"}, {4, 2, "zigzag", "needed"},
                                      {2, 2, "balanced", "heads"},    {2, 2, "zigzag", "ring"},     {4, 4, "contiguous", "ring"}};
   int number = 0;
-  for (const auto& [options, loss, norm, divisions] :
-       {Case{"--set attention.gate=softmax ", 1e-5, 1, all},
-        Case{"--set attention.gate=softmax --set 'attention.pattern={window: {size: 70}}' ", 1e-5, 1, all}, Case{sparse, 1e-5, 0.2, all},
-        Case{fixed + "--set attention.always.self=true ", 1e-4, 2, {{4, 4, "balanced", "needed"}, {2, 2, "zigzag", "ring"}}},
-        Case{sparse + "--set model.heads=4 --set model.width=256 ", 1e-4, 0.2, {{4, 4, "balanced", "heads"}}}}) {
+  for (const auto& [options, first_loss, loss, norm, divisions] :
+       {Case{"--set attention.gate=softmax ", 1e-5, 0.1, 1, all},
+        Case{"--set attention.gate=softmax --set 'attention.pattern={window: {size: 70}}' ", 1e-5, 0.1, 1, all}, Case{sparse, 1e-5, 0.1, 0.2, all},
+        Case{fixed + "--set attention.always.self=true ", 1e-4, 0.15, 2, {{4, 4, "balanced", "needed"}, {2, 2, "zigzag", "ring"}}},
+        Case{sparse + "--set model.heads=4 --set model.width=256 ", 1e-4, 0.2, 1, {{4, 4, "balanced", "heads"}}}}) {
     const std::string one = fmt::format("one{}", ++number);
     ASSERT_EQ(train(one, longer + options).code, 0);
     for (const Division& d : divisions) {
@@ -173,10 +173,10 @@ TEST_F(RunCudaTest, SequencesSharedByRanksGiveTheLossesOfOne) {
                     fmt::format("--set parallel.sequence={} --set parallel.layout={} --set parallel.exchange={}", d.shared, d.layout, d.exchange),
                 d.ranks);
       ASSERT_EQ(r.code, 0) << name << r;
-      expect_near(name, one, "loss", 0.1);
-      expect_near(name, one, "validation_loss", 0.1);
+      expect_near(name, one, "loss", loss);
+      expect_near(name, one, "validation_loss", loss);
       expect_norms_near(name, one, 1e-3, 5e-3, norm);
-      EXPECT_NEAR(metrics(name)[0]["loss"].get<double>(), metrics(one)[0]["loss"].get<double>(), d.exchange == "ring" ? 1e-3 : loss) << name;
+      EXPECT_NEAR(metrics(name)[0]["loss"].get<double>(), metrics(one)[0]["loss"].get<double>(), d.exchange == "ring" ? 1e-3 : first_loss) << name;
     }
   }
 }
