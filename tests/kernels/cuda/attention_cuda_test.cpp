@@ -8,6 +8,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -113,6 +114,7 @@ struct Rounded {
   std::vector<double> o, dq, dk, dv;
   std::vector<double> dscale_error, dtau_error;  // [H]: root of the sum over rows of the squared error of each row's share
   std::vector<double> dscale_size, dtau_size;    // [H]: sum of the absolute terms
+  std::vector<std::uint64_t> undecided;          // [H]: edges so near to the gate's kink that fp32 may put them on its other side
 };
 Rounded with_roundings(const Problem& p, const reference::AttentionOutputs& exact) {
   const AttentionInputs& in = p.in;
@@ -122,6 +124,7 @@ Rounded with_roundings(const Problem& p, const reference::AttentionOutputs& exac
   Rounded r;
   r.o.assign(B * H * T * D, 0), r.dq = r.dk = r.dv = r.o;
   for (auto* v : {&r.dscale_error, &r.dtau_error, &r.dscale_size, &r.dtau_size}) v->assign(H, 0);
+  r.undecided.assign(H, 0);
   for (std::int64_t b = 0; b < B; ++b)
     for (std::int64_t h = 0; h < H; ++h)
       for (std::int64_t i = 0; i < T; ++i) {
@@ -134,6 +137,7 @@ Rounded with_roundings(const Problem& p, const reference::AttentionOutputs& exac
           if (!in.visible(b, h, i, j)) continue;
           x[j] = reference::edge_argument(in, b, h, i, j);
           top = std::max(top, x[j]);
+          r.undecided[h] += !softmax && std::abs(x[j]) <= 1e-5;
         }
         if (!softmax && in.math.normalizer == Normalizer::sum) {  // of the weights that the products take
           z = in.math.epsilon;
@@ -193,10 +197,27 @@ void expect_close(const std::vector<Bf16>& got, const std::vector<double>& exact
   EXPECT_LE(error, 2 * allowed + 1e-6 * largest + 1e-5) << what << ": largest value " << largest;
 }
 
-void compare(const Problem& p, CudaAttentionPath path, const std::string& what, CudaAttentionSchedule schedule = CudaAttentionSchedule::automatic) {
-  const auto exact = reference::attention_forward(p.in);
-  const auto gradient = reference::attention_backward(p.in, exact, p.d_o);
-  const Rounded maths = with_roundings(p, exact);
+struct Expected {
+  reference::AttentionOutputs exact;
+  reference::AttentionGradients gradient;
+  Rounded maths;
+  reference::AttentionTiles tiles;
+};
+Expected expected(const Problem& p) {
+  Expected e;
+  e.exact = reference::attention_forward(p.in);
+  e.gradient = reference::attention_backward(p.in, e.exact, p.d_o);
+  e.maths = with_roundings(p, e.exact);
+  e.tiles = reference::attention_tiles(p.in, 64, 64);
+  return e;
+}
+
+void expect_count(std::uint64_t found, std::uint64_t wanted, std::uint64_t undecided, const std::string& what) {
+  EXPECT_LE(std::max(found, wanted) - std::min(found, wanted), undecided) << what << ": " << found << ", expected " << wanted;
+}
+
+void compare(const Problem& p, const Expected& e, CudaAttentionPath path, const std::string& what, CudaAttentionSchedule schedule) {
+  const auto& [exact, gradient, maths, tiles] = e;
   const Result r = run(p, path, Visit::active, nullptr, schedule);
   const auto [B, H, T, D] = p.in.shape;
   expect_close(r.o, exact.o, maths.o, what + " o");
@@ -214,26 +235,29 @@ void compare(const Problem& p, CudaAttentionPath path, const std::string& what, 
   } else {
     EXPECT_LE(z_error, 1e-5 * z_largest + 1e-5) << what << " z";
   }
+  std::uint64_t undecided = 0;
   for (std::int64_t h = 0; h < H; ++h) {
     // Sums over B T rows whose errors are independent: four standard deviations, and what fp32 products and sums leave (some 2^-19 of the terms'
     // sizes, and of the products of size 100 that cancel in them).
     EXPECT_NEAR(r.dscale[h], gradient.dscale[h], 4 * maths.dscale_error[h] + 2e-6 * maths.dscale_size[h] + 1e-4) << what << " dscale of head " << h;
     EXPECT_NEAR(r.dtau[h], gradient.dtau[h], 4 * maths.dtau_error[h] + 2e-6 * maths.dtau_size[h] + 1e-4) << what << " dtau of head " << h;
-  }
-  const auto tiles = reference::attention_tiles(p.in, 64, 64);
-  for (std::int64_t h = 0; h < H; ++h) {
     const std::uint64_t* c = r.counters.data() + h * kAttentionCounters;
     EXPECT_EQ(c[kVisibleEdges], exact.visible_edges[h]) << what;
     EXPECT_EQ(c[kVisibleTiles], tiles.visible_tiles[h]) << what;
-    if (exact.nearest_kink > 1e-5) {  // else rounding may decide
-      EXPECT_EQ(c[kActiveEdges], exact.active_edges[h]) << what;
-      EXPECT_EQ(c[kActiveTiles], tiles.active_tiles[h]) << what;
-      EXPECT_EQ(c[kEmptyRows], exact.empty_rows[h]) << what;
-    }
+    // An undecided edge moves each count by one at most.
+    expect_count(c[kActiveEdges], exact.active_edges[h], maths.undecided[h], what + " active edges");
+    expect_count(c[kActiveTiles], tiles.active_tiles[h], maths.undecided[h], what + " active tiles");
+    expect_count(c[kEmptyRows], exact.empty_rows[h], maths.undecided[h], what + " empty rows");
+    undecided += maths.undecided[h];
   }
-  if (exact.nearest_kink > 1e-5) {
-    EXPECT_EQ(r.bitmap, tiles.bitmap) << what;
-  }
+  ASSERT_EQ(r.bitmap.size(), tiles.bitmap.size()) << what;
+  std::uint64_t differ = 0;
+  for (std::size_t n = 0; n < r.bitmap.size(); ++n) differ += std::popcount(r.bitmap[n] ^ tiles.bitmap[n]);
+  expect_count(differ, 0, undecided, what + " bits of the bitmap that differ");
+}
+
+void compare(const Problem& p, CudaAttentionPath path, const std::string& what, CudaAttentionSchedule schedule = CudaAttentionSchedule::automatic) {
+  compare(p, expected(p), path, what, schedule);
 }
 
 TEST(CudaAttention, MatchesTheDefinitionInEveryCombination) {
@@ -241,6 +265,27 @@ TEST(CudaAttention, MatchesTheDefinitionInEveryCombination) {
   for_every_combination({1, 17, 64, 65, 130, 200}, [](const Problem& p, CudaAttentionPath path, unsigned n, const std::string& what) {
     compare(p, path, what, n / 2 % 2 ? CudaAttentionSchedule::block_a_band : CudaAttentionSchedule::persistent);
   });
+}
+
+// 18 key tiles: every stage of a ring (8 at most) is filled more than once within a band. Documents are long enough for that too (4 and 5 stages with
+// head size 128). With epsilon 1 no gradient is so large that its rounding would hide a lost tile: leaving out one of a query's is 2.5 to 20 times
+// the tolerance.
+TEST(CudaAttention, MatchesTheDefinitionOverLongLists) {
+  NEEDS_GPU();
+  for (const std::int64_t D : {64, 128})
+    for (const auto gate : {Gate::relu2, Gate::softmax})
+      for (const bool documents : {false, true}) {
+        const AttentionMath math{.gate = gate, .epsilon = 1};
+        const AttentionShape shape{1, 3, 1100, D};
+        const Problem p = make_problem(shape, math, {is_causal, strided, holes}, documents, 0.8, 91, 600);
+        const Expected e = expected(p);
+        for (const auto path : paths())
+          for (const auto schedule : {CudaAttentionSchedule::block_a_band, CudaAttentionSchedule::persistent})
+            compare(p, e, path,
+                    describe(math, shape, path) + (documents ? " documents" : "") +
+                        (schedule == CudaAttentionSchedule::persistent ? " persistent" : " a block a band"),
+                    schedule);
+      }
 }
 
 TEST(CudaAttention, LengthBetaThreshold) {

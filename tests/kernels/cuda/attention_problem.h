@@ -44,7 +44,9 @@ inline std::vector<double> random_bf16(std::mt19937& rng, std::int64_t rows, std
   return v;
 }
 
-inline Problem make_problem(AttentionShape shape, AttentionMath math, std::vector<Pattern> patterns, bool documents, double tau, unsigned seed) {
+/// document_tokens: of a document, in the mean.
+inline Problem make_problem(AttentionShape shape, AttentionMath math, std::vector<Pattern> patterns, bool documents, double tau, unsigned seed,
+                            unsigned document_tokens = 48) {
   std::mt19937 rng(seed);
   Problem p;
   const std::int64_t rows = shape.batch * shape.heads * shape.tokens;
@@ -62,7 +64,7 @@ inline Problem make_problem(AttentionShape shape, AttentionMath math, std::vecto
     for (std::int64_t b = 0; b < shape.batch; ++b) {
       std::int32_t start = 0;
       for (std::int64_t t = 0; t < shape.tokens; ++t) {
-        if (t && rng() % 48 == 0) start = static_cast<std::int32_t>(t);
+        if (t && rng() % document_tokens == 0) start = static_cast<std::int32_t>(t);
         p.document_start.push_back(start);
       }
     }
