@@ -68,9 +68,16 @@ setsid mpirun "${arguments[@]}" "$binary" train "$@" &
 job=$!
 # shellcheck disable=SC2317  # the trap calls it
 stop() {
-  if [ -z "${stopping:-}" ]; then stopping=1; kill -USR1 "$job"; else kill -TERM "$job"; fi
+  if [ -z "${stopping:-}" ]; then
+    stopping=1
+    printf '\ntrain.sh: %s: the ranks finish their step and write a checkpoint; once more ends them at once\n' "$1" >&2
+    kill -USR1 "$job"
+  else
+    kill -TERM "$job"
+  fi
 }
-trap stop INT TERM
+trap 'stop Ctrl-C' INT
+trap 'stop SIGTERM' TERM
 status=0
 while kill -0 "$job" 2>/dev/null; do
   status=0

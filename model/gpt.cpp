@@ -70,7 +70,7 @@ SequenceSplit split_of(const Gpt::Options& options, const HostTiles& tiles) {
   const SequencePart& part = options.sequence;
   if (part.rank < 0 || part.rank >= part.ranks) throw std::logic_error(fmt::format("Gpt: rank {} of {} of a sequence", part.rank, part.ranks));
   if (part.ranks == 1) return {options.tokens, options.tokens, {{0}}};
-  return split_sequence(part.layout, options.tokens, part.ranks, tiles);
+  return split_sequence(part.layout, options.tokens, part.ranks, tiles, *options.device);
 }
 
 std::unique_ptr<SharedAttention> shared_attention(const ModelConfig& config, Gpt::Options& options, const SequenceSplit& split,

@@ -145,7 +145,8 @@ std::vector<std::int32_t> SequenceSplit::owners() const {
   return result;
 }
 
-SequenceSplit split_sequence(SequenceLayout layout, std::int64_t tokens, int ranks, const std::vector<std::shared_ptr<const TileMap>>& layers) {
+SequenceSplit split_sequence(SequenceLayout layout, std::int64_t tokens, int ranks, const std::vector<std::shared_ptr<const TileMap>>& layers,
+                             DeviceKind device) {
   if (tokens < 1) throw std::invalid_argument(fmt::format("a sequence of {} tokens; there must be at least one", tokens));
   if (ranks < 1) throw std::invalid_argument(fmt::format("a sequence over {} ranks; there must be at least one", ranks));
   if (layers.empty()) throw std::invalid_argument("a sequence split for no layer: the tiles are not known");
@@ -166,10 +167,11 @@ SequenceSplit split_sequence(SequenceLayout layout, std::int64_t tokens, int ran
     const std::int64_t most = layout == SequenceLayout::zigzag ? std::max<std::int64_t>(1, split.block_count() / 2) : split.block_count();
     throw std::invalid_argument(fmt::format(
         "{} tokens over {} ranks: tiles of {} x {} make {} block{} of {} tokens, and {} needs {}. Possible: at most {} rank{} to a sequence "
-        "(parallel.sequence, --sequence), {}a sequence of at least {} tokens (model.context, --context), or smaller tiles (attention.tile)",
+        "(parallel.sequence, --sequence), {}{}a sequence of at least {} tokens (model.context, --context){}",
         tokens, ranks, first.tile_query, first.tile_key, split.block_count(), split.block_count() == 1 ? "" : "s", split.block,
         layout == SequenceLayout::zigzag ? "a zigzag layout" : "a layout", parts, most, most == 1 ? "" : "s",
-        split.block_count() >= ranks ? "another parallel.layout, " : "", (parts - 1) * split.block + 1));
+        split.block_count() >= ranks ? "another parallel.layout, " : "", device == DeviceKind::cuda ? "or " : "", (parts - 1) * split.block + 1,
+        device == DeviceKind::cuda ? "" : ", or smaller tiles (attention.tile)"));
   }
   if (ranks == 1)
     split.blocks = even_parts(split.block_count(), 1);

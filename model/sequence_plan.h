@@ -12,6 +12,7 @@
 #include <memory>
 #include <vector>
 
+#include "kernels/device.h"
 #include "kernels/tiles.h"
 
 namespace tessera {
@@ -48,7 +49,9 @@ struct SequenceSplit {
 /// `layers` are the tile maps of the layers over the whole sequence (equal ones may be the same pointer), with equal tiles; only `balanced` reads
 /// their lists. Time grows with the listed tiles.
 /// Throws std::invalid_argument, saying which numbers would do, when there are fewer blocks than parts, and for maps that fit no such sequence.
-SequenceSplit split_sequence(SequenceLayout layout, std::int64_t tokens, int ranks, const std::vector<std::shared_ptr<const TileMap>>& layers);
+/// `device`: only what an error proposes depends on it (a GPU has tiles of one size).
+SequenceSplit split_sequence(SequenceLayout layout, std::int64_t tokens, int ranks, const std::vector<std::shared_ptr<const TileMap>>& layers,
+                             DeviceKind device = DeviceKind::cpu);
 
 /// A key tile of one head.
 struct HeadTile {

@@ -77,6 +77,7 @@ OpenCheckpoint::OpenCheckpoint(const std::string& path, Use use, const Options& 
     model = std::make_unique<Gpt>(config.model, *ops, plan, options);
     if (use == Use::evaluate) batch = std::make_unique<BatchBuffer>(plan, micro_batch, std::ssize(model->positions()));
   });
+  check_head_size(host, *ops, config.model.heads, config.model.width);
   check_exchange(host, comm ? *comm : host, *ops, exchange_partners(ranks, model->options().sequence.exchange));
   if (host.size() > 1) check_memory(host, *ops, plan.total_bytes());  // alone, allocate() itself looks
   agree(host, [&] {

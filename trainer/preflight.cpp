@@ -19,6 +19,8 @@
 
 #ifdef TESSERA_HAS_CUDA
 #include "kernels/comm/nccl.h"
+#include "kernels/cuda/attention/attention.h"
+#include "kernels/cuda/ops.h"
 #endif
 
 namespace tessera {
@@ -26,13 +28,6 @@ namespace {
 
 constexpr double kGiB = 1 << 30;
 constexpr std::int64_t kProbe = 1000;  // elements a rank
-
-/// Ranks that the launcher says it started; 0 when it says nothing.
-int launched_ranks() {
-  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"})
-    if (const char* text = std::getenv(name)) return std::atoi(text);
-  return 0;
-}
 
 std::string build(const Ops& ops) {
   std::string text = "tessera " TESSERA_VERSION;
@@ -147,6 +142,12 @@ void check_device(const PreflightRequest& r) {
 
 }  // namespace
 
+int launched_ranks() {
+  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"})
+    if (const char* text = std::getenv(name)) return std::atoi(text);
+  return 0;
+}
+
 std::string host_name() {
   char name[256] = "";
   gethostname(name, sizeof name - 1);
@@ -207,6 +208,25 @@ std::string memory_problem(const std::vector<MemoryClaim>& ranks) {
   return "";
 }
 
+std::string head_size_problem(std::int64_t heads, std::int64_t width, std::size_t needed, const std::string& device, std::size_t has) {
+  if (needed <= has) return "";
+  return fmt::format(
+      "model.heads {} of model.width {} are heads of {}: a block of their attention takes {} KiB of shared memory, and {} has {} KiB. "
+      "Use heads of 64 (model.heads {}), or a GPU of compute capability 8.0, 9.0 or 10.0",
+      heads, width, width / heads, needed >> 10, device, has >> 10, width / 64);
+}
+
+void check_head_size(Communicator& host, Ops& ops, std::int64_t heads, std::int64_t width) {
+  std::string mine;
+#ifdef TESSERA_HAS_CUDA
+  if (ops.kind() == DeviceKind::cuda)
+    mine = head_size_problem(heads, width, cuda_attention_shared_bytes(width / heads), device_text(ops) + ", " + ops.device_name() + ",",
+                             cuda_shared_bytes(ops));
+#endif
+  (void)ops, (void)heads, (void)width;
+  for (const std::string& problem : all_gather(host, mine)) stop_on(host, problem);  // ranks may have GPUs of several kinds
+}
+
 void check_memory(Communicator& host, Ops& ops, std::size_t planned_bytes) {
   std::vector<MemoryClaim> claims;
   for (const std::string& text : all_gather(host, fmt::format("{} {} {} {}", planned_bytes, ops.memory_available(), machine(), device_text(ops))))
@@ -252,6 +272,7 @@ void check_exchange(Communicator& host, Communicator& device, Ops& ops, const st
 void preflight(const PreflightRequest& r) {
   stop_on(r.host, launch_problem(launched_ranks(), r.host.size(), sum_of_ones(r.host)));
   stop_on(r.host, build_problem(all_gather(r.host, build(r.ops)), all_gather(r.host, host_name())));
+  if (r.heads > 0) check_head_size(r.host, r.ops, r.heads, r.width);
   check_device(r);
   check_exchange(r.host, r.device, r.ops, r.partners);
   check_memory(r.host, r.ops, r.planned_bytes);

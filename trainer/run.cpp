@@ -144,7 +144,13 @@ void Trainer::prepare() {
   device_ = std::make_unique<Device>(config_.device, threads, config_.parallel, comm_);
   Ops& ops = device_->ops();
   agree(comm_, [&] { state_ = std::make_unique<TrainState>(config_, ops, rank, ranks, ranks_.place); });
-  preflight({comm_, device_->comm(), ops, state_->plan.total_bytes(), exchange_partners(ranks_, state_->model.options().sequence.exchange)});
+  preflight({.host = comm_,
+             .device = device_->comm(),
+             .ops = ops,
+             .planned_bytes = state_->plan.total_bytes(),
+             .heads = config_.model.heads,
+             .width = config_.model.width,
+             .partners = exchange_partners(ranks_, state_->model.options().sequence.exchange)});
   agree(comm_, [&] {
     state_->plan.allocate(ops);
     state_->bind(ops, device_->comm(), ranks_.members);

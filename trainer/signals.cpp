@@ -50,7 +50,7 @@ const char* StopSignals::name() const {
   switch (received) {
     case SIGTERM: return "SIGTERM";
     case SIGINT: return "SIGINT";
-    case SIGUSR1: return "SIGUSR1";
+    case SIGUSR1: return "a request (SIGUSR1)";  // train.sh and sweeps pass Ctrl-C and SIGTERM on so
     case SIGHUP: return "SIGHUP";
     case SIGCONT: return "mpirun";
     default: return "";

@@ -234,6 +234,15 @@ Json simulate(const Config& config, const std::vector<int>& gpus, int sequence, 
     }
   }
 
+  if (steps.empty()) {
+    std::string reasons;
+    for (const Json& out : left_out) {
+      const std::string layout = out["layout"].get<std::string>(), exchange = out["exchange"].is_null() ? "any" : out["exchange"].get<std::string>();
+      reasons += fmt::format("; {} GPUs, layout {}, exchange {}: {}", out["gpus"].get<int>(), layout, exchange, out["reason"].get<std::string>());
+    }
+    throw ConfigError("--simulate has nothing to predict, as no layout is possible" + reasons);
+  }
+
   Json assumptions = Json::array();
   const SimulatedRates defaults;
   const SimulatedCluster usual;

@@ -78,7 +78,8 @@ void set_rate(SimulatedRates& rates, const std::string& assignment);
 
 /// As `tessera plan --simulate --json` prints it: "assumptions": [{"name", "value", "source"}], "steps": one for every number of GPUs, layout and
 /// exchange, and "left_out": those that cannot be, with the reason. `sequence`: ranks of a sequence; 0: parallel.sequence, or where that is 1 as many
-/// as a node has. Throws ConfigError for a device other than cuda and for ranks that do not divide the GPUs, saying which would.
+/// as a node has. Throws ConfigError for a device other than cuda and for ranks that do not divide the GPUs, saying which would; and
+/// where none can be, with the reasons.
 nlohmann::ordered_json simulate(const Config& config, const std::vector<int>& gpus, int sequence, SimulatedCluster cluster,
                                 const SimulatedRates& rates);
 

@@ -4,8 +4,8 @@
 
 namespace tessera {
 
-TrainStep::TrainStep(TrainState& state, Ops& ops, Communicator& comm)
-    : state_(state), ops_(ops), comm_(comm), records_(state.model.options().sequence.ranks == 1) {
+TrainStep::TrainStep(TrainState& state, Ops& ops, Communicator& comm, bool records)
+    : state_(state), ops_(ops), comm_(comm), records_(records && state.model.options().sequence.ranks == 1) {
   Gpt::Hooks hooks;
   hooks.before_forward = [this](int block) { state_.optimizer.await(block); };
   hooks.after_backward = [this](int block) {
@@ -45,8 +45,8 @@ void TrainStep::micro_batch(const HostBatch& host, float scale, bool first, bool
     ops_.add_sum(state_.plan[state_.sums].slice(1, 1), state_.model.losses().slice(0, host.batch * host.tokens));
   };
   // The first pass waits for the weights of other ranks, the last begins to reduce gradients, each block by block: such a pass is put together anew.
-  // Every other one is the same work in the same memory as the one before it; where the device records, it is asked for it in one call. That
-  // pays always: recording takes about as long as calling once, and what it saves grows the smaller the model is.
+  // Every other one is the same work in the same memory as the one before it; where the device records, it is asked for it in one call. Recording
+  // takes about as long as calling once; `tessera bench step --no-graph` shows what it saves.
   if (comm_.size() > 1 && (first || last)) {
     reducing_ = last;
     work();

@@ -16,8 +16,9 @@ namespace tessera {
 
 class TrainStep {
  public:
-  /// Of a state that is bound to the same `ops` and `comm`; sets the model's hooks. All must live longer.
-  TrainStep(TrainState& state, Ops& ops, Communicator& comm);
+  /// Of a state that is bound to the same `ops` and `comm`; sets the model's hooks. All must live longer. records: micro-batches are recorded and
+  /// replayed where the device can.
+  TrainStep(TrainState& state, Ops& ops, Communicator& comm, bool records = true);
   ~TrainStep();
   TrainStep(const TrainStep&) = delete;
   TrainStep& operator=(const TrainStep&) = delete;

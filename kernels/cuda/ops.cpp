@@ -133,6 +133,7 @@ class CudaOps final : public Ops {
     return free - std::min(free, kReservedBytes);
   }
   double peak_flops() const override { return peak_flops_of(name_); }
+  std::size_t shared_bytes() const { return static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device_)); }
   std::size_t memory_used() const { return memory().total - memory().free; }
 
   void* allocate(std::size_t bytes) override {
@@ -352,6 +353,7 @@ std::shared_ptr<void> cuda_check_after_waits(Ops& ops, std::function<void()> che
   return kept;
 }
 
+std::size_t cuda_shared_bytes(Ops& ops) { return cuda_ops(ops, "cuda_shared_bytes").shared_bytes(); }
 std::size_t cuda_memory_used(Ops& ops) { return cuda_ops(ops, "cuda_memory_used").memory_used(); }
 
 }  // namespace tessera

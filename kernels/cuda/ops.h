@@ -35,6 +35,9 @@ cudaStream_t cuda_stream(Ops& ops);
 /// handle lives: for those whose work on the stream may end with garbage. `check` returns only when all is well.
 std::shared_ptr<void> cuda_check_after_waits(Ops& ops, std::function<void()> check);
 
+/// Bytes of shared memory that a block may take on the device of a cuda Ops.
+std::size_t cuda_shared_bytes(Ops& ops);
+
 /// Bytes in use on the device of a cuda Ops, by every process (cudaMemGetInfo).
 std::size_t cuda_memory_used(Ops& ops);
 

@@ -73,7 +73,8 @@ TEST(BenchCommand, StepTimesWholeSteps) {
   EXPECT_EQ(r["edge_sparsity"], 1.0);
   EXPECT_EQ(r["tile_skip_rate"], 1.0);
   EXPECT_FALSE(r.contains("mfu"));  // of a device whose peak nobody said
-  const Outcome text = run_tessera("bench step --seconds 0.01 --steps 3" + kSmall);
+  EXPECT_EQ(r["recorded"], false);  // there are no CUDA graphs on a processor
+  const Outcome text = run_tessera("bench step --seconds 0.01 --steps 3 --no-graph" + kSmall);
   EXPECT_EQ(text.code, 0) << text.err;
   EXPECT_TRUE(has(text.out, "whole steps")) << text.out;
 }
@@ -142,6 +143,8 @@ TEST(BenchCommand, NumbersOutOfRangeAreTwo) {
   }
 }
 
+TEST(BenchCommand, AFlagTakesNoValue) { EXPECT_EQ(run_tessera("bench step --no-graph=perhaps").code, 2); }
+
 TEST(BenchCommand, ProductsThatTheGpuDoesNotComputeAreTwo) {
   for (const char* size : {"--width 30", "--vocabulary 100"}) {
     const Outcome outcome = run_tessera(std::string("bench gemm --device cuda ") + size);
@@ -185,6 +188,10 @@ TEST(BenchCommand, OnAGpu) {
     EXPECT_GT(step["mfu"].get<double>(), 0);
     EXPECT_LT(step["mfu"].get<double>(), 1);
   }
+  EXPECT_EQ(step["recorded"], true);
+  const Json calls = json_of("bench step --device cuda --seconds 0.05 --steps 3 --no-graph" + kSmall);
+  expect_consistent(calls, "cuda");
+  EXPECT_EQ(calls["recorded"], false);
   const Json attention = json_of("bench attention --device cuda --tokens 4096 --heads 4 --active-share 0.1 --seconds 0.01");
   ASSERT_TRUE(attention.is_object());
   EXPECT_EQ(attention["same_bits"], true);

@@ -82,6 +82,11 @@ TEST(PlanSimulate, Errors) {
   const std::string simulate = kLong + " --simulate --context 8192";
   expect_usage_error(run_tessera(simulate + " --ranks 2"), "--ranks");
   expect_usage_error(run_tessera(simulate + " --gpus 8,x"), "--gpus");
+  for (const char* numbers : {"8,,64", ",8", "8,", "'8 64'", "0", "8,2000000", "''"})
+    expect_usage_error(run_tessera(simulate + " --gpus " + numbers), "--gpus ", "whole numbers from 1 to 1048576");
+  const Outcome none = run_tessera(simulate + " --gpus 256 --sequence 256");  // 8192 tokens are 128 blocks
+  expect_usage_error(none, "no layout is possible; 256 GPUs, layout contiguous", "at most 128 ranks");
+  EXPECT_FALSE(has(none.err, "smaller tiles")) << "device cuda has one size\n" << none.err;
   expect_usage_error(run_tessera(simulate + " --gpus 12 --sequence 8"), "--gpus 12", "8 or 16");
   expect_usage_error(run_tessera(simulate + " --link-gbps 0"), "--link-gbps");
   expect_usage_error(run_tessera(simulate + " --latency-us nan"), "--latency-us");

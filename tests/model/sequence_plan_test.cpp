@@ -388,6 +388,16 @@ TEST(SequencePlan, ErrorsSayWhichNumbersWouldDo) {
   EXPECT_EQ(message(SequenceLayout::contiguous, 100, 5, {whole}),
             "100 tokens over 5 ranks: tiles of 16 x 32 make 4 blocks of 32 tokens, and a layout needs 5. Possible: at most 4 ranks to a sequence "
             "(parallel.sequence, --sequence), a sequence of at least 129 tokens (model.context, --context), or smaller tiles (attention.tile)");
+  try {
+    split_sequence(SequenceLayout::zigzag, 100, 3, {whole}, DeviceKind::cuda);
+    ADD_FAILURE() << "four blocks make no six parts";
+  } catch (const std::invalid_argument& e) {
+    const std::string text = e.what();
+    EXPECT_TRUE(
+        text.ends_with("at most 2 ranks to a sequence (parallel.sequence, --sequence), another parallel.layout, or a sequence of at least 161 "
+                       "tokens (model.context, --context)"))
+        << text;
+  }
   EXPECT_EQ(message(SequenceLayout::zigzag, 100, 2, {whole}), "");
   for (const char* part : {"at most 2 ranks to", "another parallel.layout", "a sequence of at least 161 tokens"})
     EXPECT_NE(message(SequenceLayout::zigzag, 100, 3, {whole}).find(part), std::string::npos) << part;

@@ -105,7 +105,7 @@ TEST(Preflight, TriesTheConnectionsOfRanksThatShareSequences) {
   std::mutex mutex;
   std::multiset<std::uint64_t> sent;
   auto all = errors(4, [&](Communicator& comm, Ops& ops) {
-    preflight({comm, comm, ops, 1 << 20, neighbours(comm)});
+    preflight({.host = comm, .device = comm, .ops = ops, .planned_bytes = 1 << 20, .partners = neighbours(comm)});
     const std::lock_guard lock(mutex);
     sent.insert(comm.sent_bytes());
   });
@@ -114,7 +114,7 @@ TEST(Preflight, TriesTheConnectionsOfRanksThatShareSequences) {
 
   all = errors(4, [&](Communicator& comm, Ops& ops) {
     Wrong wrong(comm, 0, 0, comm.rank() == 2 ? 1.0f : 0.0f);
-    preflight({comm, wrong, ops, 0, neighbours(comm)});
+    preflight({.host = comm, .device = wrong, .ops = ops, .partners = neighbours(comm)});
   });
   ASSERT_EQ(all.count(*all.begin()), 4u) << "the ranks throw alike";
   expect_line(*all.begin(), {"preflight: ", "rank 3 sent 1013 to rank 2 on host ", "and 1014 arrived", "MPI corrupts data"});
@@ -132,6 +132,16 @@ TEST(Preflight, NamesTheFirstRankOfAnotherBuild) {
   EXPECT_EQ(build_problem({"a", "a", "a"}, {"h0", "h0", "h1"}), "");
   expect_line(build_problem({"tessera 2", "tessera 2", "tessera 1"}, {"h0", "h0", "h1"}),
               {"rank 2 on host h1 is tessera 1", "rank 0 on host h0 is tessera 2", "the same build"});
+}
+
+TEST(Preflight, NamesTheGpuWithoutTheSharedMemoryForHeadsOf128) {
+  const std::size_t kib = 1024;
+  for (const std::size_t has : {161 * kib, 163 * kib, 227 * kib}) EXPECT_EQ(head_size_problem(8, 1024, 161 * kib, "GPU 0", has), "");
+  expect_line(head_size_problem(8, 1024, 161 * kib, "GPU 0 of host a", 99 * kib),
+              {"model.heads 8 of model.width 1024 are heads of 128", "takes 161 KiB of shared memory", "GPU 0 of host a has 99 KiB",
+               "heads of 64 (model.heads 16)", "8.0, 9.0 or 10.0"});
+  const auto all = errors(2, [](Communicator& comm, Ops& ops) { preflight({.host = comm, .device = comm, .ops = ops, .heads = 8, .width = 1024}); });
+  EXPECT_EQ(all.count(""), 2u) << *all.rbegin();
 }
 
 TEST(Preflight, NamesTheDeviceWithoutEnoughMemory) {

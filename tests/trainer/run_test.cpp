@@ -267,6 +267,9 @@ TEST_F(RunTest, GenerationThatCannotBeIsTwo) {
                               "--batch 0", "--batch 17", "--samples 0"})
     error("--prompt x --tokens 3 " + std::string(mistake), std::string(mistake).substr(0, 6));
   error("--tokens 3", "--prompt TEXT or --prompts FILE");
+  const Result two = tessera_on(2, "generate runs/a --prompt x --tokens 3");
+  EXPECT_EQ(two.code, 2) << two;
+  EXPECT_EQ(two.count("generate computes on one rank, and the launcher started 2: run it without mpirun"), 1) << two;
   error("--tokens 3 --prompt x --prompt-key y", "--prompt-key");
   error("--tokens 3 --prompts none.txt", "none.txt");
   error("--tokens 3 --prompts empty.txt", "found none");

@@ -30,7 +30,7 @@ struct Options : BenchOptions {
   std::string file;
   std::vector<std::string> sets;
   int steps = 0;
-  bool profile = false;
+  bool profile = false, no_graph = false;
 };
 
 /// Tokens without meaning: the work of a step depends on them only through the attention's sparsity.
@@ -52,8 +52,8 @@ HostBatch synthetic_batch(const Config& c, std::uint64_t number) {
 
 /// A training state and its steps, all on the device.
 struct Problem {
-  Problem(const Config& config, Ops& device)
-      : c(config), ops(device), comm(make_single_communicator()), state(c, ops, 0, 1), step(state, ops, *comm) {
+  Problem(const Config& config, Ops& device, bool records)
+      : c(config), ops(device), comm(make_single_communicator()), state(c, ops, 0, 1), step(state, ops, *comm, records) {
     state.plan.allocate(ops);
     state.bind(ops, *comm);
     state.initialize(c.run.seed);
@@ -101,7 +101,7 @@ double whole_step_ms(Problem& p, int least, double seconds, int& measured) {
 }
 
 Json measure(const Options& o, const Config& c, Ops& ops) {
-  Problem p(c, ops);
+  Problem p(c, ops, !o.no_graph);
   const Batch batch = p.state.batch.upload(ops, p.batches[0]);
   const auto micro_batch = [&] { p.state.model.forward_backward(batch, p.scale()); };
   p.state.model.zero_counters();
@@ -112,7 +112,7 @@ Json measure(const Options& o, const Config& c, Ops& ops) {
 
   const double seconds = o.steps > 0 ? std::min(1.0, o.seconds) : o.seconds;
   const double forward_ms = time_ms(ops, seconds, [&] { p.state.model.forward(batch); });
-  const auto recorded = ops.record(micro_batch);  // as a run does it, where the device records
+  const auto recorded = o.no_graph ? nullptr : ops.record(micro_batch);  // as a run does it, where the device records
   const double micro_batch_ms = time_ms(ops, seconds, [&] { recorded ? recorded->replay() : micro_batch(); });
   p.whole_step();
   const double update_ms = time_ms(ops, seconds, [&] {
@@ -144,6 +144,7 @@ Json measure(const Options& o, const Config& c, Ops& ops) {
             {"micro_batches", p.micro_batches()},
             {"forward_ms", forward_ms},
             {"micro_batch_ms", micro_batch_ms},
+            {"recorded", recorded != nullptr},  // a micro-batch's work, and replayed
             {"update_ms", update_ms},
             {"step_ms", step_ms},
             {"steps_measured", steps},  // 0: step_ms is the sum of its parts
@@ -172,8 +173,8 @@ void print(const Json& r) {
              r.contains("used_bytes") ? fmt::format(", {:.2f} GiB in use on the device, by all processes", number("used_bytes") / (1 << 30)) : "");
   fmt::print("step             {:.1f} ms for {} tokens, {}\n", number("step_ms"), integer("tokens_per_step"),
              integer("steps_measured") > 0 ? fmt::format("median of {} whole steps", integer("steps_measured")) : "from its parts:");
-  fmt::print("  micro-batch    {:.2f} ms for {} tokens ({} a step): forward {:.2f} ms, the rest backward\n", number("micro_batch_ms"),
-             integer("micro_batch_tokens"), integer("micro_batches"), number("forward_ms"));
+  fmt::print("  micro-batch    {:.2f} ms for {} tokens ({} a step{}): forward {:.2f} ms, the rest backward\n", number("micro_batch_ms"),
+             integer("micro_batch_tokens"), integer("micro_batches"), r["recorded"].get<bool>() ? ", as a CUDA graph" : "", number("forward_ms"));
   fmt::print("  update         {:.2f} ms\n", number("update_ms"));
   fmt::print("speed            {:.0f} tokens/s\n", number("tokens_per_s"));
   if (r.contains("mfu"))
@@ -189,7 +190,7 @@ void print(const Json& r) {
 void profile(const Config& c, Ops& ops) {
   if (ops.kind() != DeviceKind::cuda) throw ConfigError("--profile marks a step for a GPU profiler: expected --device cuda");
 #ifdef TESSERA_HAS_CUDA
-  Problem p(c, ops);
+  Problem p(c, ops, false);
   const Batch batch = p.state.batch.upload(ops, p.batches[0]);
   const auto step = [&] {  // call by call: profilers tell less of recorded work
     p.step.begin();
@@ -246,6 +247,8 @@ void add_bench_step(CLI::App& bench) {
           "parts")
       ->check(CLI::Range(0, 1 << 20))
       ->capture_default_str();
+  command->add_flag("--no-graph", o->no_graph,
+                    "Call a micro-batch's kernels one by one, where a run records them on a GPU as a CUDA graph and replays it");
   command->add_flag("--profile", o->profile, "One micro-batch and one update, marked for ncu or nsys (tests/bench/profile_step.py); no timing");
   o->add_to(*command);
   command->get_option("--device")->description("Not given: as the configuration says")->default_str("");

@@ -13,6 +13,7 @@
 #include "trainer/commands/commands.h"
 #include "trainer/host_threads.h"
 #include "trainer/open_checkpoint.h"
+#include "trainer/preflight.h"
 #include "trainer/prompts.h"
 
 namespace tessera {
@@ -93,6 +94,8 @@ class Printer {
 };
 
 void generate_command(Options o) {
+  if (const int ranks = launched_ranks(); ranks > 1)
+    throw std::invalid_argument(fmt::format("generate computes on one rank, and the launcher started {}: run it without mpirun", ranks));
   read_all_prompts(o);
   o.stop_at_end = !o.ignore_end;
   const auto texts = static_cast<std::int64_t>(o.prompts.size()) * o.samples;

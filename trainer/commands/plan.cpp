@@ -2,6 +2,8 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
+#include <charconv>
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -62,6 +64,21 @@ std::string plan_text(const Json& plan) {
   return text;
 }
 
+/// "8,64" as {8, 64}.
+std::vector<int> numbers_of_gpus(const std::string& text) {
+  std::vector<int> numbers;
+  for (std::size_t at = 0; at <= text.size();) {
+    const std::size_t end = std::min(text.find(',', at), text.size());
+    int n = 0;
+    const auto [stop, error] = std::from_chars(text.data() + at, text.data() + end, n);
+    if (error != std::errc() || stop != text.data() + end || n < 1 || n > 1 << 20)
+      throw ConfigError(fmt::format("--gpus {:.60}: expected whole numbers from 1 to {} with a comma between each two, as 8,64", text, 1 << 20));
+    numbers.push_back(n);
+    at = end + 1;
+  }
+  return numbers;
+}
+
 }  // namespace
 
 void add_plan_command(CLI::App& app) {
@@ -70,7 +87,7 @@ void add_plan_command(CLI::App& app) {
     std::vector<std::string> sets;
     int ranks = 1, sequence = 0;
     bool json = false, simulate = false;
-    std::vector<int> gpus{8};
+    std::string gpus = "8";
     std::int64_t context = 0;
     SimulatedCluster cluster;
     std::vector<std::string> rates;
@@ -90,7 +107,7 @@ void add_plan_command(CLI::App& app) {
   const auto simulated = [&](const char* name, auto& value, const char* meaning) {
     return command->add_option(name, value, meaning)->needs(simulate_flag)->group("With --simulate");
   };
-  simulated("--gpus", options->gpus, "Numbers of GPUs")->type_name("N,N,...")->delimiter(',')->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  simulated("--gpus", options->gpus, "Numbers of GPUs")->type_name("N,N,...")->capture_default_str();
   simulated("--context", options->context, "Tokens a sequence, instead of model.context")->type_name("T")->check(CLI::Range(1, 1 << 20));
   simulated("--node-size", options->cluster.node_size, "GPUs of a node")->type_name("N")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   const auto speed = number_in(1e-3, 1e9);
@@ -122,7 +139,7 @@ void add_plan_command(CLI::App& app) {
       SimulatedRates rates;
       for (const auto& rate : options->rates) set_rate(rates, rate);
       find_vocabulary(config);
-      print(simulate(config, options->gpus, options->sequence, options->cluster, rates), simulation_text);
+      print(simulate(config, numbers_of_gpus(options->gpus), options->sequence, options->cluster, rates), simulation_text);
     } else if (options->sequence > 0) {
       if (ranks->count() > 0 && options->ranks % options->sequence != 0)
         throw ConfigError(

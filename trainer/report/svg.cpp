@@ -149,7 +149,7 @@ void Plot::legend(const std::vector<LegendEntry>& entries) {
   std::size_t longest = 1;
   for (const LegendEntry& e : entries) longest = std::max(longest, e.text.size());
   const std::size_t most = std::min<std::size_t>(longest, 90);
-  const double column = 34 + 6.4 * static_cast<double>(most), row = 18;
+  const double column = 44 + 6.9 * static_cast<double>(most), row = 18;  // a character of names is 6.1 to 6.8 wide in 12px DejaVu Sans
   const auto columns = static_cast<std::size_t>(std::max(1.0, std::floor((right_ - left_) / column)));
   for (std::size_t i = 0; i < entries.size(); ++i) {
     const double at_x = left_ + column * static_cast<double>(i % columns), at_y = height_ + 8 + row * static_cast<double>(i / columns);

@@ -19,6 +19,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <memory>
 
 #include "kernels/attention.h"
@@ -37,6 +39,10 @@ struct CudaAttentionOptions {
   CudaAttentionPath path = CudaAttentionPath::automatic;
   CudaAttentionSchedule schedule = CudaAttentionSchedule::automatic;
 };
+
+/// Bytes of shared memory that a block of the portable kernels takes, forward and backward, at most. head_size: 64 or 128. GPUs that run Hopper's
+/// have more than those take.
+constexpr std::size_t cuda_attention_shared_bytes(std::int64_t head_size) { return std::size_t{head_size <= 64 ? 97u : 161u} << 10; }
 
 /// Does the current device run the Hopper path?
 bool cuda_attention_has_hopper_path();

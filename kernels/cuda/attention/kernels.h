@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/cuda/attention/attention.h"
 #include "kernels/cuda/attention/pipeline.cuh"
 
 namespace tessera::cuda_attention {
@@ -69,6 +70,7 @@ cudaError_t launch(Kernel kernel, const Args& a, int tiles, bool persistent, cud
 template <template <int, bool> class Shared, int D>
 cudaError_t launch(const Kernel (&kernels)[kVariants][2], const Args& a, int tiles, bool hopper, bool persistent, cudaStream_t stream,
                    Start start = Start::after) {
+  static_assert(Shared<D, false>::kBytes + kStaticShared <= cuda_attention_shared_bytes(D), "the preflight must know what the kernels take");
   const Kernel kernel = kernels[variant_of(a.power, a.softmax, a.fidelity, a.bounded, a.length_beta > 0)][hopper];
   return hopper ? launch<Shared<D, true>, true>(kernel, a, tiles, persistent, stream, start)
                 : launch<Shared<D, false>, false>(kernel, a, tiles, persistent, stream, start);
