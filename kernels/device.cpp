@@ -35,6 +35,11 @@ std::size_t tiles_bytes(DeviceKind kind, const TileMap& map) {
 
 std::size_t library_bytes(DeviceKind kind) { return kind == DeviceKind::cuda ? 576 * kMiB : 0; }
 
+std::size_t connection_bytes(DeviceKind kind, int ranks, int others) {
+  if (kind == DeviceKind::cpu || ranks == 1) return 0;
+  return (857 + 406 * static_cast<std::size_t>(others)) * kMiB;
+}
+
 std::size_t logits_bytes(DeviceKind kind) { return kind == DeviceKind::cuda ? 1024 * kMiB : 64 * kMiB; }
 
 }  // namespace tessera

@@ -26,6 +26,11 @@ std::size_t tiles_bytes(DeviceKind kind, const TileMap& map);
 /// Bytes that the device's libraries take once a process (CUDA context, cuBLASLt's workspace), as measured; 0 on the CPU.
 std::size_t library_bytes(DeviceKind kind);
 
+/// Bytes that NCCL takes on each GPU beside its calls' arguments: its channels once there are several ranks, and the buffers between this one and
+/// each of the `others` that it sends to and receives from. As measured with NVLink between GPUs of one host (tests/bench/RESULTS.md); 0 for one rank
+/// and on the CPU.
+std::size_t connection_bytes(DeviceKind kind, int ranks, int others);
+
 /// Bytes of a chunk of logits in the classifier: large enough for a matrix product to be efficient.
 std::size_t logits_bytes(DeviceKind kind);
 

@@ -335,8 +335,8 @@ void resolve_vocabulary(Config& config, std::int64_t vocabulary, const std::stri
 void check_ranks(const Config& config, int job_ranks) {
   const int shared = config.parallel.sequence;
   if (job_ranks % shared != 0) {
-    throw ConfigError(fmt::format("parallel.sequence {}: {} ranks do not make groups of {}. What would do: {} ranks, or parallel.sequence {}", shared,
-                                  job_ranks, shared, neighbours(job_ranks, shared), divisors(job_ranks, 1024)));
+    throw ConfigError(fmt::format("parallel.sequence {}: {} rank{} not make groups of {}. What would do: {} ranks, or parallel.sequence {}", shared,
+                                  job_ranks, job_ranks == 1 ? " does" : "s do", shared, neighbours(job_ranks, shared), divisors(job_ranks, 1024)));
   }
   const int ranks = job_ranks / shared;  // that see different sequences
   const std::int64_t sequences = config.train.tokens_per_step / config.model.context;

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "trainer/collective.h"
+#include "trainer/device.h"
 #include "trainer/preflight.h"
 
 namespace tessera {
@@ -31,6 +32,12 @@ std::vector<int> exchange_partners(const RankLayout& layout, SequenceExchange ex
   for (const int place : {layout.place + ranks - 1, layout.place, layout.place + 1})
     partners.push_back(layout.members[static_cast<std::size_t>(place % ranks)]);
   return partners;
+}
+
+std::size_t connection_bytes(const Config& config, int ranks, SequenceExchange exchange) {
+  if (config.parallel.share_gpu) return 0;
+  const RankLayout first = layout_of(std::vector<std::string>(static_cast<std::size_t>(ranks)), 0, config.parallel.sequence);
+  return connection_bytes(device_kind(config.device), ranks, static_cast<int>(exchange_partners(first, exchange).size()) - 1);
 }
 
 RankLayout lay_out_ranks(Communicator& host, int sequence) {

@@ -6,6 +6,7 @@
 
 #include "kernels/comm/communicator.h"
 #include "model/sequence_plan.h"
+#include "trainer/config.h"
 
 namespace tessera {
 
@@ -17,6 +18,10 @@ struct RankLayout {
 
 /// Ranks that exchange keys with this one, itself among them: of a ring its neighbours, else its group.
 std::vector<int> exchange_partners(const RankLayout& layout, SequenceExchange exchange);
+
+/// Bytes that connections take on each rank's device: connection_bytes(kernels/device.h) of a run whose sequences' ranks exchange keys in that way.
+/// None where ranks share a GPU, which they do through the host.
+std::size_t connection_bytes(const Config& config, int ranks, SequenceExchange exchange);
 
 /// Groups are of `sequence` neighbours, of one machine as far as possible: ranks in the order of the machines, which come in that of their first
 /// ranks. `machines`: of each rank, any text that tells them apart. sequence divides the ranks (check_ranks).

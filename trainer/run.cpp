@@ -226,7 +226,10 @@ void Trainer::prepare() {
                                           : std::string("from scratch"));
 }
 
-double Trainer::planned_bytes() const { return static_cast<double>(state_->plan.total_bytes() + library_bytes(device_->ops().kind())); }
+double Trainer::planned_bytes() const {
+  return static_cast<double>(state_->plan.total_bytes() + library_bytes(device_->ops().kind()) +
+                             connection_bytes(config_, comm_.size(), state_->model.options().sequence.exchange));
+}
 
 void Trainer::run() {
   began_ = step_began_ = Clock::now();

@@ -8,6 +8,7 @@
 #include "data/tokenizer.h"
 #include "trainer/device.h"
 #include "trainer/open_data.h"
+#include "trainer/rank_layout.h"
 #include "trainer/sequence_costs.h"
 #include "trainer/train_state.h"
 
@@ -70,8 +71,10 @@ Json plan_run(Config& config, int ranks) {
   Json bytes = Json::object();
   for (int c = 0; c < kMemoryCategories; ++c) bytes[name_of(static_cast<MemoryCategory>(c))] = state.plan.bytes(static_cast<MemoryCategory>(c));
   const std::size_t libraries = library_bytes(device_kind(config.device));
+  const std::size_t connections = connection_bytes(config, ranks, state.model.options().sequence.exchange);
   if (libraries > 0) bytes["device_libraries"] = libraries;
-  bytes["total"] = state.plan.total_bytes() + libraries;
+  if (connections > 0) bytes["nccl_connections"] = connections;
+  bytes["total"] = state.plan.total_bytes() + libraries + connections;
   Json plan = {
       {"device", config.device},
       {"ranks", ranks},

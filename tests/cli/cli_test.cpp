@@ -187,10 +187,28 @@ TEST(PlanCommand, PlansAGpuWithoutOne) {
   EXPECT_NEAR(one["optimizer"].get<double>(), 12 * n, 0.01 * n);  // master and two moments
   EXPECT_NEAR(two["optimizer"].get<double>(), 6 * n, 0.01 * n);
   EXPECT_GT(one["device_libraries"].get<double>(), 0.0);
-  std::int64_t sum = 0;
-  for (const auto& [name, value] : one.items())
-    if (name != "total") sum += value.get<std::int64_t>();
-  EXPECT_EQ(one["total"], sum);
+  EXPECT_FALSE(one.contains("nccl_connections"));
+  EXPECT_GT(two["nccl_connections"].get<double>(), 0.0);
+  EXPECT_FALSE(bytes(" --ranks 2 --set parallel.share_gpu=true").contains("nccl_connections"));
+  for (const Json& of : {one, two}) {
+    std::int64_t sum = 0;
+    for (const auto& [name, value] : of.items())
+      if (name != "total") sum += value.get<std::int64_t>();
+    EXPECT_EQ(of["total"], sum);
+  }
+  // A rank that shares sequences with three others, and a ring, whose ranks know two. Used on four GPUs, 131,072 tokens (tests/bench/RESULTS.md).
+  const std::string shared =
+      " --ranks 4 --set model.context=131072 --set train.micro_batch=1 --set train.tokens_per_step=131072 --set parallel.sequence=4"
+      " --set train.recompute=block --set parallel.layout=zigzag --set optimizer.warmup=2 --set parallel.exchange=";
+  const auto on_four = [&](const std::string& exchange) {
+    const Outcome outcome =
+        run_tessera("plan " TESSERA_CONFIGS "/long-context.yaml --set data.tokenizer=gpt2 --set attention.pattern=causal --json" + shared + exchange);
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    return Json::parse(outcome.out)["bytes_per_rank"]["total"].get<double>();
+  };
+  EXPECT_NEAR(on_four("needed"), 10824318976, 0.05 * 10824318976);
+  EXPECT_NEAR(on_four("ring"), 11078074368, 0.05 * 11078074368);
+  EXPECT_NEAR(on_four("heads"), 10622992384, 0.05 * 10622992384);
   const auto activations = [&](const char* recompute) {
     return bytes(std::string(" --set train.recompute=") + recompute)["activations"].get<double>();
   };

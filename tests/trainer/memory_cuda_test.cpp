@@ -23,7 +23,8 @@ class MemoryCudaTest : public RunTest {
   const std::string kCuda = "--set device=cuda --set attention.tile.query=64 --set attention.tile.key=64 ";
 
   Result train(const std::string& name, const std::string& shape) const {
-    return tessera("train tiny.yaml --set run.dir=runs/" + name + " --set train.steps=2 --set eval.every=0 " + kCuda + shape);
+    return tessera("train tiny.yaml --set run.dir=runs/" + name + " --set train.steps=2 --set optimizer.warmup=0 --set eval.every=0 " + kCuda +
+                   shape);
   }
   double bytes(const std::string& name, const char* key) const {
     const auto rows = metrics(name);
@@ -31,7 +32,7 @@ class MemoryCudaTest : public RunTest {
   }
   /// Bytes in use beside the plan of a run that takes next to nothing: other processes', and what the libraries take beyond their planned share.
   double beside(const std::string& name) const {
-    const Result r = train(name, "--set model.width=128 --set model.context=64 --set train.tokens_per_step=64");
+    const Result r = train(name, "--set model.width=128 --set model.context=64 --set train.micro_batch=1 --set train.tokens_per_step=64");
     EXPECT_EQ(r.code, 0) << r;
     return bytes(name, "memory_bytes") - bytes(name, "planned_bytes");
   }

@@ -126,7 +126,7 @@ TEST_F(SequenceRunTest, SaysWhatDoesNotFit) {
     for (const char* part : parts) EXPECT_TRUE(r.says(part)) << "expected: " << part << "\n" << r;
   };
   refused(1, parallel(2, "needed", "zigzag"),
-          {"parallel.sequence 2: 1 ranks do not make groups of 2. What would do: 2 ranks, or parallel.sequence 1"});
+          {"parallel.sequence 2: 1 rank does not make groups of 2. What would do: 2 ranks, or parallel.sequence 1"});
   refused(3, parallel(2, "needed", "zigzag"), {"3 ranks do not make groups of 2. What would do: 2 or 4 ranks, or parallel.sequence 1, 3"});
   refused(4, parallel(4, "needed", "zigzag") + " --set model.context=90 --set train.tokens_per_step=720",
           {"90 tokens over 4 ranks: tiles of 16 x 16 make 6 blocks", "Possible: at most 3 ranks"});

@@ -44,8 +44,11 @@ std::string plan_text(const Json& plan) {
       fmt::format("{} of them decayed; vocabulary {} padded to {}", count("parameters_decayed"), count("vocabulary"), count("vocabulary_padded")));
   text += fmt::format("bytes on each of {} rank{}, device {}\n", plan["ranks"].get<int>(), plan["ranks"] == 1 ? "" : "s",
                       plan["device"].get<std::string>());
-  for (const auto& [name, bytes] : plan["bytes_per_rank"].items())
-    row(name == "device_libraries" ? "  device libraries" : "  " + name, grouped(bytes.get<std::int64_t>()), human_bytes(bytes.get<double>()));
+  for (const auto& [key, bytes] : plan["bytes_per_rank"].items()) {
+    std::string name = key;
+    std::ranges::replace(name, '_', ' ');
+    row("  " + name, grouped(bytes.get<std::int64_t>()), human_bytes(bytes.get<double>()));
+  }
   row("checkpoint bytes", count("checkpoint_bytes"), human_bytes(plan["checkpoint_bytes"].get<double>()));
   text += "FLOPs a token, forward and backward\n";
   row("  dense-equivalent", fmt::format("{:.4g}", plan["flops_per_token"]["dense_equivalent"].get<double>()), "every causal edge");
