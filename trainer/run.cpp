@@ -281,9 +281,9 @@ std::string Trainer::nonfinite_message() const {
   const auto path = [&](std::int64_t step) { return folder_.checkpoints() + "/" + checkpoint_name(step); };
   const bool good = proven_ >= 0 && std::filesystem::exists(path(proven_));
   return fmt::format(
-      "{} steps in a row, up to step {}, had a loss or gradient that is not finite. The last good checkpoint is {}{}. A smaller optimizer.lr or a "
+      "{} steps in a row, up to step {}, had a loss or gradient that is not finite. {}{}. A smaller optimizer.lr or a "
       "longer optimizer.warmup, in another run.dir, may help",
-      position_.nonfinite_in_a_row, position_.step, good ? path(proven_) : "none: none was written",
+      position_.nonfinite_in_a_row, position_.step, good ? "The last good checkpoint is " + path(proven_) : "There is no good checkpoint",
       saved_ > proven_ ? fmt::format(" ({} is newer, and no step after it was good)", path(saved_)) : "");
 }
 

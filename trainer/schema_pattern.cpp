@@ -313,7 +313,7 @@ class PatternReader {
     const char* name = kind == Kind::any ? "any" : "all";
     if (!value.node.IsSequence() || value.node.size() == 0) {
       fail(value, fmt::format("expected a list of patterns, as {}: [{{window: {{size: 256}}}}, {{global: {{tokens: 4}}}}], found {}", name,
-                              value.node.IsSequence() ? "an empty one" : describe(value.node)));
+                              describe(value.node)));
       return {};
     }
     refuse_tag(value, "seq", problems_);

@@ -69,8 +69,8 @@ bool is_plain(const YAML::Node& node) { return node.Tag() == "?" || node.Tag().e
 
 std::string describe(const YAML::Node& node) {
   if (!node || node.IsNull()) return "nothing (null)";
-  if (node.IsMap()) return "a map";
-  if (node.IsSequence()) return "a list";
+  if (node.IsMap()) return node.size() == 0 ? "an empty map" : "a map";
+  if (node.IsSequence()) return node.size() == 0 ? "an empty list" : "a list";
   if (!is_plain(node) && node.Tag() != "!") return fmt::format("a value tagged {}", shortened(node.Tag()));
   if (node.Scalar().empty()) return "an empty text";
   return is_plain(node) ? shortened(node.Scalar()) : fmt::format("the text \"{}\"", shortened(node.Scalar()));

@@ -96,7 +96,7 @@ TEST_F(SweepTest, RunsReportsAndRunsOnlyWhatIsNew) {
   EXPECT_EQ(again.code, 0) << again;
   EXPECT_TRUE(again.says("4 of 4 runs are finished already")) << again;
   sweep_file(
-      "grid: {attention.gate: [relu4, relu, softmax]}\nseeds: [1, 2, 3]\nskip_if: [{attention.gate: relu4, run.seed: 9}]\nbudget: {steps: 12}\n");
+      "grid: {attention.gate: [relu4, relu, softmax]}\nseeds: [1, 2, 3]\nskip_if: [{attention.gate: relu4, model.layers: 9}]\nbudget: {steps: 12}\n");
   const Result more = tessera("sweep run sweep.yaml");
   EXPECT_EQ(more.code, 0) << more;
   EXPECT_EQ(more.count(": training to step 12"), 5) << more;
@@ -221,6 +221,7 @@ TEST_F(SweepTest, MistakesBeforeTheFirstRun) {
   refused("grid: {attention.gat: [relu]}", {"sweep.yaml:3:8: grid: attention.gat: unknown key; nearest valid key \"attention.gate\""});
   refused("grid: {model.heads: [2, 3]}", {"variant heads=3", "sweep.yaml:3:25: model.heads"});
   refused("set: {data.path: nowhere}", {"base: ", "nowhere"});
+  EXPECT_FALSE(tessera("sweep plan sweep.yaml").says("memory a rank"));  // no table of nothing
   refused("resources: {ranks: 3}", {"3 ranks", "What would do"});
   refused("list: [{name: huge, set: {model.width: 65536, model.heads: 256, model.layers: 1000}}]",
           {"huge: needs ", " TiB of memory, and this host has "});
@@ -253,6 +254,12 @@ TEST_F(SweepTest, MinutesBecomeSteps) {
   }
   EXPECT_TRUE(tessera("sweep run sweep.yaml").says("2 of 2 runs are finished already"));
   EXPECT_EQ(json("report sweep.yaml")["variants"][0]["finished"], 1);
+  // Those steps are not of other minutes.
+  sweep_file("grid: {attention.gate: [relu, relu4]}\nbudget: {minutes: 0.02}\n");
+  const Result other = tessera("sweep run sweep.yaml");
+  EXPECT_EQ(other.code, 2) << other;
+  EXPECT_TRUE(other.says("runs/s: its runs have the steps of budget.minutes 0.01, not of budget.minutes 0.02. Put that back, ")) << other;
+  EXPECT_EQ(other.count("gate=relu"), 1) << other;  // one mistake, said once
   EXPECT_EQ(names("runs/s"), (std::vector<std::string>{"gate=relu", "gate=relu4", "logs", "sweep.json"}));
 }
 

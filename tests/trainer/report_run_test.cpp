@@ -98,6 +98,9 @@ TEST_F(ReportRuns, PageFiguresAndErrors) {
   refuses("runs -o new.html", "runs: not a run folder");
   refuses("runs/a runs/a/ -o new.html", "the same run as");
   refuses("runs/a tiny.yaml -o new.html", "a sweep file stands alone");
+  fs::create_directories(folder / "sweeps");
+  write("sweeps/sweep.json", "{}");
+  refuses("sweeps -o new.html", "sweeps: the folder of a sweep; expected the sweep's file, or run folders, as sweeps/*/");
   refuses("runs/a -o new.html --head 1", "expected LAYER.HEAD");
   refuses("runs/a -o new.html --sequences 0 --head 2.0", "no run has such a layer and head");
   refuses("runs/a -o new.html --set attention.gate=relu", "only of a sweep file");

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <regex>
 
 #include "data/files.h"
 #include "tests/trainer/config_testing.h"
@@ -66,6 +67,23 @@ TEST(Svg, TextOfAnyKindIsSafe) {
   EXPECT_EQ(csv.text(), "a,\"b,c\"\r\n\"x\"\"y\",1.5,-2,\r\n");
   EXPECT_EQ(tick_count(0), "0");
   EXPECT_EQ(tick_count(1500), "1.5k");
+}
+
+TEST(Svg, NotesOfDotsThatMeetStandApart) {
+  Plot plot(400, 300, {"x", 0, 1, {}}, {"y", 0, 1, {}});
+  for (const double x : {0.0, 0.5, 0.5, 0.5, 0.505, 0.99}) {
+    plot.dot({x, 0.5}, "dot", "");
+    plot.note({x, 0.5}, "12");
+  }
+  std::vector<std::pair<double, double>> places;
+  const std::string body = plot.body();
+  const std::regex note("class=\"note\" x=\"([0-9.]+)\" y=\"([0-9.]+)\"");
+  for (std::sregex_iterator i(body.begin(), body.end(), note), end; i != end; ++i) places.emplace_back(std::stod((*i)[1]), std::stod((*i)[2]));
+  ASSERT_EQ(places.size(), 6u);
+  for (std::size_t a = 0; a < places.size(); ++a)  // 12 wide, 9 high
+    for (std::size_t b = 0; b < a; ++b)
+      EXPECT_TRUE(std::abs(places[a].first - places[b].first) >= 12 || std::abs(places[a].second - places[b].second) >= 9) << a << " " << b;
+  EXPECT_LT(places[5].first, 62 + 0.99 * (400 - 14 - 62));  // at the right edge, to the left
 }
 
 TEST(Tiles, CoarserTilesAreActiveWhereAPartIs) {
@@ -321,6 +339,20 @@ TEST_F(Reports, OddLinesAreNamedAndLeftOut) {
   expect_error(all, file + ":5: not a JSON object; the line is left out, and 2 more, the last of them line 7",
                file + ": step 6: no number \"tokens\"", file + ": step 5: active_share or thresholds are not numbers [2 layers, 2 heads]");
   for (const Figure& f : draw_figures(report, {})) EXPECT_EQ(xml_problem(svg_file(f)), "") << f.id;
+}
+
+TEST_F(Reports, OneThatDivergedDoesNotHideTheOthers) {
+  const Sweep s = of("list: [{name: good}, {name: bad, set: {optimizer.lr: 0.5}}]");
+  for (const SweepRun& r : s.runs) run(r.config, kSteps, 3, true);
+  std::string rows;
+  for (int t = 1; t <= kSteps; ++t) rows += Json{{"step", t}, {"tokens", 512 * t}, {"loss", t < 5 ? 6.0 : 1e8 * t}, {"step_ms", 500}}.dump() + "\n";
+  write_file(s.runs[1].config.run.dir + "/metrics.jsonl", rows);
+  const Figure curves = loss_curves(gather(s, nothing_measured()), Against::tokens);
+  const std::regex tick("text-anchor=\"end\">([^<]*)<");  // of the losses
+  int ticks = 0;
+  for (std::sregex_iterator i(curves.body.begin(), curves.body.end(), tick), end; i != end; ++i, ++ticks) EXPECT_LE(std::stod((*i)[1]), 13);
+  EXPECT_GE(ticks, 3);
+  EXPECT_NE(curves.csv.find("bad,training,20,10240,2000000000\r\n"), std::string::npos) << curves.csv;
 }
 
 TEST_F(Reports, NothingYetIsNoError) {

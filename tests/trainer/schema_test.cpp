@@ -186,7 +186,7 @@ TEST(PatternErrors, EachNamesPlaceAndRemedy) {
   expect_error(pattern_error("{window: {size: 5, size: 6}}"), "the key stands here a second time");
   expect_error(pattern_error("{window: {size: 5}, global: {tokens: 2}}"), "expected one pattern, found a map of 2", "any: [...] is the union");
   expect_error(pattern_error("{causal: {}}"), "causal has no parameters");
-  expect_error(pattern_error("{any: []}"), "attention.pattern.any: expected a list of patterns", "an empty one");
+  expect_error(pattern_error("{any: []}"), "attention.pattern.any: expected a list of patterns", "an empty list");
   expect_error(pattern_error("{any: causal}"), "attention.pattern.any: expected a list of patterns", "found causal");
   expect_error(pattern_error("{any: [causal, {global: {tokens: x}}]}"), "attention.pattern.any[1].global.tokens: expected an integer", "found x");
   expect_error(pattern_error("[causal]"), "attention.pattern: expected a pattern", "found a list");

@@ -27,7 +27,7 @@ list:
 overrides:
   - {if: {attention.gate: relu, model.context: [32, 64]}, set: {optimizer.lr: 0.002}}
 skip_if:
-  - {optimizer.betas: [0.9, 0.95], run.seed: 7}
+  - {optimizer.betas: [0.9, 0.95], optimizer.lr: 7}
 seeds: [1, 18446744073709551615]
 budget: {tokens: 5.0e+6}
 resources: {ranks: 2, at_once: 3}
@@ -74,14 +74,16 @@ TEST_F(SweepFiles, Mistakes) {
   expect_error(error("grid: {attention.gat: [relu]}"), "s.yaml:2:8: grid: attention.gat: unknown key; nearest valid key \"attention.gate\"");
   expect_error(error("grid: {data.synthetic.mqar.pairs: [2, 4]}"),
                "s.yaml:2:8: grid: data.synthetic.mqar.pairs: no key of its own: \"data.synthetic={mqar: {pairs: 2}}\" sets it");
-  expect_error(error("grid: {attention: [relu]}"), "s.yaml:2:8: grid: attention: this is a section; expected one of its keys with dots");
+  expect_error(error("grid: {attention: [relu]}"),
+               "s.yaml:2:8: grid: attention: this is a section; expected one of its keys with dots, as attention.score");
   expect_error(error("grid: {attention.gate: relu}"), "s.yaml:2:24: grid: attention.gate: expected a list of values, as [A, B], found relu");
-  expect_error(error("grid: {attention.gate: []}"), "expected a list of values");
+  expect_error(error("grid: {attention.gate: []}"), "expected a list of values, as [A, B], found an empty list");
   expect_error(error("grid: {attention.gate: [relu, rleu2]}"), "s.yaml:2:31: attention.gate: expected relu | relu2", "nearest is \"relu2\"");
   expect_error(error("grid: {train.steps: [5, 0]}"), "s.yaml:2:25: train.steps: expected an integer >= 1", "found 0");
   expect_error(error("grid: [1]"), "grid: expected a map of keys", "found a list");
   expect_error(error("grid: {run.dir: [a, b]}"), "run.dir: every run has a folder of its own");
-  expect_error(error("set: {run.seed: 3}"), "s.yaml:2:7: set: run.seed: expected seeds: [1, 2, 3] in its place");
+  expect_error(error("set: {run.seed: 3}"), "s.yaml:2:7: set: run.seed: expected seeds: [1, 2, 3], with each of which every variant runs");
+  expect_error(error("seeds: [1, 2]\nskip_if: [{run.seed: 2}]"), "s.yaml:3:12: skip_if[0]: run.seed: expected seeds: [1, 2, 3], with each");
   expect_error(error("gird: {}"), "s.yaml:2:1: gird: unknown key; nearest valid key \"grid\"");
   expect_error(error("zip: {model.layers: [1, 2], model.heads: [1, 2, 4]}"), "s.yaml:2:43", "zip: model.heads",
                "a list of 3 beside model.layers of 2; expected lists of one length");
@@ -89,16 +91,18 @@ TEST_F(SweepFiles, Mistakes) {
   expect_error(error("list: [{name: a, set: {}}, {name: a}]"), "s.yaml:2:35: list: the name a stands here a second time");
   expect_error(error("list: [{name: a/b}]"), "s.yaml:2:15: list[0].name: expected the name of a folder", "found \"a/b\"");
   expect_error(error("list: [{name: logs}]"), "logs is the folder of what the runs print");
-  expect_error(error("list: [{set: {}}]"), "s.yaml:2:8: list[0].name: expected the name of a folder", "found \"\"");
+  expect_error(error("list: [{set: {}}]"), "s.yaml:2:8: list[0]: the name is missing: {name: NAME, set: KEYS}");
   expect_error(error("list: [{name: a, sett: {}}]"), "list[0].sett: unknown key; nearest valid key \"set\"");
   expect_error(error("list: {a: {}}"), "list: expected a list, as [{name: softmax");
   expect_error(error("overrides: [{set: {model.layers: 1}}]"), "overrides[0]: if is missing");
-  expect_error(error("skip_if: [{}]"), "an empty one would meet every variant");
+  expect_error(error("skip_if: [{}]"), "without keys it would meet every variant, found an empty map");
   expect_error(error("skip_if: [{model.layer: 2}]"), "skip_if[0]: model.layer: unknown key; nearest valid key \"model.layers\"");
   expect_error(error("seeds: [1, 2, 1]"), "s.yaml:2:15: seeds[2]: seed 1 stands here a second time");
   expect_error(error("seeds: 3"), "seeds: expected a list of seeds, as [1, 2, 3], found 3");
   expect_error(error("seeds: [-1]"), "s.yaml:2:9: seeds[0]: expected an integer >= 0");
-  expect_error(error("budget: {steps: 5, minutes: 2}"), "budget: expected one of {steps: N}, {tokens: N} and {minutes: M}");
+  expect_error(error("budget: {steps: 5, minutes: 2}"),
+               "s.yaml:2:9: budget: expected one of {steps: N}, {tokens: N} and {minutes: M}, found 2 keys; keep one");
+  expect_error(error("budget: {}"), "budget: expected one of {steps: N}, {tokens: N} and {minutes: M}, found an empty map");
   expect_error(error("budget: {minutes: 0}"), "budget.minutes: expected a number > 0");
   expect_error(error("budget: {hours: 1}"), "budget.hours: unknown key");
   expect_error(error("budget: {steps: 5}\nset: {train.steps: 7}"), "s.yaml:3:20: train.steps: budget says how long every run is");

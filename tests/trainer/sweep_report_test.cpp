@@ -129,6 +129,13 @@ TEST_F(SweepReports, FoldersHaveOneSweep) {
   } catch (const ConfigError& e) {
     expect_error(e.what(), "belongs to another sweep", "sweeps/s.yaml", "sweep.json");
   }
+  // The minutes by which its runs were timed are on record, once it has some.
+  SweepFile timed = s.file;
+  EXPECT_EQ(SweepFolder(timed).minutes(), 0);
+  timed.budget.minutes = 2.5;
+  SweepFolder(timed).claim();
+  EXPECT_EQ(SweepFolder(timed).minutes(), 2.5);
+  EXPECT_EQ(folder_of_s.minutes(), 2.5);
   // Moved together they still belong together.
   fs::create_directories(folder / "elsewhere");
   fs::rename(folder / "sweeps", folder / "elsewhere/sweeps");

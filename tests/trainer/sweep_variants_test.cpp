@@ -143,7 +143,8 @@ TEST_F(SweepFiles, SkipIf) {
             (Names{"gate=relu,normalizer=rms", "gate=relu", "gate=softmax"}));
   // Also a variant that would not resolve.
   EXPECT_EQ(names("grid: {model.heads: [2, 3]}\nskip_if: [{model.heads: 3}]"), (Names{"base"}));
-  expect_error(error("grid: {model.heads: [3]}\nskip_if: [{model.heads: 3}]"), "s.yaml: skip_if leaves no variant");
+  expect_error(error("grid: {model.heads: [3]}\nskip_if: [{model.heads: 3}]"),
+               "s.yaml:3:11: skip_if leaves out all of 1 variants; expected it to leave one");
 }
 
 TEST_F(SweepFiles, OneConfigurationIsRunOnce) {

@@ -62,6 +62,8 @@ Report gather(const Options& o, const GatherOptions& gathering) {
   bool sweeps = false;
   for (const std::string& input : o.inputs) {
     if (!fs::exists(input)) throw ConfigError(fmt::format("{}: there is no such file or folder; expected run folders, or a sweep file", input));
+    if (fs::exists(input + "/sweep.json"))
+      throw ConfigError(fmt::format("{}: the folder of a sweep; expected the sweep's file, or run folders, as {}/*/", input, input));
     sweeps = sweeps || !fs::is_directory(input);
   }
   if (!sweeps) {

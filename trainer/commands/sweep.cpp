@@ -86,7 +86,7 @@ std::string plan_text(const Sweep& sweep, const SweepCheck& check) {
 void plan(const Options& o) {
   const Sweep sweep = load(o);
   const SweepCheck check = check_sweep(sweep, this_host(), false);
-  std::cout << (o.json ? plan_json(sweep, check).dump(2) + "\n" : plan_text(sweep, check)) << std::flush;
+  if (o.json || !check.runs.empty()) std::cout << (o.json ? plan_json(sweep, check).dump(2) + "\n" : plan_text(sweep, check)) << std::flush;
   throw_if_any(sweep, check.problems);
 }
 

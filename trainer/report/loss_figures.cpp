@@ -17,6 +17,7 @@ using Json = nlohmann::ordered_json;
 constexpr double kWidth = 760, kHeight = 360;
 constexpr std::size_t kBuckets = 200;  // of a curve: up to twice as many points
 constexpr double kStart = 0.05;        // share of a run whose losses, from those of guessing down, do not set the scale
+constexpr double kDiverged = 2;        // nor do losses above the highest that a run begins with, times this
 
 struct Style {
   std::size_t index = 0;
@@ -55,8 +56,9 @@ Figure loss_curves(const Report& report, Against against) {
   const bool time = against == Against::time;
   const auto series = styles(report);
   const auto at = [&](const ReportRun::Loss& l) { return time ? l.seconds : l.tokens; };
-  double most = 0, low = INFINITY, high = -INFINITY;
+  double most = 0, low = INFINITY, high = -INFINITY, begun = -INFINITY;
   for (const ReportRun& run : report.runs) {
+    if (!run.training.empty()) begun = std::max(begun, run.training.front().loss);
     for (const auto* losses : {&run.training, &run.validation}) {
       if (losses->empty()) continue;
       const double end = at(losses->back());
@@ -71,6 +73,7 @@ Figure loss_curves(const Report& report, Against against) {
       high = std::max(high, later[place]);
     }
   }
+  if (std::isfinite(begun)) high = std::min(high, std::max(low, kDiverged * begun));
   if (!std::isfinite(low)) low = 0, high = 1;
   const auto [unit, unit_name] = time ? time_unit(most) : std::pair<double, const char*>{1, "tokens"};
   Plot::Axis x = linear_axis(time ? fmt::format("time in steps, {}", unit_name) : "tokens", 0, most > 0 ? most / unit : 1, 7,
@@ -116,7 +119,7 @@ Figure loss_curves(const Report& report, Against against) {
       .id = time ? "loss_time" : "loss_tokens",
       .title = time ? "Loss against time" : "Loss against tokens",
       .caption = fmt::format("Thin: training loss of each step; of long runs the lowest and highest of each stretch. Thick, with dots: validation. "
-                             "{}Spikes and the first {:.0f} % of a run may lie above the picture.",
+                             "{}Spikes, the first {:.0f} % of a run and what has diverged may lie above the picture.",
                              time ? "Time is that of steps alone, without evaluation and checkpoints. " : "", 100 * kStart),
       .run = "",
       .width = plot.width(),

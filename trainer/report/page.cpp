@@ -167,6 +167,9 @@ std::string run_about(const ReportRun& run) {
   std::string text = fmt::format("{}, step {} of {}; {}", name_of(run.state.kind), run.state.step, run.state.steps, attention_name(run.config));
   text += fmt::format(", tiles {} x {} in training", a.tile_query, a.tile_key);
   if (!run.state.error.empty()) text += ". It failed: " + run.state.error;
+  if (run.heads.empty() && run.state.step > 0)
+    text += fmt::format(". Neither active share nor thresholds by head: no row of metrics.jsonl has them (log.heads_every is {})",
+                        run.config.log.heads_every);
   if (!run.no_tiles.empty()) text += ". No tile map: " + run.no_tiles;
   return text;
 }

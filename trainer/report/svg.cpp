@@ -132,8 +132,36 @@ void Plot::dot(Point at, const std::string& css, const std::string& tip, const s
                          coordinate(y(at.y)), xml_text(tip));
 }
 
-void Plot::note(Point at, const std::string& text) {
-  outside_ += fmt::format(R"(<text class="note" x="{}" y="{}">{}</text>)", coordinate(x(at.x) + 7), coordinate(y(at.y) - 5), xml_text(text));
+void Plot::note(Point at, const std::string& text) { notes_.push_back({x(at.x), y(at.y), text}); }
+
+/// Each note in the first place around its dot where nothing is: above or below, right or left, near or farther.
+std::string Plot::notes() const {
+  struct Box {
+    double left, top, right, bottom;
+    bool meets(const Box& o) const { return left < o.right && o.left < right && top < o.bottom && o.top < bottom; }
+  };
+  constexpr double kLetter = 6, kHeight = 9, kDot = 4;
+  std::vector<Box> taken;
+  for (const Note& n : notes_) taken.push_back({n.x - kDot, n.y - kDot, n.x + kDot, n.y + kDot});
+  std::string out;
+  for (const Note& n : notes_) {
+    const double wide = kLetter * static_cast<double>(n.text.size());
+    const auto place = [&](int i) {  // 0 to 15: the baseline's left end
+      const double away = 7 + (wide + 3) * (i / 4);
+      return Point{n.x + (i % 2 == 0 ? away : -away - wide), n.y + (i / 2 % 2 == 0 ? -5 : 12)};
+    };
+    const auto box = [&](const Point& p) { return Box{p.x, p.y - kHeight, p.x + wide, p.y}; };
+    Point at = place(0);
+    for (int i = 0; i < 16; ++i) {
+      const Box here = box(place(i));
+      if (here.left < left_ || here.right > width_ || std::ranges::any_of(taken, [&](const Box& b) { return b.meets(here); })) continue;
+      at = place(i);
+      break;
+    }
+    taken.push_back(box(at));
+    out += fmt::format(R"(<text class="note" x="{}" y="{}">{}</text>)", coordinate(at.x), coordinate(at.y), xml_text(n.text));
+  }
+  return out;
 }
 
 void Plot::vertical(double at, double low, double high, const std::string& css) {
@@ -161,8 +189,9 @@ void Plot::legend(const std::vector<LegendEntry>& entries) {
 }
 
 std::string Plot::body() const {
-  return outside_ + fmt::format(R"(<svg x="{0}" y="{1}" width="{2}" height="{3}" viewBox="{0} {1} {2} {3}">{4}</svg>)", coordinate(left_),
-                                coordinate(top_), coordinate(right_ - left_), coordinate(bottom_ - top_), inside_);
+  return outside_ + notes() +
+         fmt::format(R"(<svg x="{0}" y="{1}" width="{2}" height="{3}" viewBox="{0} {1} {2} {3}">{4}</svg>)", coordinate(left_), coordinate(top_),
+                     coordinate(right_ - left_), coordinate(bottom_ - top_), inside_);
 }
 
 }  // namespace tessera

@@ -80,7 +80,7 @@ class Plot {
 
   void line(std::span<const Point> points, const std::string& css, const std::string& tip, const std::string& key = "");
   void dot(Point at, const std::string& css, const std::string& tip, const std::string& key = "");
-  void note(Point at, const std::string& text);  // beside a dot
+  void note(Point at, const std::string& text);  // beside a dot, clear of other notes and of their dots where it can be
   void vertical(double x, double low, double high, const std::string& css);
   void horizontal(double y, const std::string& css, const std::string& tip);
   /// Below the plot, in columns as wide as the longest text; names beyond what a column holds are shortened.
@@ -91,11 +91,17 @@ class Plot {
   std::string body() const;
 
  private:
+  struct Note {
+    double x, y;
+    std::string text;
+  };
   double x(double value) const;
   double y(double value) const;
+  std::string notes() const;
   double width_, height_, left_ = 62, right_, top_ = 10, bottom_;
   Axis x_, y_;
   std::string inside_, outside_;
+  std::vector<Note> notes_;
 };
 
 /// "1.5k", "20M": up to five digits, none that is not needed.

@@ -65,6 +65,12 @@ SweepCheck check_sweep(const Sweep& sweep, const HostRoom& host, bool to_run) {
       checked.state = state_of(folder, run);
       const auto& there = checked.state.summary;
       if (!checked.steps_known && there) {
+        if (const double minutes = folder.minutes(); minutes != sweep.file.budget.minutes)
+          problem(run.name,
+                  fmt::format("{}: its runs have the steps of {}, not of budget.minutes {:g}. Put that back, set dir: to another folder, or "
+                              "move the folder away",
+                              folder.directory(), minutes > 0 ? fmt::format("budget.minutes {:g}", minutes) : "another budget",
+                              sweep.file.budget.minutes));
         checked.run = with_steps(sweep, run, there->config.train.steps);
         checked.steps_known = true;
       }

@@ -103,6 +103,10 @@ class SweepReader {
     if (const auto text = read_text(value, false, problems_)) sweep.dir = *text;
   }
 
+  static std::string key_in(const std::string& section) {
+    return std::ranges::find_if(schema(), [&](const Key& key) { return key.path.starts_with(section + "."); })->path;
+  }
+
   /// The key that `value.path` names, if a sweep may set it.
   const Key* key_of(const Value& value, const std::string& section) {
     const auto fail = [&](const std::string& message) { problems_.add(value.key_place, fmt::format("{}: {:.200}", section, value.path), message); };
@@ -110,9 +114,9 @@ class SweepReader {
     if (value.path == "run.dir")
       fail("every run has a folder of its own; dir: names the folder that holds them");
     else if (value.path == "run.seed")
-      fail("expected seeds: [1, 2, 3] in its place");
+      fail("expected seeds: [1, 2, 3], with each of which every variant runs");
     else if (!key && !value.path.empty() && is_section(value.path))
-      fail(fmt::format("this is a section; expected one of its keys with dots, as {}", nearest_key(value.path + ".")));
+      fail(fmt::format("this is a section; expected one of its keys with dots, as {}", key_in(value.path)));
     else if (!key)
       unknown_key(value, problems_, section);
     else
@@ -196,6 +200,8 @@ class SweepReader {
           problems_.add(child.key_place, child.path, unknown_of(name, {"name", "set"}));
         }
       }
+      if (variant.name.empty())
+        return problems_.add(entry.place, entry.path, "the name is missing: {name: NAME, set: KEYS}; its run's folder is called so");
       static const std::regex safe("[A-Za-z0-9][A-Za-z0-9._=,+-]{0,79}");
       if (!std::regex_match(variant.name, safe))
         problems_.add(
@@ -213,8 +219,7 @@ class SweepReader {
     Condition result;
     result.place = value.place;
     for (const Value& entry : keys_in(value)) {
-      const Key* key = find_key(entry.path);
-      if (entry.path != "run.seed") key = key_of(entry, value.path);
+      const Key* key = key_of(entry, value.path);
       if (!key) continue;
       Condition::Term term{key, {}};
       // A list is several values, but for keys whose value is a list.
@@ -229,7 +234,7 @@ class SweepReader {
       result.terms.push_back(std::move(term));
     }
     if (value.node.IsMap() && value.node.size() == 0)
-      wrong(value, "a condition, as {attention.gate: softmax}; an empty one would meet every variant");
+      wrong(value, "a condition, as {attention.gate: softmax}; without keys it would meet every variant");
     return result;
   }
 
@@ -271,8 +276,12 @@ class SweepReader {
   }
 
   void budget(const Value& value) {
-    if (!value.node.IsMap() || value.node.size() != 1) return wrong(value, "one of {steps: N}, {tokens: N} and {minutes: M}");
-    for (const auto& [name, child] : read_map(value, problems_)) {
+    const std::string expected = "one of {steps: N}, {tokens: N} and {minutes: M}";
+    if (!value.node.IsMap() || value.node.size() == 0) return wrong(value, expected);
+    const auto entries = read_map(value, problems_);
+    if (entries.size() > 1)
+      return problems_.add(value.place, value.path, fmt::format("expected {}, found {} keys; keep one", expected, entries.size()));
+    for (const auto& [name, child] : entries) {
       sweep.budget.place = child.place;
       if (name == "steps") {
         if (const auto n = read_integer<std::int64_t>(child, {1, kMostSteps}, problems_)) sweep.budget.steps = *n;

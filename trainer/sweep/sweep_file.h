@@ -26,7 +26,8 @@
 //
 // budget.tokens is rounded up to whole steps of the variant. budget.minutes is time of training steps, without start, evaluation and checkpoints: a
 // variant's steps are those that fit at the speed of a few steps that are timed before its run begins. They are decided once and stand in the run's
-// config.yaml, so schedules run to their end and a resumed run is the same run. Where attention empties as it trains, a run takes less than that.
+// config.yaml, so schedules run to their end and a resumed run is the same run; other minutes need another folder. Where attention empties as it
+// trains, a run takes less than that.
 
 #include <cstdint>
 #include <string>

@@ -16,12 +16,23 @@ using Json = nlohmann::ordered_json;
 
 std::string SweepFolder::own_path() const { return fs::weakly_canonical(file_).lexically_relative(fs::weakly_canonical(directory_)).string(); }
 
-void SweepFolder::check_owner() const {
-  if (!fs::exists(record())) return;
-  const Json owner = Json::parse(read_file(record()), nullptr, false);
-  if (!owner.is_object() || !owner.contains("sweep") || !owner["sweep"].is_string())
+Json SweepFolder::owner() const {
+  if (!fs::exists(record())) return nullptr;
+  Json found = Json::parse(read_file(record()), nullptr, false);
+  if (!found.is_object() || !found.contains("sweep") || !found["sweep"].is_string())
     throw ConfigError(fmt::format("{}: not what `tessera sweep` writes; set dir: to another folder in {}, or move this file away", record(), file_));
-  const std::string other = owner["sweep"].get<std::string>();
+  return found;
+}
+
+double SweepFolder::minutes() const {
+  const Json found = owner();
+  return found.is_object() && found.contains("minutes") && found["minutes"].is_number() ? found["minutes"].get<double>() : 0;
+}
+
+void SweepFolder::check_owner() const {
+  const Json found = owner();
+  if (found.is_null()) return;
+  const std::string other = found["sweep"].get<std::string>();
   if (other == own_path()) return;
   throw ConfigError(
       fmt::format("{}: the folder belongs to another sweep, {}. Set dir: to another folder in {}; or, if it is the same sweep whose file was moved, "
@@ -33,7 +44,10 @@ void SweepFolder::claim() const {
   make_folder(directory_);
   make_folder(directory_ + "/" + kSweepLogs);
   check_owner();
-  if (!fs::exists(record())) write_file(record(), Json{{"sweep", own_path()}}.dump() + "\n");
+  if (fs::exists(record()) && minutes() == minutes_) return;
+  Json own = {{"sweep", own_path()}};
+  if (minutes_ > 0) own["minutes"] = minutes_;
+  write_file(record(), own.dump() + "\n");
 }
 
 bool key_counts(const std::string& path) {

@@ -1,7 +1,7 @@
 #pragma once
 // The folder of a sweep:
 //
-//   sweep.json            which sweep file it belongs to, as a path relative to the folder
+//   sweep.json            which sweep file it belongs to, as a path relative to the folder; budget.minutes, where runs were timed for it
 //   NAME/                 a run folder like any other; its config.yaml is written before the run starts
 //   logs/NAME.log         what the run printed, all starts one after the other
 //   logs/NAME.failed.json of a run that failed: its last error; removed when it is started again
@@ -20,7 +20,7 @@ namespace tessera {
 
 class SweepFolder {
  public:
-  explicit SweepFolder(const SweepFile& sweep) : directory_(sweep.dir), file_(sweep.file) {}
+  explicit SweepFolder(const SweepFile& sweep) : directory_(sweep.dir), file_(sweep.file), minutes_(sweep.budget.minutes) {}
 
   const std::string& directory() const { return directory_; }
   std::string run(const std::string& name) const { return directory_ + "/" + name; }
@@ -30,11 +30,15 @@ class SweepFolder {
 
   /// Throws ConfigError when the folder belongs to another sweep file.
   void check_owner() const;
+  /// budget.minutes of the sweep when the folder was last claimed; 0: it had none, or no run has begun. Throws as check_owner().
+  double minutes() const;
   /// Makes it this sweep's. Throws as check_owner(), make_folder() and write_file().
   void claim() const;
 
  private:
   std::string directory_, file_;
+  double minutes_;
+  nlohmann::ordered_json owner() const;  // sweep.json, null where there is none
   std::string record() const { return directory_ + "/sweep.json"; }
   std::string own_path() const;  // of the sweep file, relative to the folder
 };

@@ -76,7 +76,9 @@ class Expansion {
     for (const auto& named : f.list) variant(named.name, named.place, pointers(named.set));
     if (f.grid.empty() && f.zip.empty() && f.list.empty()) variant("", f.file, {});
     problems_.throw_if_any();
-    if (variants_.empty()) throw ConfigError(fmt::format("{}: skip_if leaves no variant", f.file));
+    if (variants_.empty())
+      throw ConfigError(
+          fmt::format("{}: skip_if leaves out all of {} variants; expected it to leave one", f.skip_if[0].place, sweep_.skipped.size()));
     for (std::size_t i = 0; i < f.skip_if.size(); ++i)
       if (!met_.contains(&f.skip_if[i])) sweep_.notices.push_back(fmt::format("{}: skip_if[{}] meets no variant", f.skip_if[i].place, i));
     for (std::size_t i = 0; i < f.overrides.size(); ++i)
