@@ -20,6 +20,8 @@
 //   budget: {steps: 500}                  or {tokens: 5.0e+6} or {minutes: 10}: train.steps of every run
 //   resources: {ranks: 2, at_once: 4}     MPI ranks a run; most runs at a time (0: as many as there is room for); gpus: of a run, not given: one a
 //   rank
+//                                         All of a run's ranks are on this host. Sweeps know nothing of each other:
+//                                         CUDA_VISIBLE_DEVICES says which GPUs are whose
 //
 // A condition is a map from keys to a value, or to a list of values of which one must hold; all its keys must meet. overrides look at the keys as
 // they are set so far, skip_if at these and at what has become of them when the configuration is resolved.
