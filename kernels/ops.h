@@ -69,6 +69,7 @@ struct LinearBackward {
   Tensor x{};              // in [N, K]
   Tensor w{};              // in [M, K]
   Tensor dx{};             // out, optional [N, K]: dy w, times gelu'(gelu_argument) where that is given
+  bool add_dx = false;     // dx is added to instead, summed in f32 and rounded once: for an input of two layers. Not with gelu_argument
   Tensor gelu_argument{};  // in, optional [N, K]: pre_activation of the layer that made x
   Tensor dw{};             // added to, optional [M, K] f32
   Tensor dbias{};          // added to, optional [M] f32
@@ -96,6 +97,21 @@ struct HeadNormBackward {
   Tensor dy{}, x{}, gain{}, rstd{};  // in
   Tensor dx{};                       // out [N, H, D]
   Tensor dgain{};                    // added to [H, D] f32
+};
+
+struct OutputGate {
+  // y = 2 sigmoid(u) o, element by element: a gate on the attention's output (Qiu et al., arXiv 2505.06708, without the factor, which makes it the
+  // identity at u = 0).
+  Tensor u{};  // in [N, C]
+  Tensor o{};  // in [N, C]
+  Tensor y{};  // out [N, C]; may be the same memory as o, or as u
+};
+struct OutputGateBackward {
+  // With s = sigmoid(u): d_o = 2 s dy, du = 2 s (1 - s) o dy. An output may be the same memory as an input; no two outputs may.
+  Tensor dy{}, u{}, o{};  // in [N, C]
+  Tensor d_o{};           // out [N, C]
+  Tensor du{};            // out [N, C]
+  Tensor y{};             // out, optional [N, C]: that of the forward pass again, to the same bits
 };
 
 struct SelfEdge {
@@ -230,6 +246,8 @@ class Ops {
   virtual void qk_transform_backward(const QkTransform& transformed, const Tensor& gradients) = 0;
   virtual void head_norm_forward(const HeadNorm& a) = 0;
   virtual void head_norm_backward(const HeadNormBackward& a) = 0;
+  virtual void output_gate_forward(const OutputGate& a) = 0;
+  virtual void output_gate_backward(const OutputGateBackward& a) = 0;
   virtual void classifier(const Classifier& a) = 0;
   /// y = gelu(x). On a GPU linear_forward's own gelu may read the product before it is rounded to pre_activation: the same function, not the same
   /// bits.

@@ -45,6 +45,9 @@ struct AttentionConfig {
   /// self_bias_init on (SelfEdge in kernels/ops.h). It costs no tile; an open one is an active edge.
   bool always_self = false;
   static constexpr float self_bias_init = 0.25f;
+  /// Any gate: y = 2 sigmoid(W_g x) * o, element by element, is what c_proj reads in place of o, the output of all heads after self edges and the
+  /// head norm; x is what c_attn reads (OutputGate in kernels/ops.h). W_g [C, C] starts at zero: until it is trained the gate is the identity.
+  bool output_gate = false;
   ThresholdConfig threshold;
   PatternConfig pattern;
   int tile_query = 64;
@@ -74,6 +77,11 @@ struct ModelConfig {
   AttentionConfig attention;
 
   int head_size() const { return width / heads; }
+  /// Elements of a block's matrices: c_attn and c_proj 4 C^2, c_gate C^2, the MLP 2 mlp_ratio C^2.
+  std::int64_t block_matrix_elements() const {
+    const std::int64_t C = width;
+    return (4 + (attention.output_gate ? 1 : 0) + 2 * mlp_ratio) * C * C;
+  }
 };
 
 /// Throws std::invalid_argument when the configuration makes no model; the message has the numbers that do not fit together.

@@ -272,7 +272,7 @@ void Gpt::set_visit(Visit visit) { impl_->visit = visit; }
 Gpt::Flops Gpt::flops_per_token() const {
   const ModelConfig& c = impl_->config;
   const double C = c.width, L = c.layers, T = static_cast<double>(c.context);
-  const double matrices = L * (4 * C * C + 2 * C * C * c.mlp_ratio) + static_cast<double>(c.vocabulary_padded) * C;
+  const double matrices = L * static_cast<double>(c.block_matrix_elements()) + static_cast<double>(c.vocabulary_padded) * C;
   Flops f;
   f.dense = 6 * matrices;
   f.attention_causal = 12 * C * L * (T + 1) / 2;

@@ -68,8 +68,18 @@ void Gpt::Impl::attention_branch_backward(int layer, const Batch& batch) {
   const BlockTensors &p = w.blocks[layer], &g = d.blocks[layer];
   const bool again = options.recompute == Recompute::gelu_norm;
   const Tensor o = again ? head_norm_forward(layer) : rows(p.head_gain ? s.head_norm : s.attention, C);
+  const Tensor gate = p.gate ? rows(s.gate, C) : Tensor{};  // its argument, and once the pass is through it the gradient of that
   Tensor d_o = narrow();
-  ops.linear_backward({.dy = rows(memory.d_stream, C), .x = o, .w = p.proj, .dx = d_o, .gelu_argument = {}, .dw = g.proj, .dbias = g.proj_bias});
+  LinearBackward proj{.dy = rows(memory.d_stream, C), .x = o, .w = p.proj, .dx = d_o, .gelu_argument = {}, .dw = g.proj, .dbias = g.proj_bias};
+  if (p.gate) {  // c_proj's input comes again on the way through the gate: only then can its matrix have its gradient
+    LinearBackward input = proj;
+    input.dw = input.dbias = {};
+    ops.linear_backward(input);
+    proj.x = rows(memory.wide, C);
+    proj.dx = {};
+    ops.output_gate_backward({.dy = d_o, .u = gate, .o = o, .d_o = d_o, .du = gate, .y = proj.x});
+  }
+  ops.linear_backward(proj);
   if (p.head_gain) {
     const Tensor d_sum = rows(memory.d_heads, C);
     ops.head_norm_backward({.dy = per_head(d_o),
@@ -100,6 +110,9 @@ void Gpt::Impl::attention_branch_backward(int layer, const Batch& batch) {
   if (transforms_qk()) ops.qk_transform_backward(qk_transform(layer, batch), d_qkv);
   if (again) norm_forward(2 * layer, NormInput::stream);
   ops.linear_backward({.dy = d_qkv, .x = normed(2 * layer), .w = p.qkv, .dx = narrow(), .gelu_argument = {}, .dw = g.qkv, .dbias = g.qkv_bias});
+  if (p.gate)
+    ops.linear_backward(
+        {.dy = gate, .x = normed(2 * layer), .w = p.gate, .dx = narrow(), .add_dx = true, .gelu_argument = {}, .dw = g.gate, .dbias = {}});
   norm_backward(2 * layer, narrow());
 }
 

@@ -91,7 +91,7 @@ void Gpt::Impl::run(int layer, const AttentionForward& a) {
     ops.attention_forward(a);
 }
 
-/// The output of the block's attention as c_proj reads it: with normalizer rms after the norm of each head.
+/// The output of the block's attention over all heads: with normalizer rms after the norm of each.
 Tensor Gpt::Impl::head_norm_forward(int layer) {
   const BlockSlots& s = memory.blocks[layer];
   const Tensor o = rows(s.attention, C), gain = w.blocks[layer].head_gain;
@@ -101,10 +101,20 @@ Tensor Gpt::Impl::head_norm_forward(int layer) {
   return y;
 }
 
+/// What c_proj reads. The backward pass needs o itself, and makes this again; without one it replaces o.
+Tensor Gpt::Impl::output_gate_forward(int layer, const Tensor& o) {
+  if (!config.attention.output_gate) return o;
+  const Tensor y = options.training ? rows(memory.wide, C) : o;
+  ops.output_gate_forward({.u = rows(memory.blocks[layer].gate, C), .o = o, .y = y});
+  return y;
+}
+
 /// From the output of ln_1 to narrow().
 void Gpt::Impl::attention_branch(int layer, const Batch& batch, bool count, const CachePass* cache) {
   const BlockTensors& p = w.blocks[layer];
-  ops.linear_forward({.x = normed(2 * layer), .w = p.qkv, .bias = p.qkv_bias, .y = rows(memory.blocks[layer].qkv, 3 * C), .pre_activation = {}});
+  const Tensor x = normed(2 * layer);
+  ops.linear_forward({.x = x, .w = p.qkv, .bias = p.qkv_bias, .y = rows(memory.blocks[layer].qkv, 3 * C), .pre_activation = {}});
+  if (p.gate) ops.linear_forward({.x = x, .w = p.gate, .bias = {}, .y = rows(memory.blocks[layer].gate, C), .pre_activation = {}});
   if (transforms_qk()) ops.qk_transform_forward(qk_transform(layer, batch));
 
   Tensor counters;
@@ -120,7 +130,8 @@ void Gpt::Impl::attention_branch(int layer, const Batch& batch, bool count, cons
   if (config.attention.self_edge())
     for (const Stretch heads : z_heads()) ops.self_edge_forward(self_edge(layer, heads, counters));
 
-  ops.linear_forward({.x = head_norm_forward(layer), .w = p.proj, .bias = p.proj_bias, .y = narrow(), .pre_activation = {}});
+  const Tensor y = output_gate_forward(layer, head_norm_forward(layer));
+  ops.linear_forward({.x = y, .w = p.proj, .bias = p.proj_bias, .y = narrow(), .pre_activation = {}});
 }
 
 /// From the output of ln_2 to the gelu.

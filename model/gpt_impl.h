@@ -3,7 +3,7 @@
 //
 // Notation: N = B T rows, C = width, H heads of D, V = rows of the embedding. A block is
 //
-//   stream -> ln_1 -> c_attn -> q, k to unit length, rotated -> attention -> (self edge, head norm) -> c_proj -> + stream
+//   stream -> ln_1 -> c_attn -> q, k to unit length, rotated -> attention -> (self edge, head norm, output gate) -> c_proj -> + stream
 //          -> ln_2 -> c_fc -> gelu -> c_proj -> + stream
 //
 // Each norm adds the branch before it to the stream (NormForward::residual), so no addition is a pass of its own.
@@ -67,6 +67,7 @@ struct Gpt::Impl {
   std::vector<Stretch> z_heads() const { return shared ? shared->z_heads() : std::vector<Stretch>{{0, H}}; }
   SelfEdge self_edge(int layer, Stretch heads, const Tensor& counters = {}) const;  // counters: of the layer, [H, kAttentionCounters]
   Tensor head_norm_forward(int layer);
+  Tensor output_gate_forward(int layer, const Tensor& o);
   /// A pass that generates: each row's (prefill: each sequence's) keys and values go into the cache, and decoding attends to what is there.
   struct CachePass {
     Tensor sequences, positions;  // [B] i32

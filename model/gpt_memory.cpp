@@ -36,6 +36,7 @@ ModelTensors slice_flat(const ParameterLayout& layout, int layers, const Tensor&
     b.ln_1_bias = vector(h + "ln_1.bias");
     b.qkv = linear(h + "attn.c_attn.weight");
     b.qkv_bias = linear(h + "attn.c_attn.bias");
+    b.gate = linear(h + "attn.c_gate.weight");
     b.head_gain = vector(h + "attn.norm");
     b.proj = linear(h + "attn.c_proj.weight");
     b.proj_bias = linear(h + "attn.c_proj.bias");
@@ -100,6 +101,7 @@ GptMemory::GptMemory(const ModelConfig& config, const ParameterLayout& layout, c
     b.active_tiles = reserve(activations, name + "attn.active_tiles", {sizes.active_tiles}, DType::u32);
     b.head_norm = attention.head_norm() ? output("attn.norm.output", C) : -1;
     b.head_rstd = attention.head_norm() ? reserve(activations, name + "attn.norm.rstd", {N, H}) : -1;
+    b.gate = attention.output_gate ? activation(name + "attn.gate", C) : -1;
     b.hidden = activation(name + "mlp.hidden", hidden);
     b.hidden_gelu = output("mlp.gelu", hidden);
     return b;

@@ -15,6 +15,7 @@ namespace tessera {
 struct BlockTensors {
   Tensor ln_1, ln_1_bias;
   Tensor qkv, qkv_bias;    // attn.c_attn
+  Tensor gate;             // attn.c_gate
   Tensor head_gain;        // attn.norm
   Tensor proj, proj_bias;  // attn.c_proj
   Tensor scale, threshold, self_bias;
@@ -49,6 +50,7 @@ struct BlockSlots {
   MemoryPlan::Slot active_tiles;  // bitmap
   MemoryPlan::Slot head_norm;     // [N, C], normalizer rms
   MemoryPlan::Slot head_rstd;     // [N, H]
+  MemoryPlan::Slot gate;          // [N, C], output gate: its argument, then the gradient of that. What it makes lies in `wide` while c_proj needs it
   MemoryPlan::Slot hidden;        // [N, 4C], argument of the gelu
   MemoryPlan::Slot hidden_gelu;   // [N, 4C]
 };

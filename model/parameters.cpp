@@ -63,6 +63,7 @@ ParameterLayout make_parameter_layout(const ModelConfig& m) {
   if (m.positions == Positions::learned) b.weight("wpe.weight", m.context, C, std);
   each_layer([&](const std::string& h) {
     b.weight(h + "attn.c_attn.weight", 3 * C, C, std);
+    if (m.attention.output_gate) b.weight(h + "attn.c_gate.weight", C, C, 0.0f);
     b.weight(h + "attn.c_proj.weight", C, C, residual_std);
     b.weight(h + "mlp.c_fc.weight", hidden, C, std);
     b.weight(h + "mlp.c_proj.weight", C, hidden, residual_std);

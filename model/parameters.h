@@ -28,7 +28,8 @@ struct ParameterLayout {
   const ParameterInfo& find(const std::string& name) const;  // throws std::out_of_range
 };
 
-/// Pure function of the configuration. Initialisation follows GPT-2: std 0.02, residual projections 0.02/sqrt(2 layers).
+/// Pure function of the configuration. Initialisation follows GPT-2: std 0.02, residual projections 0.02/sqrt(2 layers). The output gate's matrix is
+/// 0.
 ParameterLayout make_parameter_layout(const ModelConfig& config);
 
 /// First values of a parameter: a pure function of (seed, name, index), by a counter-based generator and Box & Muller.

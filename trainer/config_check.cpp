@@ -171,13 +171,16 @@ class Resolver {
            fmt::format("the first of {} heads would need {:.2f} times the edges there are: expected a smaller spread or a higher target",
                        c_.model.heads, densest));
     const double fewest = head_target(a.threshold, c_.model.heads, c_.model.heads - 1), mean_keys = (static_cast<double>(c_.model.context) + 1) / 2;
-    if (a.self_edge() && a.threshold.mode == ThresholdMode::controlled && fewest * mean_keys <= 1)
+    if (a.self_edge() && a.threshold.mode == ThresholdMode::controlled && fewest * mean_keys <= 1) {
+      const double below = 1 - (1 - a.threshold.target_edge_sparsity) / (fewest * mean_keys);
       fail({"attention.always.self", "attention.threshold.target_edge_sparsity", "model.context"},
-           fmt::format(
-               "target_edge_sparsity {} leaves a query {:.2f} edges at context {}, and the edge to itself is one: expected a target below {:.6g}, "
-               "or attention.always.self false",
-               a.threshold.target_edge_sparsity, fewest * mean_keys, c_.model.context,
-               1 - (1 - a.threshold.target_edge_sparsity) / (fewest * mean_keys)));
+           fmt::format("target_edge_sparsity {} leaves a query {:.2f} edges at context {}, and the edge to itself is one: expected {}, or "
+                       "attention.always.self false",
+                       a.threshold.target_edge_sparsity, fewest * mean_keys, c_.model.context,
+                       below > 0                     ? fmt::format("a target below {:.6g}", below)
+                       : a.threshold.head_spread > 1 ? "a smaller attention.threshold.head_spread"
+                                                     : "a longer model.context"));
+    }
   }
 
   /// Each pattern's tile lists are held in memory, an entry a tile and direction.

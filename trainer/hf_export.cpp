@@ -152,6 +152,7 @@ std::string not_gpt2(const ModelConfig& m) {
   if (a.gate != Gate::softmax) return "attention.gate is not softmax";
   if (a.score != Score::dot) return "attention.score is not dot";
   if (a.document_mask) return "attention.document_mask is set";
+  if (a.output_gate) return "attention.output_gate is set";
   if (m.positions != Positions::learned) return "model.positions is not learned";
   if (m.norm != NormKind::layernorm) return "model.norm is not layernorm";
   if (!m.bias) return "model.bias is not set";

@@ -96,7 +96,9 @@ RunSummary summarize_run(const std::string& path) {
 std::string attention_name(const Config& config) {
   const Json a = Json::parse(to_json(config)).at("attention");
   const auto word = [&](const char* key) { return a.at(key).get<std::string>(); };
-  return config.model.attention.gate == Gate::softmax ? "softmax" : fmt::format("{}/{}/{}", word("score"), word("gate"), word("normalizer"));
+  const AttentionConfig& c = config.model.attention;
+  return (c.gate == Gate::softmax ? "softmax" : fmt::format("{}/{}/{}", word("score"), word("gate"), word("normalizer"))) +
+         (c.self_edge() ? "+self" : "") + (c.output_gate ? "+output_gate" : "");
 }
 
 Json to_json(const RunSummary& s) {

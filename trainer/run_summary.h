@@ -44,7 +44,7 @@ struct RunSummary {
 /// the file. A run without a step yet has zeros.
 RunSummary summarize_run(const std::string& path);
 
-/// The attention as the configuration writes it: "softmax", or score, gate and normalizer as "cosine/relu2/sum".
+/// The attention as the configuration writes it: "softmax", or score, gate and normalizer as "cosine/relu2/sum"; then "+self" and "+output_gate".
 std::string attention_name(const Config& config);
 
 /// One object: what compares, under the names that metrics.jsonl and `tessera eval --json` use. The validation is the whole split's where

@@ -268,6 +268,10 @@ std::vector<Key> make_schema() {
           "attention.always.self", FIELD(model.attention.always_self),
           "Whether each token also has an edge to itself that no threshold closes, with a learned bias of its own (normalizer sum; no effect with "
           "gate softmax). It counts as an active edge where it is open."),
+      boolean(
+          "attention.output_gate", FIELD(model.attention.output_gate),
+          "Whether the attention's output is multiplied, element by element, by 2 sigmoid(W x), W learned and zero at first, x what the queries are "
+          "made of (any gate)."),
       choice<ThresholdMode>("attention.threshold.mode", FIELD(model.attention.threshold.mode),
                             {{"fixed", ThresholdMode::fixed},
                              {"learned", ThresholdMode::learned},

@@ -106,8 +106,8 @@ SimulatedStep simulate_step(const Config& config, const SequenceCosts& costs, Se
   std::int64_t most = 0;
   for (int r = 0; r < ranks; ++r) most = std::max(most, costs.split.tokens_of(r));
   const double tokens = static_cast<double>(most * config.train.micro_batch), C = m.width, V = static_cast<double>(m.vocabulary_padded);
-  const double forwards = config.train.recompute == Recompute::block ? 2 : 1;                   // of a block
-  const double block = 2 * m.layers * (4 + 2.0 * m.mlp_ratio) * C * C, classifier = 2 * V * C;  // FLOPs a token, forward
+  const double forwards = config.train.recompute == Recompute::block ? 2 : 1;                                    // of a block
+  const double block = 2.0 * m.layers * static_cast<double>(m.block_matrix_elements()), classifier = 2 * V * C;  // FLOPs a token, forward
   const double dense_forward = tokens * (block + classifier) / (rates.gemm_tflops * 1e12);
   const double dense_backward = tokens * ((forwards + 1) * block + 2 * classifier) / (rates.gemm_tflops * 1e12);
   const double norms = tokens * m.layers * C * rates.other_ps * 1e-12, logits = tokens * V * rates.logit_ps * 1e-12;

@@ -53,6 +53,7 @@ void linear_backward(const LinearBackward& a) {
     const float* w = elements<float>(kOp, "w", a.w, m * k);
     float* dx = elements<float>(kOp, "dx", a.dx, n * k);
     const float* argument = optional_elements<float>(kOp, "gelu_argument", a.gelu_argument, n * k);
+    require(!a.add_dx || !argument, kOp, "gelu_argument with add_dx");
     const auto finish = [&](const OutputTile& t) {
       for (std::int64_t row = t.row; row < t.row + t.rows; ++row) {
         const std::int64_t at = row * k + t.column;
@@ -60,7 +61,7 @@ void linear_backward(const LinearBackward& a) {
         for (std::int64_t i = 0; i < t.columns; ++i) dx[at + i] *= gelu_derivative(argument[at + i]);
       }
     };
-    gemm(n, k, m, {dy, m}, {w, k}, dx, k, false, argument ? finish : std::function<void(const OutputTile&)>{});
+    gemm(n, k, m, {dy, m}, {w, k}, dx, k, a.add_dx, argument ? finish : std::function<void(const OutputTile&)>{});
   }
   if (a.dw) {
     const float* x = elements<float>(kOp, "x", a.x, n * k);

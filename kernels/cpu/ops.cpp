@@ -49,6 +49,8 @@ class CpuOps final : public Ops {
   void qk_transform_backward(const QkTransform& transformed, const Tensor& gradients) override { cpu::qk_transform_backward(transformed, gradients); }
   void head_norm_forward(const HeadNorm& a) override { cpu::head_norm_forward(a); }
   void head_norm_backward(const HeadNormBackward& a) override { cpu::head_norm_backward(a); }
+  void output_gate_forward(const OutputGate& a) override { cpu::output_gate_forward(a); }
+  void output_gate_backward(const OutputGateBackward& a) override { cpu::output_gate_backward(a); }
   void classifier(const Classifier& a) override { cpu::classifier(a); }
   void gelu(const Tensor& y, const Tensor& x) override { cpu::gelu(y, x); }
   void add(const Tensor& to, const Tensor& a, const Tensor& b) override {

@@ -27,6 +27,10 @@ void gelu(const Tensor& y, const Tensor& x);
 void qk_transform_forward(const QkTransform& a);
 void qk_transform_backward(const QkTransform& transformed, const Tensor& gradients);
 
+// output_gate.cpp
+void output_gate_forward(const OutputGate& a);
+void output_gate_backward(const OutputGateBackward& a);
+
 // self_edge.cpp
 void self_edge_forward(const SelfEdge& a);
 void self_edge_backward(const SelfEdgeBackward& a);

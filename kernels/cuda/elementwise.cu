@@ -1,4 +1,4 @@
-// Conversions, sums and GELU element by element, and sums over columns.
+// Conversions, sums, GELU and the output gate element by element, and sums over columns.
 
 #include <algorithm>
 
@@ -93,6 +93,10 @@ struct GeluGradient {
   static constexpr bool kBinary = true;
   __device__ float operator()(float d, float x) const { return d * gelu_derivative(x); }
 };
+struct Gated {
+  static constexpr bool kBinary = true;
+  __device__ float operator()(float u, float o) const { return 2.0f * sigmoid(u).value * o; }
+};
 
 bool on_16_bytes(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 
@@ -104,6 +108,39 @@ void map(const Context& c, const char* operation, void* to, const void* a, const
   map_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, c.stream>>>(static_cast<To*>(to), static_cast<const From*>(a), static_cast<const From*>(b),
                                                                        count, on_16_bytes(to) && on_16_bytes(a) && on_16_bytes(b), f);
   check_launch(operation);
+}
+
+/// A thread reads its elements of every input before it writes any.
+__global__ void __launch_bounds__(kThreads)
+    output_gate_backward_kernel(const bf16* dy, const bf16* u, const bf16* o, bf16* d_o, bf16* du, bf16* y, int64_t count) {
+  const auto element = [](float of_y, float argument, float before, float& to_o, float& to_u, float& again) {
+    const Sigmoid s = sigmoid(argument);
+    to_o = 2.0f * s.value * of_y;
+    to_u = 2.0f * s.value * s.rest * (before * of_y);
+    again = Gated{}(argument, before);
+  };
+  const int64_t at = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kElements;
+  if (at + kElements <= count) {
+    float of_y[kElements], argument[kElements], before[kElements], to_o[kElements], to_u[kElements], again[kElements];
+    const Raw<bf16> first(dy + at), second(u + at), third(o + at);
+    first.values(of_y);
+    second.values(argument);
+    third.values(before);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) element(of_y[i], argument[i], before[i], to_o[i], to_u[i], again[i]);
+    store_eight(d_o + at, to_o);
+    store_eight(du + at, to_u);
+    if (y) store_eight(y + at, again);
+    return;
+  }
+#pragma unroll 1
+  for (int64_t i = at; i < count; ++i) {
+    float to_o, to_u, again;
+    element(value(dy[i]), value(u[i]), value(o[i]), to_o, to_u, again);
+    assign(d_o[i], to_o);
+    assign(du[i], to_u);
+    if (y) assign(y[i], again);
+  }
 }
 
 // -- sums over columns --------------------------------------------------------------------------------------------------
@@ -209,6 +246,26 @@ void gelu_backward(const Context& c, const Tensor& dx, const Tensor& x) {
   const std::int64_t count = dx.numel();
   void* d = bf16_elements(kOp, "dx", dx, count);
   map<bf16, bf16>(c, kOp, d, d, bf16_elements(kOp, "x", x, count), count, GeluGradient{});
+}
+
+void output_gate_forward(const Context& c, const OutputGate& a) {
+  constexpr const char* kOp = "output_gate_forward";
+  const std::int64_t count = a.y.numel();
+  map<bf16, bf16>(c, kOp, bf16_elements(kOp, "y", a.y, count), bf16_elements(kOp, "u", a.u, count), bf16_elements(kOp, "o", a.o, count), count,
+                  Gated{});
+}
+
+void output_gate_backward(const Context& c, const OutputGateBackward& a) {
+  constexpr const char* kOp = "output_gate_backward";
+  const std::int64_t count = a.dy.numel();
+  const auto given = [&](const char* name, const Tensor& t) { return static_cast<bf16*>(bf16_elements(kOp, name, t, count)); };
+  const bf16 *dy = given("dy", a.dy), *u = given("u", a.u), *o = given("o", a.o);
+  bf16 *d_o = given("d_o", a.d_o), *du = given("du", a.du), *y = a.y ? given("y", a.y) : nullptr;
+  if (count == 0) return;
+  require(d_o != du && y != d_o && y != du, kOp, "two outputs in one memory");
+  constexpr std::int64_t kBlock = std::int64_t{kThreads} * kElements;
+  output_gate_backward_kernel<<<static_cast<unsigned>((count + kBlock - 1) / kBlock), kThreads, 0, c.stream>>>(dy, u, o, d_o, du, y, count);
+  check_launch(kOp);
 }
 
 void add_column_sums(const Context& c, const Tensor& to, const Tensor& x) {

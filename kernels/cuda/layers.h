@@ -45,6 +45,8 @@ void convert(const Context& c, const Tensor& to, const Tensor& from);  // f32 an
 void add(const Context& c, const Tensor& to, const Tensor& a, const Tensor& b);
 void gelu_forward(const Context& c, const Tensor& y, const Tensor& x);
 void gelu_backward(const Context& c, const Tensor& dx, const Tensor& x);  // dx *= gelu'(x), both bf16
+void output_gate_forward(const Context& c, const OutputGate& a);
+void output_gate_backward(const Context& c, const OutputGateBackward& a);
 void add_column_sums(const Context& c, const Tensor& to,
                      const Tensor& x);  // to [M] f32 += sum over rows of x [N, M] bf16; scratch: norm_backward_scratch(M)
 

@@ -190,7 +190,7 @@ bool Linear::try_run(const Context& c, const Product& p) {
   if (!plan.found) return false;
   if (p.bias) set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, p.bias);
   if (p.argument) set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, p.argument);
-  const float one = 1, beta = p.key.adds ? 1 : 0;
+  const float one = 1, beta = p.key.adds || p.adds ? 1 : 0;
   check(cublasLtMatmul(handle_.get(), &plan.operation, &one, p.right, &plan.first, p.left, &plan.second, &beta, p.to, &plan.to, p.to, &plan.to,
                        &plan.choice.algo, workspace_.get(), kWorkspaceBytes, c.stream),
         "running a product");
@@ -247,10 +247,12 @@ void Linear::backward(const Context& c, const LinearBackward& a) {
   const void* dy = bf16_elements(kOp, "dy", a.dy, n * m);
 
   if (a.dx) {
+    require(!a.add_dx || !a.gelu_argument, kOp, "gelu_argument with add_dx");
     const Product p{.key = {n, k, m, false, false, false, Epilogue::none},
                     .left = dy,
                     .right = bf16_elements(kOp, "w", a.w, m * k),
-                    .to = bf16_elements(kOp, "dx", a.dx, n * k)};
+                    .to = bf16_elements(kOp, "dx", a.dx, n * k),
+                    .adds = a.add_dx};
     if (a.gelu_argument) {
       Product fused = p;
       fused.key.epilogue = Epilogue::gelu_backward;

@@ -1,7 +1,8 @@
 #pragma once
 // Matrix products through cuBLASLt: linear layers with bias and GELU in the product's epilogue, and the fused classifier.
 //
-// bf16 in, f32 sums. What is written in bf16 is rounded once; gradients of weights are added to f32 inside the product (beta = 1).
+// bf16 in, f32 sums. What is written in bf16 is rounded once, also where it is added to (add_dx); gradients of weights are added to f32 inside the
+// product (beta = 1).
 // Gradients of biases are a kernel of their own (add_column_sums): cuBLASLt's epilogues for them overwrite, and these are added to.
 // The algorithm of a product is one of cuBLASLt's answers for its shape (batch-invariant: without its rows), taken by its attributes: nothing is
 // timed, and addresses do not matter beyond their 16-byte alignment, so a shape has the same bits in every run on the same kind of GPU. Sums split
@@ -73,6 +74,7 @@ class Linear {
     void* to;
     const void* bias = nullptr;
     void* argument = nullptr;  // of the gelu: written by gelu and gelu_bias, read by gelu_backward
+    bool adds = false;         // to a bf16 matrix; nothing that an algorithm depends on
   };
   struct Plan {
     cublasLtMatmulDescOpaque_t operation{};

@@ -1,5 +1,5 @@
 #pragma once
-// Exponentials and GELU in few instructions, exact enough for results that are rounded to the 8 bits of bf16.
+// Exponentials, sigmoids and GELU in few instructions, exact enough for results that are rounded to the 8 bits of bf16.
 
 #include <cuda_runtime.h>
 
@@ -12,6 +12,15 @@ __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+/// sigmoid(x), and 1 - sigmoid(x) without its cancellation. The bound keeps the power finite and passes NaN.
+struct Sigmoid {
+  float value, rest;
+};
+__device__ __forceinline__ Sigmoid sigmoid(float x) {
+  const float power = -kLog2e * x, e = exp2_fast(power > 120.0f ? 120.0f : power), s = __fdividef(1.0f, 1.0f + e);
+  return {s, e * s};
 }
 
 // GELU in the tanh form, 0.5 x (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), as x s with s = 1 / (1 + e^(-2u)): that keeps its relative

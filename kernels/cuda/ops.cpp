@@ -224,6 +224,8 @@ class CudaOps final : public Ops {
   void qk_transform_backward(const QkTransform& transformed, const Tensor& gradients) override {
     cuda::qk_transform_backward(context(), transformed, gradients);
   }
+  void output_gate_forward(const OutputGate& a) override { cuda::output_gate_forward(context(), a); }
+  void output_gate_backward(const OutputGateBackward& a) override { cuda::output_gate_backward(context(), a); }
   void classifier(const Classifier& a) override { cuda::classifier(context(), *linear_, a); }
   void gelu(const Tensor& y, const Tensor& x) override { cuda::gelu_forward(context(), y, x); }
   void add(const Tensor& to, const Tensor& a, const Tensor& b) override { cuda::add(context(), to, a, b); }

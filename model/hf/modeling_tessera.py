@@ -7,6 +7,7 @@
     output    o_i = sum_j a_ij v_j / z_i    z = 1 (none, rms), visible keys ^ alpha (length), epsilon + sum_j a_ij (sum)
               o_i = (sum_j a_ij v_j + s_i v_i) / (z_i + s_i)    always.self (sum): s_i = max(0, c f(<q_i, k_i>) + b)^p, f(s) = s, fidelity: s^2
               o = gain o / sqrt(mean o^2 + 1e-5) for each head (rms)
+              y = 2 sigmoid(W x) * o          output_gate: element by element, over all heads; x is what q, k and v are made of
 
 Only visible edges count: key <= query, in the static pattern of the layer and head, in the query's document where document_mask is set.
 """
@@ -145,6 +146,9 @@ class Attention(nn.Module):
         self.config, self.heads, self.size = config, heads, width // heads
         self.c_attn = nn.Linear(width, 3 * width, bias=config.bias)
         self.c_proj = nn.Linear(width, width, bias=config.bias)
+        if a["output_gate"]:
+            self.c_gate = nn.Linear(width, width, bias=False)
+            self.c_gate.init_std = 0.0  # as it starts, the gate is the identity
         self.power = {"relu": 1, "relu2": 2, "relu4": 4, "softmax": 0}[a["gate"]]
         self.by_length = self.power > 0 and a["threshold"]["mode"] == "length"
         if a["score"] != "dot":
@@ -160,6 +164,7 @@ class Attention(nn.Module):
     def forward(self, x, visible, position):
         a = self.config.attention
         batch, tokens, width = x.shape
+        gate = 2 * self.c_gate(x).sigmoid() if a["output_gate"] else 1
         q, k, v = self.c_attn(x).view(batch, tokens, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
         if a["score"] != "dot":
             q, k = unit(q), unit(k)
@@ -195,7 +200,7 @@ class Attention(nn.Module):
                 o = o / visible.sum(-1, keepdim=True).clamp(min=1).pow(a["length_alpha"])
             elif a["normalizer"] == "rms":
                 o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-5) * self.norm[:, None, :]
-        return self.c_proj(o.transpose(1, 2).reshape(batch, tokens, width))
+        return self.c_proj(gate * o.transpose(1, 2).reshape(batch, tokens, width))
 
 
 class MLP(nn.Module):
@@ -228,7 +233,7 @@ class TesseraPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            module.weight.data.normal_(std=0.02)
+            module.weight.data.normal_(std=getattr(module, "init_std", 0.02))
         if isinstance(module, nn.Linear) and module.bias is not None:
             module.bias.data.zero_()
 

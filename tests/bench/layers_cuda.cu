@@ -218,6 +218,8 @@ void elementwise(Bench& bench, const Options& o, const cuda::Context& c) {
   bench.time("add", 3 * pass, [&] { cuda::add(c, z, x, y); });
   bench.time("gelu_forward", 2 * pass, [&] { cuda::gelu_forward(c, y, x); });
   bench.time("gelu_backward", 3 * pass, [&] { cuda::gelu_backward(c, y, x); });
+  bench.time("output_gate_forward", 3 * pass, [&] { cuda::output_gate_forward(c, {x, y, z}); });
+  bench.time("output_gate_backward", 6 * pass, [&] { cuda::output_gate_backward(c, {x, y, z, x, y, z}); });
   bench.time("add_column_sums", pass, [&] { cuda::add_column_sums(c, sums, x); });
   const Values narrow_sums(DType::f32, {o.width});
   const Tensor narrow = static_cast<const Tensor&>(x).view({o.rows, o.width});

@@ -227,6 +227,21 @@ TEST(PlanCommand, PatternsShowInTheFlops) {
               12.0 * 32 * 2 * (32.5 - 7.5625), 1e-6);
 }
 
+TEST(PlanCommand, TheOutputGateShowsInFlopsAndMemory) {
+  const std::string common = "plan " + kTiny + " --set model.vocabulary=300 --json";
+  const Json without = Json::parse(run_tessera(common).out), with = Json::parse(run_tessera(common + " --set attention.output_gate=true").out);
+  constexpr double kMatrices = 2 * 32 * 32;  // two layers of width 32
+  EXPECT_EQ(with["parameters"].get<double>() - without["parameters"].get<double>(), kMatrices);
+  for (const char* which : {"dense_equivalent", "pattern_visible"})
+    EXPECT_NEAR(with["flops_per_token"][which].get<double>() - without["flops_per_token"][which].get<double>(), 6 * kMatrices, 1e-6);
+  const auto more = [&](const char* what) {
+    return with["bytes_per_rank"][what].get<std::int64_t>() - without["bytes_per_rank"][what].get<std::int64_t>();
+  };
+  EXPECT_EQ(more("activations"), 2 * 2 * 64 * 32 * 4);  // its argument in each layer: two sequences of 64 tokens
+  EXPECT_EQ(more("gradients"), 4 * kMatrices);
+  EXPECT_EQ(more("workspace"), 0);
+}
+
 TEST(PlanCommand, RefusesDataOfAnotherTokenizer) {
   const std::string folder = (std::filesystem::temp_directory_path() / ("tessera_cli_plan_" + std::to_string(::getpid()))).string();
   ASSERT_EQ(run_tessera("prepare --input - --tokenizer bytes --output " + folder, "echo some text |").code, 0);

@@ -46,6 +46,8 @@ class PlanOps final : public Ops {
   void qk_transform_backward(const QkTransform&, const Tensor&) override { unused(); }
   void head_norm_forward(const HeadNorm&) override { unused(); }
   void head_norm_backward(const HeadNormBackward&) override { unused(); }
+  void output_gate_forward(const OutputGate&) override { unused(); }
+  void output_gate_backward(const OutputGateBackward&) override { unused(); }
   void classifier(const Classifier&) override { unused(); }
   void gelu(const Tensor&, const Tensor&) override { unused(); }
   void add(const Tensor&, const Tensor&, const Tensor&) override { unused(); }

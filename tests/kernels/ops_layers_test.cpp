@@ -325,12 +325,24 @@ TEST(Linear, PartsOfTheBackwardMayBeLeftOut) {
   EXPECT_EQ(dw, only_dw);
 }
 
+TEST(Linear, GradientsOfAnInputOfTwoLayersAddUp) {
+  for (const auto& [n, m, k] : {std::tuple{1, 7, 5}, std::tuple{37, 12, 40}, std::tuple{130, 64, 65}}) {
+    Floats dy = random_floats({n, m}, 1), w = random_floats({m, k}, 2), alone({n, k}), dx = random_floats({n, k}, 3);
+    const Floats before = dx;
+    ops().linear_backward({.dy = dy.tensor(), .w = w.tensor(), .dx = alone.tensor()});
+    ops().linear_backward({.dy = dy.tensor(), .w = w.tensor(), .dx = dx.tensor(), .add_dx = true});
+    expect_close(dx.values, plus(before, alone.doubles()), (m + 4) * kEpsilon, "dx");
+  }
+}
+
 TEST(Linear, WrongArgumentsAreRefused) {
   Floats x({4, 3}), w({5, 3}), y({4, 5}), wrong({4, 4});
   EXPECT_THROW(ops().linear_forward({.x = x.tensor(), .w = w.tensor(), .y = wrong.tensor()}), std::logic_error);
   EXPECT_THROW(ops().linear_forward({.x = y.tensor(), .w = w.tensor(), .y = y.tensor()}), std::logic_error);
   EXPECT_THROW(ops().linear_forward({.x = x.tensor(), .w = w.tensor(), .y = y.tensor(), .activation = Activation::gelu}), std::logic_error);
   EXPECT_THROW(ops().linear_backward({.dy = wrong.tensor(), .w = w.tensor(), .dx = x.tensor()}), std::logic_error);
+  EXPECT_THROW(ops().linear_backward({.dy = y.tensor(), .w = w.tensor(), .dx = x.tensor(), .add_dx = true, .gelu_argument = x.tensor()}),
+               std::logic_error);
 }
 
 // -- queries and keys -------------------------------------------------------------------------------------------------------

@@ -142,8 +142,14 @@ class Bf16Ops final : public Ops {
   }
   void linear_backward(const LinearBackward& a) override {
     Call c;
-    cpu_->linear_backward(
-        {.dy = c.in(a.dy), .x = c.in(a.x), .w = c.in(a.w), .dx = c.out(a.dx), .gelu_argument = c.in(a.gelu_argument), .dw = a.dw, .dbias = a.dbias});
+    cpu_->linear_backward({.dy = c.in(a.dy),
+                           .x = c.in(a.x),
+                           .w = c.in(a.w),
+                           .dx = a.add_dx ? c.in_out(a.dx) : c.out(a.dx),
+                           .add_dx = a.add_dx,
+                           .gelu_argument = c.in(a.gelu_argument),
+                           .dw = a.dw,
+                           .dbias = a.dbias});
   }
   void qk_transform_forward(const QkTransform& a) override {
     Call c;
@@ -168,6 +174,14 @@ class Bf16Ops final : public Ops {
     HeadNormBackward f = a;
     f.dy = c.in(a.dy), f.x = c.in(a.x), f.dx = c.out(a.dx);
     cpu_->head_norm_backward(f);
+  }
+  void output_gate_forward(const OutputGate& a) override {
+    Call c;
+    cpu_->output_gate_forward({.u = c.in(a.u), .o = c.in(a.o), .y = c.out(a.y)});
+  }
+  void output_gate_backward(const OutputGateBackward& a) override {
+    Call c;
+    cpu_->output_gate_backward({.dy = c.in(a.dy), .u = c.in(a.u), .o = c.in(a.o), .d_o = c.out(a.d_o), .du = c.out(a.du), .y = c.out(a.y)});
   }
 
   /// Through logits in bf16, and their gradient in bf16 in the same place.

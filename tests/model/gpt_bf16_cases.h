@@ -60,6 +60,19 @@ inline std::vector<std::pair<std::string, ModelConfig>> bf16_configs() {
   self_fidelity.attention.score = Score::fidelity;
   self_fidelity.attention.always_self = true;
   self_fidelity.attention.threshold.init = 0.01f;
+  auto& gated = add("output gate, self edges");
+  gated.attention.output_gate = true;
+  gated.attention.always_self = true;
+  gated.attention.threshold.init = 1.0f;
+  auto& gated_rms = add("output gate, normalizer rms, biases");
+  gated_rms.attention.output_gate = true;
+  gated_rms.attention.normalizer = Normalizer::rms;
+  gated_rms.attention.threshold.init = -9.0f;  // every edge is open: else the norm divides by almost nothing for early queries
+  gated_rms.attention.scale_learned = false;   // and nearly takes the scale out again
+  gated_rms.bias = true;
+  auto& gated_softmax = add("output gate, softmax");
+  gated_softmax.attention.output_gate = true;
+  gated_softmax.attention.gate = Gate::softmax;
   return v;
 }
 

@@ -156,6 +156,19 @@ TEST(GptDecode, SelfEdges) {
     }
 }
 
+TEST(GptDecode, OutputGate) {
+  for (const Gate gate : {Gate::relu2, Gate::softmax})
+    for (const Normalizer normalizer : {Normalizer::sum, Normalizer::rms}) {
+      ModelConfig config = long_config(120);
+      config.attention.gate = gate;
+      config.attention.normalizer = normalizer;
+      config.attention.always_self = normalizer == Normalizer::sum;
+      config.attention.output_gate = true;
+      SCOPED_TRACE("gate " + std::to_string(static_cast<int>(gate)) + " normalizer " + std::to_string(static_cast<int>(normalizer)));
+      expect_same_text(config, 90);
+    }
+}
+
 TEST(GptDecode, HeadsAndLayersOfDifferentPatterns) {
   ModelConfig config = long_config(120);
   config.attention.pattern.overrides = {

@@ -177,6 +177,27 @@ TEST(GptGradients, SelfEdges) {
   }
 }
 
+TEST(GptGradients, OutputGate) {
+  unsigned n = 0;
+  for (auto gate : {Gate::relu2, Gate::softmax}) {
+    for (auto normalizer : {Normalizer::sum, Normalizer::rms}) {
+      for (bool bias : {false, true}) {
+        SCOPED_TRACE(std::string(text(gate)) + " " + text(normalizer) + (bias ? " biases" : ""));
+        ModelConfig m = tiny_config();
+        m.attention.output_gate = true;
+        m.attention.gate = gate;
+        m.attention.normalizer = normalizer;
+        m.attention.always_self = normalizer == Normalizer::sum;
+        m.bias = bias;
+        m.norm = bias ? NormKind::layernorm : NormKind::rmsnorm;
+        m.mlp_ratio = bias ? 1 : 4;  // the gradients of qkv or the hidden layer decide how large their memory is
+        m.attention.document_mask = n % 2;
+        expect_matches_reference(m, 300 + n++);
+      }
+    }
+  }
+}
+
 TEST(GptGradients, PositionsNormsBiasesDocuments) {
   for (int n = 0; n < 16; ++n) {
     SCOPED_TRACE(n);

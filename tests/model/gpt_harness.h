@@ -38,7 +38,7 @@ inline ModelConfig tiny_config() {
 inline std::vector<ModelConfig> variants() {
   ModelConfig m = tiny_config();
   m.attention.epsilon = 0.01f;  // a nearly empty sum of weights would blow rounding up (gpt_gradient_test.cpp measures that instead)
-  std::vector<ModelConfig> v(6, m);
+  std::vector<ModelConfig> v(8, m);
   v[1].positions = Positions::learned;
   v[1].norm = NormKind::layernorm;
   v[1].bias = true;
@@ -53,6 +53,11 @@ inline std::vector<ModelConfig> variants() {
   v[4].attention.threshold.mode = ThresholdMode::length;
   v[5].attention.always_self = true;
   v[5].attention.threshold.init = 2.0f;  // many a query has no other edge
+  v[6] = v[1];
+  v[6].attention.output_gate = true;
+  v[6].attention.threshold.init = -1.0f;  // the norm of hardly any weights would blow rounding up
+  v[7] = v[2];
+  v[7].attention.output_gate = true;
   return v;
 }
 

@@ -88,6 +88,16 @@ TEST(GptRecompute, Memory) {
   EXPECT_EQ(bytes(Recompute::gelu_norm, activations), L * (block + norms) + 3 * N * C * 4 + last_norm);
   EXPECT_EQ(bytes(Recompute::block, activations), block + head_norm + gelu + norms + norm_outputs + (L - 1) * N * C * 4 + last_norm);
   for (auto recompute : kAgain) EXPECT_EQ(bytes(recompute, workspace), bytes(Recompute::none, workspace));
+
+  // The output gate keeps its argument, and needs no other memory.
+  constexpr Recompute kAll[] = {Recompute::none, Recompute::gelu_norm, Recompute::block};
+  std::vector<std::size_t> activation_bytes, workspace_bytes;
+  for (auto recompute : kAll) activation_bytes.push_back(bytes(recompute, activations)), workspace_bytes.push_back(bytes(recompute, workspace));
+  config.attention.output_gate = true;
+  for (std::size_t i = 0; i < 3; ++i) {
+    EXPECT_EQ(bytes(kAll[i], activations), activation_bytes[i] + (kAll[i] == Recompute::block ? 1 : L) * N * C * 4);
+    EXPECT_EQ(bytes(kAll[i], workspace), workspace_bytes[i]);
+  }
 }
 
 }  // namespace

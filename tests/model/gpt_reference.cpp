@@ -66,6 +66,7 @@ Row rotate(const Row& x, std::int64_t position, double base) {
   return y;
 }
 
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 double gelu(double x) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::numbers::pi) * (x + 0.044715 * x * x * x))); }
 
 /// One head: q, k, v are [T, D], the result is [T, D].
@@ -139,10 +140,11 @@ GptReference::Result GptReference::run(const std::vector<double>& parameters, co
     for (std::size_t l = 0; l < static_cast<std::size_t>(m.layers); ++l) {
       const auto name = [&](const char* rest) { return "h." + std::to_string(l) + "." + rest; };
       Matrix attended(T, Row(C));
-      Matrix qkv(T);
+      Matrix qkv(T), gates(T);
       for (std::size_t t = 0; t < T; ++t) {
         const Row y = norm(m.norm, x[t], p(name("ln_1.weight")), p(name("ln_1.bias")));
         qkv[t] = linear(y, p(name("attn.c_attn.weight")), p(name("attn.c_attn.bias")), 3 * C);
+        if (const double* w = p(name("attn.c_gate.weight"))) gates[t] = linear(y, w, nullptr, C);
       }
       for (std::size_t h = 0; h < H; ++h) {
         const auto part = [&](std::size_t which) {
@@ -180,6 +182,7 @@ GptReference::Result GptReference::run(const std::vector<double>& parameters, co
         }
       }
       for (std::size_t t = 0; t < T; ++t) {
+        for (std::size_t i = 0; i < gates[t].size(); ++i) attended[t][i] *= 2 * sigmoid(gates[t][i]);
         const Row branch = linear(attended[t], p(name("attn.c_proj.weight")), p(name("attn.c_proj.bias")), C);
         for (std::size_t i = 0; i < C; ++i) x[t][i] += branch[i];
         const Row y = norm(m.norm, x[t], p(name("ln_2.weight")), p(name("ln_2.bias")));

@@ -149,6 +149,27 @@ TEST(Gpt, SameStepSameBits) {
   EXPECT_EQ(first, b.gradients(batch));
 }
 
+// As it starts, the gate changes no loss and no gradient but its own, which is not zero.
+TEST(Gpt, AnUntrainedOutputGateIsTheIdentity) {
+  for (auto config : variants()) {
+    if (config.attention.output_gate) continue;
+    const Sequences batch = random_sequences(config, 3, 20, 17);
+    TestModel without(config);
+    config.attention.output_gate = true;
+    TestModel with(config);
+    without.gpt.initialize(3);
+    with.gpt.initialize(3);
+    const auto gradients = without.gradients(batch), gated = with.gradients(batch);
+    EXPECT_EQ(with.host(with.gpt.losses()), without.host(without.gpt.losses()));
+    const auto slice = [](const std::vector<float>& flat, const ParameterInfo& p) {
+      return std::vector<float>(flat.begin() + p.offset, flat.begin() + p.offset + p.shape.numel());
+    };
+    for (const auto& p : without.gpt.layout().parameters) EXPECT_EQ(slice(gated, with.gpt.layout().find(p.name)), slice(gradients, p)) << p.name;
+    for (const char* name : {"h.0.attn.c_gate.weight", "h.1.attn.c_gate.weight"})
+      for (float g : slice(gated, with.gpt.layout().find(name))) EXPECT_NE(g, 0.0f);
+  }
+}
+
 TEST(Gpt, GradientsAccumulateAndScale) {
   const auto config = tiny_config();
   TestModel model(config);
@@ -275,6 +296,10 @@ TEST(Gpt, Flops) {
   EXPECT_DOUBLE_EQ(flops(config).dense, 6.0 * (2 * 8 * 256 + 24 * 16));
   EXPECT_DOUBLE_EQ(flops(config).attention_causal, 12.0 * 16 * 2 * 10.5);
   EXPECT_DOUBLE_EQ(flops(config).attention_visible, flops(config).attention_causal);
+  auto gated = config;  // C^2 more a layer
+  gated.attention.output_gate = true;
+  EXPECT_DOUBLE_EQ(flops(gated).dense, 6.0 * (2 * 9 * 256 + 24 * 16));
+  EXPECT_DOUBLE_EQ(flops(gated).attention_causal, flops(config).attention_causal);
   config.attention.pattern.base.kind = PatternSpec::Kind::window;
   config.attention.pattern.base.size = 1;
   EXPECT_DOUBLE_EQ(flops(config).attention_visible, 12.0 * 16 * 2);

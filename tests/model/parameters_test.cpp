@@ -93,6 +93,25 @@ TEST(Parameters, OnlyWhatHasAnEffect) {
   EXPECT_FALSE(has(m, "h.1.attn.self_bias"));
 }
 
+TEST(Parameters, TheOutputGateIsAMatrixOfZerosBesideTheQueries) {
+  ModelConfig m = tiny_config();
+  m.bias = true;
+  const auto without = make_parameter_layout(m);
+  m.attention.output_gate = true;
+  for (const Gate gate : {Gate::relu2, Gate::softmax}) {
+    m.attention.gate = gate;
+    const auto layout = make_parameter_layout(m);
+    const ParameterInfo &p = layout.find("h.1.attn.c_gate.weight"), &before = layout.find("h.1.attn.c_attn.weight");
+    EXPECT_EQ(p.shape, (Shape{16, 16}));
+    EXPECT_TRUE(p.decayed);
+    EXPECT_EQ(p.offset, before.offset + before.shape.numel());
+    EXPECT_EQ(layout.decayed_count, without.decayed_count + 2 * 256);
+    EXPECT_EQ(initial_values(p, 5), std::vector<float>(256, 0.0f));
+    EXPECT_THROW(layout.find("h.1.attn.c_gate.bias"), std::out_of_range);
+  }
+  EXPECT_THROW(without.find("h.1.attn.c_gate.weight"), std::out_of_range);
+}
+
 TEST(Parameters, DecayedOnesFirstWithoutGaps) {
   ModelConfig m = gpt2(3, 4, 64);
   m.attention.score = Score::cosine;

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "tests/trainer/run_support.h"
+#include "trainer/run_summary.h"
 
 namespace tessera {
 namespace {
@@ -22,6 +23,13 @@ class Compare : public RunTest {
     return Json::parse(r.output);
   }
 };
+
+TEST(AttentionName, HasWhatTellsModelsApart) {
+  const auto name = [](std::vector<std::string> sets) { return attention_name(load_config("", sets)); };
+  EXPECT_EQ(name({}), "cosine/relu2/sum");
+  EXPECT_EQ(name({"attention.always.self=true", "attention.output_gate=true"}), "cosine/relu2/sum+self+output_gate");
+  EXPECT_EQ(name({"attention.gate=softmax", "attention.always.self=true", "attention.output_gate=true"}), "softmax+output_gate");
+}
 
 TEST_F(Compare, SaysWhatTheRunsMeasured) {
   ASSERT_EQ(tessera("train tiny.yaml --set run.dir=runs/a").code, 0);

@@ -72,6 +72,14 @@ inline const std::vector<HfCase>& hf_cases() {
        "tessera",
        {"attention={score: fidelity, gate: relu, normalizer: sum, always: {self: true}, scale_learned: false, threshold: {mode: learned, init: "
         "0.4}}"}},
+      {"output_gate",
+       "tessera",
+       {"attention={score: cosine, gate: relu2, normalizer: sum, output_gate: true, always: {self: true}, threshold: {mode: controlled}}",
+        "model={norm: layernorm, bias: true}"}},
+      {"output_gate_rms", "tessera", {"attention={score: dot, gate: relu, normalizer: rms, output_gate: true, threshold: {mode: learned}}"}},
+      {"output_gate_softmax",
+       "tessera",
+       {"attention={score: dot, gate: softmax, output_gate: true}", "model={positions: learned, norm: layernorm, bias: true}"}},
   };
   return cases;
 }

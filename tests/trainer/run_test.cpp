@@ -65,7 +65,8 @@ TEST_F(RunTest, SameLossesOnOneTwoAndFourRanks) {
   for (const Case& c :
        {Case{"softmax", "--set attention.gate=softmax --set attention.document_mask=true", 24, 1e-6},
         Case{"default", "--set train.steps=5 --set optimizer.warmup=4", 5, 1e-6}, Case{"epsilon", "--set attention.epsilon=0.1", 24, 1e-4},
-        Case{"self", "--set attention.epsilon=0.1 --set attention.always.self=true", 24, 1e-4}}) {
+        Case{"self", "--set attention.epsilon=0.1 --set attention.always.self=true", 24, 1e-4},
+        Case{"gated", "--set attention.epsilon=0.1 --set attention.output_gate=true", 24, 1e-4}}) {
     const auto name = [&](int ranks) { return c.name + std::to_string(ranks); };
     for (const int ranks : {1, 2, 4}) {
       const Result r = tessera_on(ranks, std::string("train tiny.yaml ") + c.sets + " --set run.dir=runs/" + name(ranks));

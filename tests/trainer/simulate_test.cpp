@@ -57,6 +57,11 @@ TEST(Simulate, OneGpuIsWorkAtItsRates) {
   EXPECT_EQ(step.gradients_bytes, 0);
 }
 
+TEST(Simulate, TheOutputGateIsAMatrixMoreALayer) {
+  const auto dense = [](const char* gate) { return step_of(config_of({gate}), 1, SequenceExchange::needed, {.gpus = 1}).dense; };
+  EXPECT_NEAR(dense("attention.output_gate=true") - dense("attention.output_gate=false"), 65536 * 6 * (3 * 512.0 * 512) / 692e12 * 1e3, 1e-9);
+}
+
 TEST(Simulate, PerfectLinksLeaveTheWork) {
   for (const char* pattern : {"attention.pattern=causal", "attention.pattern={window: {size: 500}}"}) {
     const Config c = config_of({pattern});

@@ -65,6 +65,16 @@ TEST_F(WarmStartTest, SelfEdgesStartAtTheirFirstBias) {
   EXPECT_TRUE(back.says("note: run.init: attn.self_bias of 2 layers is dropped: this model has none")) << back;
 }
 
+TEST_F(WarmStartTest, TheOutputGateStartsAsTheIdentity) {
+  ASSERT_EQ(train("without", "").code, 0);
+  const Result r = train("with", "--set run.init=runs/without --set optimizer.lr=1e-30 --set attention.output_gate=true", 1);
+  ASSERT_EQ(r.code, 0) << r;
+  EXPECT_TRUE(r.says("note: run.init: attn.c_gate.weight of 2 layers keeps its first values: the checkpoint has none")) << r;
+  const Result same = train("same", "--set run.init=runs/without --set optimizer.lr=1e-30", 1);
+  ASSERT_EQ(same.code, 0) << same;
+  EXPECT_EQ(metrics("with")[0]["loss"], metrics("same")[0]["loss"]);
+}
+
 TEST_F(WarmStartTest, ControlledThresholdsGoOn) {
   ASSERT_EQ(train("first", "", 8).code, 0);
   const Result r = train("second", "--set run.init=runs/first --set attention.threshold.rate=1e-30 --set model.vocabulary_multiple=8", 1);

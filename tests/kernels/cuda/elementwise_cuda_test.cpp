@@ -1,4 +1,4 @@
-// Conversions, sums, GELU and sums over columns on the GPU.
+// Conversions, sums, GELU, the output gate and sums over columns on the GPU.
 
 #include <cstdint>
 
@@ -144,6 +144,78 @@ TEST(CudaGelu, TailsAndWhatIsNotANumber) {
   cuda::gelu_forward(context(), out, in);
   EXPECT_TRUE(std::isnan(out.doubles()[0]));
   EXPECT_EQ(out.doubles()[1], INFINITY);
+}
+
+// -- the output gate ----------------------------------------------------------------------------------------------------
+
+TEST(CudaOutputGate, MatchesTheDefinition) {
+  TESSERA_NEEDS_GPU();
+  for (const std::int64_t count : kCounts) {
+    const Doubles u = random_bf16(count, 1, 3), o = random_bf16(count, 2), dy = random_bf16(count, 3);
+    Doubles y, d_o, du;
+    for (std::int64_t i = 0; i < count; ++i) {
+      y.push_back(2 * sigmoid(u[i]) * o[i]);
+      d_o.push_back(2 * sigmoid(u[i]) * dy[i]);
+      du.push_back(2 * sigmoid(u[i]) * sigmoid(-u[i]) * o[i] * dy[i]);
+    }
+    const OnDevice dev_u(DType::bf16, {count}, u), dev_o(DType::bf16, {count}, o), dev_dy(DType::bf16, {count}, dy);
+    OnDevice to(DType::bf16, {count}), to_o(DType::bf16, {count}), to_u(DType::bf16, {count}), again(DType::bf16, {count});
+    gpu().output_gate_forward({.u = dev_u, .o = dev_o, .y = to});
+    expect_within_twice(to.doubles(), y, bf16(y), "y", 1e-6);
+    gpu().output_gate_backward({.dy = dev_dy, .u = dev_u, .o = dev_o, .d_o = to_o, .du = to_u, .y = again});
+    expect_within_twice(to_o.doubles(), d_o, bf16(d_o), "d_o", 1e-6);
+    expect_within_twice(to_u.doubles(), du, bf16(du), "du", 1e-6);
+    EXPECT_EQ(again.bytes(), to.bytes()) << count;
+
+    // Without y; then every output in the memory of an input.
+    OnDevice other_o(DType::bf16, {count}), other_u(DType::bf16, {count});
+    gpu().output_gate_backward({.dy = dev_dy, .u = dev_u, .o = dev_o, .d_o = other_o, .du = other_u});
+    EXPECT_EQ(other_o.bytes(), to_o.bytes()) << count;
+    EXPECT_EQ(other_u.bytes(), to_u.bytes()) << count;
+    const OnDevice in_place(DType::bf16, {count}, o);
+    gpu().output_gate_forward({.u = dev_u, .o = in_place, .y = in_place});
+    EXPECT_EQ(in_place.bytes(), to.bytes()) << count;
+    gpu().output_gate_backward({.dy = dev_dy, .u = dev_u, .o = dev_o, .d_o = dev_dy, .du = dev_u, .y = dev_o});
+    EXPECT_EQ(dev_dy.bytes(), to_o.bytes()) << count;
+    EXPECT_EQ(dev_u.bytes(), to_u.bytes()) << count;
+    EXPECT_EQ(dev_o.bytes(), to.bytes()) << count;
+  }
+}
+
+/// Of every bf16, with o = dy = 1: relative to each value. A gate below 1e-34 is as good as closed.
+TEST(CudaOutputGate, EveryArgumentGivesTheFunctionRounded) {
+  TESSERA_NEEDS_GPU();
+  const Doubles u = all_bf16();
+  const auto count = static_cast<std::int64_t>(u.size());
+  const OnDevice argument(DType::bf16, {count}, u), ones(DType::bf16, {count}, Doubles(u.size(), 1.0));
+  OnDevice y(DType::bf16, {count}), d_o(DType::bf16, {count}), du(DType::bf16, {count});
+  gpu().output_gate_backward({.dy = ones, .u = argument, .o = ones, .d_o = d_o, .du = du, .y = y});
+  const Doubles values = y.doubles(), slopes = du.doubles();
+  for (std::size_t i = 0; i < u.size(); ++i) {
+    const double gate = 2 * sigmoid(u[i]), slope = gate * sigmoid(-u[i]);
+    ASSERT_NEAR(values[i], gate, 1.01 * kHalfUlp * gate + 1e-34) << u[i];
+    ASSERT_NEAR(slopes[i], slope, 1.01 * kHalfUlp * slope + 1e-34) << u[i];
+    if (u[i] == 0) {
+      ASSERT_EQ(values[i], 1.0);
+    }
+  }
+  EXPECT_EQ(d_o.bytes(), y.bytes());
+}
+
+TEST(CudaOutputGate, WhatIsNotANumberAndWrongArguments) {
+  TESSERA_NEEDS_GPU();
+  const OnDevice u(DType::bf16, {3}, {NAN, INFINITY, -INFINITY}), o(DType::bf16, {3}, {1.0, 1.0, 1.0});
+  OnDevice y(DType::bf16, {3}), d_o(DType::bf16, {3}), du(DType::bf16, {3});
+  gpu().output_gate_forward({.u = u, .o = o, .y = y});
+  EXPECT_TRUE(std::isnan(y.doubles()[0]));
+  EXPECT_EQ(y.doubles()[1], 2.0);
+  EXPECT_NEAR(y.doubles()[2], 0.0, 1e-34);
+  const OnDevice few(DType::bf16, {2}), wide(DType::f32, {3});
+  EXPECT_THROW(gpu().output_gate_forward({.u = few, .o = o, .y = y}), std::logic_error);
+  EXPECT_THROW(gpu().output_gate_forward({.u = u, .o = wide, .y = y}), std::logic_error);
+  EXPECT_THROW(gpu().output_gate_backward({.dy = o, .u = u, .o = o, .d_o = d_o, .du = d_o}), std::logic_error);
+  EXPECT_THROW(gpu().output_gate_backward({.dy = o, .u = u, .o = o, .d_o = d_o, .du = du, .y = du}), std::logic_error);
+  EXPECT_THROW(gpu().output_gate_backward({.dy = o, .u = u, .o = o, .d_o = wide, .du = du}), std::logic_error);
 }
 
 // -- sums over columns --------------------------------------------------------------------------------------------------

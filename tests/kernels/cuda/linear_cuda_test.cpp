@@ -135,6 +135,12 @@ TEST(CudaLinear, BackwardMatchesTheDefinition) {
     gpu().linear_backward({.dy = dev_dy, .x = dev_x, .w = dev_w, .dx = dx, .dw = dw, .dbias = dbias});
     const Doubles wanted_dx = product(n, k, m, {dy, m, 1}, {w, k, 1});
     expect_within_twice(dx.doubles(), wanted_dx, bf16(wanted_dx), what + " dx");
+    // Added to what another layer gave the same input, and rounded once.
+    const OnDevice sum(DType::bf16, {n, k}, argument);
+    gpu().linear_backward({.dy = dev_dy, .w = dev_w, .dx = sum, .add_dx = true});
+    Doubles wanted_sum = wanted_dx;
+    for (std::size_t i = 0; i < wanted_sum.size(); ++i) wanted_sum[i] += argument[i];
+    expect_within_twice(sum.doubles(), wanted_sum, bf16(wanted_sum), what + " dx, added");
     Doubles wanted_dw = product(m, k, n, {dy, 1, m}, {x, k, 1}), wanted_dbias = dbias0;
     for (std::size_t i = 0; i < wanted_dw.size(); ++i) wanted_dw[i] += dw0[i];
     for (std::size_t i = 0; i < dy.size(); ++i) wanted_dbias[i % m] += dy[i];
@@ -251,6 +257,7 @@ TEST(CudaLinear, WrongArgumentsAreRefused) {
   EXPECT_THROW(gpu().linear_forward({.x = large.tensor().slice(1, 64), .w = w, .y = y}), std::logic_error);  // not on 16 bytes
   EXPECT_THROW(gpu().linear_forward({.x = x, .w = w, .y = y, .activation = Activation::gelu}), std::logic_error);
   EXPECT_THROW(gpu().linear_backward({.dy = y, .x = x, .w = w, .dw = w}), std::logic_error);  // gradients are f32
+  EXPECT_THROW(gpu().linear_backward({.dy = y, .w = w, .dx = x, .add_dx = true, .gelu_argument = x}), std::logic_error);
 }
 
 // -- classifier -------------------------------------------------------------------------------------------------------
