@@ -67,9 +67,10 @@ fi
 sets=(--set "device=$device" --set "data.path=$data" "${sets[@]}")
 
 # estimate: hours and dollars of both runs on 1, 4 and 8 GPUs. Tokens a second: measured now on the GPU that is there, else what one H200 was measured to
-# do (tests/bench/RESULTS.md: sparse 226 k while every tile is active, softmax 218 k; the slower of the two for both).
+# do (tests/bench/RESULTS.md: 354 M sparse 231 k while every tile is active, softmax 220 k; 30 M 2.18 M and 1.98 M; the slower of the two for both).
 estimate() {
-  local planned tokens speed=218000 source='one H200, as in tests/bench/RESULTS.md' measured
+  local planned tokens speed=220000 source='one H200, as in tests/bench/RESULTS.md' measured
+  [ "$scale" = full ] || speed=1980000
   planned=$("$binary" plan "$config" "${sets[@]}" --set data.path= --set model.vocabulary=50257 --json) || exit $?
   tokens=$(sed -n 's/^ *"tokens": \([0-9]*\).*/\1/p' <<<"$planned")
   if [ "$(gpus)" != 0 ]; then
@@ -119,16 +120,16 @@ if [ ! -e "$data/dataset.json" ]; then
   "$binary" prepare --input "$corpus" --tokenizer "$tokenizer" --output "$data" --validation-fraction "$fraction" "${resume[@]}"
 fi
 
-# run NAME [--set key=value]...: trains, unless it is done, and evaluates the newest checkpoint, unless that is done.
+# run NAME CONFIG [--set key=value]...: trains, unless it is done, and evaluates the newest checkpoint, unless that is done.
 run() {
-  local name=$1 folder="$output/$1" before
-  shift
+  local name=$1 from=$2 folder="$output/$1" before
+  shift 2
   say "Training: $name"
   before=$(ls "$folder/checkpoints" 2>/dev/null || true)
   if [ -e "$folder/config.yaml" ]; then
     "$root/launch/train.sh" -n "$ranks" --binary "$binary" "$folder/config.yaml" --resume
   else
-    "$root/launch/train.sh" -n "$ranks" --binary "$binary" "$config" "${sets[@]}" "$@" --set "run.dir=$folder"
+    "$root/launch/train.sh" -n "$ranks" --binary "$binary" "$from" "$@" --set "run.dir=$folder"
   fi
   "$binary" compare "$folder" --no-release --json | grep -q '"finished": true' || die "training of $name was stopped. The same command again goes on"
   # Results of an earlier checkpoint do not stand for this one.
@@ -143,8 +144,9 @@ run() {
   fi
 }
 on_ranks() { mpirun --bind-to none --oversubscribe -n "$ranks" "$binary" "$@"; }
-run sparse
-run softmax --set attention.gate=softmax
+run sparse "$config" "${sets[@]}"
+# From the configuration that the sparse run has, whatever this release's says by now.
+run softmax "$output/sparse/config.yaml" --set attention.gate=softmax
 
 say "Beside the release"
 "$binary" compare "$output/sparse" "$output/softmax" | tee "$output/compare.txt"

@@ -1,5 +1,7 @@
 // What no key can check alone: values that follow from others, and values that do not go together.
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -153,8 +155,9 @@ class Resolver {
     const AttentionConfig& a = c_.model.attention;
     if (a.self_edge() && a.normalizer != Normalizer::sum)
       fail({"attention.always.self", "attention.normalizer"},
-           fmt::format("the edge to oneself joins a sum of weights: expected attention.normalizer sum with it, found {}",
-                       find_key("attention.normalizer")->write(c_).get<std::string>()));
+           fmt::format(
+               "the edge to oneself joins a sum of weights: expected attention.normalizer sum with it, found {}, or attention.always.self false",
+               find_key("attention.normalizer")->write(c_).get<std::string>()));
   }
 
   void threshold() {
@@ -172,14 +175,15 @@ class Resolver {
                        c_.model.heads, densest));
     const double fewest = head_target(a.threshold, c_.model.heads, c_.model.heads - 1), mean_keys = (static_cast<double>(c_.model.context) + 1) / 2;
     if (a.self_edge() && a.threshold.mode == ThresholdMode::controlled && fewest * mean_keys <= 1) {
-      const double below = 1 - (1 - a.threshold.target_edge_sparsity) / (fewest * mean_keys);
+      std::vector<std::string> helps;
+      if (const double below = 1 - (1 - a.threshold.target_edge_sparsity) / (fewest * mean_keys); below > 0)
+        helps.push_back(fmt::format("a target below {:.6g}", below));
+      if (a.threshold.head_spread > 1) helps.push_back("a smaller attention.threshold.head_spread");
+      helps.push_back(fmt::format("model.context of at least {:.0f}", std::floor(2 / fewest)));
       fail({"attention.always.self", "attention.threshold.target_edge_sparsity", "model.context"},
            fmt::format("target_edge_sparsity {} leaves a query {:.2f} edges at context {}, and the edge to itself is one: expected {}, or "
                        "attention.always.self false",
-                       a.threshold.target_edge_sparsity, fewest * mean_keys, c_.model.context,
-                       below > 0                     ? fmt::format("a target below {:.6g}", below)
-                       : a.threshold.head_spread > 1 ? "a smaller attention.threshold.head_spread"
-                                                     : "a longer model.context"));
+                       a.threshold.target_edge_sparsity, fewest * mean_keys, c_.model.context, fmt::join(helps, ", ")));
     }
   }
 

@@ -63,9 +63,7 @@ TEST(Configurations, Gpt2Medium) {
     EXPECT_EQ(c["model"]["context"], 1024);
     EXPECT_EQ(p["vocabulary"], 50257);
     EXPECT_EQ(p["vocabulary_padded"], 50304);
-    const bool self_edges = c["attention"]["always"]["self"];  // a bias a head
-    EXPECT_EQ(self_edges, name == "gpt2-medium-sparse");
-    EXPECT_EQ(p["parameters"], parameters(24, 16, 1024) + (self_edges ? 24 * 16 : 0));
+    EXPECT_EQ(p["parameters"], parameters(24, 16, 1024));
     EXPECT_EQ(p["tokens_per_step"], 524288);
     EXPECT_EQ(p["steps"], 22000);
     EXPECT_EQ(p["tokens"], 11'534'336'000);
@@ -89,7 +87,6 @@ TEST(Configurations, Gpt2Small) {
   }
 }
 
-// And in edges to itself, which softmax has anyway.
 TEST(Configurations, TwinsDifferInTheGateAlone) {
   for (const std::string size : {"gpt2-small", "gpt2-medium"}) {
     SCOPED_TRACE(size);
@@ -98,7 +95,7 @@ TEST(Configurations, TwinsDifferInTheGateAlone) {
     EXPECT_EQ(softmax["attention"]["gate"], "softmax");
     for (Json* c : {&sparse, &softmax}) {
       (*c)["run"].erase("dir");
-      for (const char* key : {"gate", "normalizer", "always", "threshold"}) (*c)["attention"].erase(key);
+      for (const char* key : {"gate", "normalizer", "threshold"}) (*c)["attention"].erase(key);
     }
     EXPECT_EQ(sparse, softmax);
   }

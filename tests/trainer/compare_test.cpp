@@ -120,10 +120,14 @@ TEST_F(Reproduce, GoesOnWhereItWasKilled) {
   const Result killed = reproduce(kTiny, "TESSERA_FAULT=kill@0:7");
   EXPECT_NE(killed.code, 0) << killed;
   EXPECT_FALSE(fs::exists(folder / "out/sparse/eval.json"));
-  const Result rest = reproduce(kTiny);
+  // The twin has the configuration of the run that went on, not that of the command that went on with it.
+  const Result rest = reproduce(kTiny + std::string(" --set optimizer.lr=2e-3"));
   ASSERT_EQ(rest.code, 0) << rest;
   EXPECT_TRUE(rest.says("going on after step 5")) << rest;
   EXPECT_TRUE(rest.says("the release (RRT-355M)")) << rest;
+  const auto rate = [&](const char* run) { return parse_config(read_file(folder / "out" / run / "config.yaml"), run, {}).optimizer.lr; };
+  EXPECT_EQ(rate("softmax"), rate("sparse"));
+  EXPECT_NE(rate("softmax"), 2e-3);
 }
 
 TEST_F(Reproduce, PlansAndRefuses) {

@@ -190,8 +190,11 @@ TEST(ConfigErrors, CrossChecks) {
   // Fewer edges a query than the one to itself: what helps depends on why.
   const std::string self = "model: {context: 64}\nattention: {always: {self: true}, threshold: {target_edge_sparsity: 0.95, head_spread: ";
   expect_error(error_of(self + "4}}"), "x.yaml:2:28: attention.always.self: target_edge_sparsity 0.95 leaves a query", "expected a target below 0.9");
-  expect_error(error_of(self + "1000}}"), "leaves a query 0.01 edges at context 64", "expected a smaller attention.threshold.head_spread, or");
-  expect_error(error_of("model: {context: 1}\nattention: {always: {self: true}}"), "at context 1, and", "expected a longer model.context, or");
+  expect_error(error_of(self + "1000}}"), "leaves a query 0.01 edges at context 64",
+               "expected a smaller attention.threshold.head_spread, model.context of at least");
+  expect_error(error_of("model: {context: 1}\nattention: {always: {self: true}}"), "at context 1, and", "expected model.context of at least");
+  expect_error(error_of("attention: {always: {self: true}, threshold: {target_edge_sparsity: 0.9966}}\nmodel: {context: 512}"),
+               "a target below 0.996", "model.context of at least 588, or attention.always.self false");
   expect_error(error_of("attention: {output_gate: sigmoid}"), "attention.output_gate: expected true or false, found sigmoid");
   expect_error(error_of("attention: {always: true}"), "attention.always");
   expect_error(error_of("attention: {always: {self: true}}\nparallel: {sequence: 2, exchange: heads}"),
