@@ -58,9 +58,13 @@ TEST_F(Compare, SaysWhatTheRunsMeasured) {
   EXPECT_EQ(a["memory_planned"], true);
   EXPECT_EQ(a["parameters"], 320 * 32 + 2 * 12 * 32 * 32 + 5 * 32 + 2 * 2);  // embedding, matrices of two layers, gains of norms, scales of heads
   EXPECT_EQ(b["attention"], "softmax");
+  EXPECT_EQ(a["differs"], (Json{{"train.steps", 24}}));
+  EXPECT_EQ(b["differs"], (Json{{"train.steps", 8}}));
   EXPECT_TRUE(b["edge_sparsity"].is_null());
   EXPECT_EQ(release["validation_loss"], 2.8001);
   EXPECT_EQ(release["tokens"], 11534336000.0);
+
+  EXPECT_TRUE(tessera("compare runs/a runs/b").says("Not twins: train.steps is 24, 8\n"));
 
   // Results for the newest checkpoint count, and only for that.
   ASSERT_EQ(tessera("eval runs/a --data data --output runs/a/eval.json").code, 0);

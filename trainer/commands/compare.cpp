@@ -3,6 +3,7 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <functional>
 #include <iostream>
 #include <memory>
 #include <string>
@@ -11,6 +12,8 @@
 #include "trainer/commands/commands.h"
 #include "trainer/progress.h"
 #include "trainer/run_summary.h"
+#include "trainer/schema.h"
+#include "trainer/sweep/sweep_folder.h"
 #include "trainer/text_table.h"
 
 namespace tessera {
@@ -33,6 +36,25 @@ Json row_of(const RunSummary& s) {
   Json row = to_json(s);
   row["run"] = s.directory;
   return row;
+}
+
+/// What decides how a run is divided and how fast it is, and how often it is looked at: no part of what it learns.
+bool key_decides_losses(const std::string& path) {
+  for (const char* other : {"attention.", "run.", "eval.", "device", "train.micro_batch", "train.recompute"})
+    if (path.starts_with(other)) return false;
+  return key_counts(path);
+}
+
+/// row["differs"]: the keys beside attention.* that decide losses and in which the runs differ, each with this run's value. Twins have none.
+void add_differences(std::vector<Json>& rows, const std::vector<RunSummary>& runs) {
+  for (Json& row : rows) row["differs"] = Json::object();
+  for (const Key& key : schema()) {
+    if (!key_decides_losses(key.path)) continue;
+    std::vector<Json> values;
+    for (const RunSummary& run : runs) values.push_back(key.write(run.config));
+    if (std::ranges::adjacent_find(values, std::not_equal_to<>()) == values.end()) continue;
+    for (std::size_t i = 0; i < rows.size(); ++i) rows[i]["differs"][key.path] = values[i];
+  }
 }
 
 std::string text(const Json& row, const char* key, const char* format) {
@@ -82,6 +104,11 @@ void print(const std::vector<Json>& rows) {
       "\nLosses are nats a token of a run's own tokenizer and text{}: they compare only where both are the same. Edges zero: of the causal edges; "
       "tiles skipped: of the causal tiles of that size.\n",
       accuracy ? ", and nats an answer of a synthetic task" : "");
+  for (const auto& [key, value] : rows[0]["differs"].items()) {
+    fmt::print("Not twins: {} is {}", key, value.dump());
+    for (std::size_t i = 1; i < rows.size() && rows[i].contains("differs"); ++i) fmt::print(", {}", rows[i]["differs"][key].dump());
+    fmt::print("\n");
+  }
 }
 
 }  // namespace
@@ -106,7 +133,12 @@ void add_compare_command(CLI::App& app) {
       "  tessera compare runs/mine runs/mine-softmax");
   command->callback([o] {
     std::vector<Json> rows;
-    for (const std::string& run : o->runs) rows.push_back(row_of(summarize_run(run)));
+    std::vector<RunSummary> runs;
+    for (const std::string& run : o->runs) {
+      runs.push_back(summarize_run(run));
+      rows.push_back(row_of(runs.back()));
+    }
+    add_differences(rows, runs);
     if (!o->without_release) rows.push_back(release());
     if (o->json) {
       std::cout << Json(rows).dump(2) << "\n";
