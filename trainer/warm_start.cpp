@@ -3,6 +3,7 @@
 #include <fmt/core.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <map>
 #include <stdexcept>
 
@@ -68,13 +69,18 @@ WarmStart plan_warm_start(const Config& config, const std::string& tokenizer_has
       ++kept[kind_of(p.name)];
   }
   for (const auto& [name, shape] : shapes) ++dropped[kind_of(name)];
+  const AttentionConfig &a = config.model.attention, &b = there.model.attention;
+  start.thresholds = controls(a) && controls(b) && a.score == b.score;
+  if (const auto biases = kept.find("attn.self_bias"); biases != kept.end() && start.thresholds) {
+    start.self_biases = true;
+    start.notices.push_back(fmt::format("run.init: attn.self_bias of {} layers starts at the thresholds: the checkpoint has none", biases->second));
+    kept.erase(biases);
+  }
   for (const auto& [kind, layers] : kept)
     start.notices.push_back(fmt::format("run.init: {} of {} layers keeps its first values: the checkpoint has none", kind, layers));
   for (const auto& [kind, layers] : dropped)
     start.notices.push_back(fmt::format("run.init: {} of {} layers is dropped: this model has none", kind, layers));
 
-  const AttentionConfig &a = config.model.attention, &b = there.model.attention;
-  start.thresholds = controls(a) && controls(b) && a.score == b.score;
   if (controls(a) && !start.thresholds)
     start.notices.push_back(fmt::format("run.init: thresholds start at attention.threshold.init {}: the checkpoint has no controlled ones{}",
                                         a.threshold.init, controls(b) ? " for this score" : ""));
@@ -95,7 +101,19 @@ void apply_warm_start(const WarmStart& start, const Config& config, TrainState& 
     }
     state.set_parameters(p.offset, values);
   }
-  if (start.thresholds) ops.upload(state.model.thresholds(), stored.thresholds(config.model.layers, config.model.heads).data());
+  if (!start.thresholds) return;
+  const int H = config.model.heads;
+  std::vector<float> thresholds = stored.thresholds(config.model.layers, H);
+  ops.upload(state.model.thresholds(), thresholds.data());
+  for (int l = 0; start.self_biases && l < config.model.layers; ++l) {
+    const AttentionConfig& a = config.model.attention;
+    const std::string name = fmt::format("h.{}.attn.", l);
+    std::vector<float> biases(thresholds.begin() + l * H, thresholds.begin() + (l + 1) * H);
+    const bool scaled = std::ranges::count(start.taken, name + "scale") > 0;
+    const auto scales = scaled ? stored.read(name + "scale", {H}) : std::vector<float>(static_cast<std::size_t>(H), a.scale_init);
+    for (std::size_t h = 0; h < biases.size(); ++h) biases[h] *= a.score == Score::fidelity ? -scales[h] : -1;  // its tau is inside the scale
+    state.set_parameters(state.model.layout().find(name + "self_bias").offset, biases);
+  }
 }
 
 }  // namespace tessera

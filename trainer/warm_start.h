@@ -14,6 +14,7 @@ struct WarmStart {
   InitialCheckpoint from;
   std::vector<std::string> taken;  // names of the parameters that the checkpoint has too
   bool thresholds = false;         // mode controlled on both sides, with the same score: the checkpoint's go on
+  bool self_biases = false;        // new self edges beside them: each has its head's threshold at first
   std::vector<std::string> notices;
 };
 

@@ -53,8 +53,27 @@ TEST_F(WarmStartTest, ParametersThatBothHaveAreTakenAndTheRestIsSaid) {
   EXPECT_TRUE(back.says("note: run.init: attn.scale of 2 layers is dropped: this model has none")) << back;
 }
 
+// Where thresholds go on, a self edge that is new opens where the gate would admit it: at a trained model's scale the bias of a new model is a weight
+// that nothing else has.
+TEST_F(WarmStartTest, SelfEdgesStartAtTheThresholds) {
+  const auto stored = [&](const std::string& name) { return StoredParameters(read_checkpoint(run(name)).info.directory); };
+  for (const std::string score : {"cosine", "fidelity"}) {
+    const std::string from = "without_" + score, to = "with_" + score, common = "--set attention.score=" + score + " ";
+    ASSERT_EQ(train(from, common).code, 0);
+    const Result r = train(to, common + "--set run.init=runs/" + from + " --set optimizer.lr=1e-30 --set attention.always.self=true", 1);
+    ASSERT_EQ(r.code, 0) << r;
+    EXPECT_TRUE(r.says("note: run.init: attn.self_bias of 2 layers starts at the thresholds: the checkpoint has none")) << r;
+    const std::vector<float> thresholds = stored(from).thresholds(2, 2), scales = stored(from).read("h.1.attn.scale", {2});
+    const std::vector<float> biases = stored(to).read("h.1.attn.self_bias", {2});
+    for (int h = 0; h < 2; ++h) {
+      EXPECT_NE(biases[h], 0.25f);
+      EXPECT_FLOAT_EQ(biases[h], -thresholds[2 + h] * (score == "fidelity" ? scales[h] : 1));
+    }
+  }
+}
+
 TEST_F(WarmStartTest, SelfEdgesStartAtTheirFirstBias) {
-  ASSERT_EQ(train("without", "").code, 0);
+  ASSERT_EQ(train("without", "--set attention.threshold.mode=fixed").code, 0);
   const Result r = train("with", "--set run.init=runs/without --set optimizer.lr=1e-30 --set attention.always.self=true", 1);
   ASSERT_EQ(r.code, 0) << r;
   EXPECT_TRUE(r.says("note: run.init: attn.self_bias of 2 layers keeps its first values: the checkpoint has none")) << r;
