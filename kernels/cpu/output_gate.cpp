@@ -11,8 +11,8 @@ namespace {
 
 constexpr std::int64_t kGrain = 1 << 14;
 
-/// 2 sigmoid(u) o.
-inline float gated(float u, float o) { return 2.0f * o / (1.0f + exp_vector(-u)); }
+/// 2 sigmoid(u) o, from e = exp(-u).
+inline float gated(float e, float o) { return 2.0f * o / (1.0f + e); }
 
 }  // namespace
 
@@ -23,7 +23,7 @@ void output_gate_forward(const OutputGate& a) {
   float* y = elements<float>(kOp, "y", a.y, count);
   parallel_ranges(count, kGrain, [&](std::int64_t first, std::int64_t last) {
 #pragma omp simd
-    for (std::int64_t i = first; i < last; ++i) y[i] = gated(u[i], o[i]);
+    for (std::int64_t i = first; i < last; ++i) y[i] = gated(exp_vector(-u[i]), o[i]);
   });
 }
 
@@ -36,11 +36,10 @@ void output_gate_backward(const OutputGateBackward& a) {
   require(count == 0 || (d_o != du && y != d_o && y != du), kOp, "two outputs in one memory");
   parallel_ranges(count, kGrain, [&](std::int64_t first, std::int64_t last) {
     const auto element = [&](std::int64_t i) {
-      const float of_y = dy[i], argument = u[i], before = o[i];
-      const float e = exp_vector(-argument), s = 1.0f / (1.0f + e);
+      const float of_y = dy[i], before = o[i], e = exp_vector(-u[i]), s = 1.0f / (1.0f + e);
       d_o[i] = 2.0f * s * of_y;
       du[i] = 2.0f * s * (e * s) * (before * of_y);  // e s = 1 - s, without its cancellation
-      return gated(argument, before);
+      return gated(e, before);
     };
     if (y) {
 #pragma omp simd
