@@ -258,8 +258,9 @@ std::vector<Key> make_schema() {
                          "What the weighted sum of values is divided by: nothing; visible keys^length_alpha; epsilon + the sum of weights; its rms, "
                          "then times a gain."),
       number("attention.length_alpha", FIELD(model.attention.length_alpha), {0, 4}, "Exponent of normalizer length."),
-      number("attention.epsilon", FIELD(model.attention.epsilon), {0, 1, true, false},
-             "Epsilon of normalizer sum; it bounds the gradients of queries whose edges hardly pass the gate."),
+      number(
+          "attention.epsilon", FIELD(model.attention.epsilon), {0, 1e3, true, false},
+          "Epsilon of normalizer sum: weights of this sum give half an output. Far below the weights, a query's only edge learns next to nothing."),
       number("attention.scale_init", FIELD(model.attention.scale_init), {0, 1e4, true, false},
              "First value of each head's score scale (cosine, fidelity)."),
       boolean("attention.scale_learned", FIELD(model.attention.scale_learned), "Whether the score scale is trained (cosine, fidelity)."),
