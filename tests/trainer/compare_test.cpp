@@ -33,9 +33,10 @@ TEST(AttentionName, HasWhatTellsModelsApart) {
 
 TEST_F(Compare, SaysWhatTheRunsMeasured) {
   ASSERT_EQ(tessera("train tiny.yaml --set run.dir=runs/a").code, 0);
-  ASSERT_EQ(
-      tessera("train tiny.yaml --set run.dir=runs/b --set attention.gate=softmax --set train.steps=8 --set eval.every=0 --set eval.batches=1").code,
-      0);
+  ASSERT_EQ(tessera("train tiny.yaml --set run.dir=runs/b --set run.init=runs/a --set attention.gate=softmax --set train.steps=8 --set eval.every=0 "
+                    "--set eval.batches=1")
+                .code,
+            0);
   Json table = compare("runs/a runs/b/");
   ASSERT_EQ(table.size(), 3u);
   const Json &a = table[0], &b = table[1], &release = table[2];
@@ -58,8 +59,8 @@ TEST_F(Compare, SaysWhatTheRunsMeasured) {
   EXPECT_EQ(a["memory_planned"], true);
   EXPECT_EQ(a["parameters"], 320 * 32 + 2 * 12 * 32 * 32 + 5 * 32 + 2 * 2);  // embedding, matrices of two layers, gains of norms, scales of heads
   EXPECT_EQ(b["attention"], "softmax");
-  EXPECT_EQ(a["differs"], (Json{{"train.steps", 24}}));
-  EXPECT_EQ(b["differs"], (Json{{"train.steps", 8}}));
+  EXPECT_EQ(a["differs"], (Json{{"run.init", ""}, {"train.steps", 24}}));
+  EXPECT_EQ(b["differs"], (Json{{"run.init", "runs/a"}, {"train.steps", 8}}));
   EXPECT_TRUE(b["edge_sparsity"].is_null());
   EXPECT_EQ(release["validation_loss"], 2.8001);
   EXPECT_EQ(release["tokens"], 11534336000.0);

@@ -38,8 +38,9 @@ Json row_of(const RunSummary& s) {
   return row;
 }
 
-/// What decides how a run is divided and how fast it is, and how often it is looked at: no part of what it learns.
+/// Not what decides how a run is divided and how fast it is, and how often it is looked at, nor its seed; but what it starts from.
 bool key_decides_losses(const std::string& path) {
+  if (path == "run.init") return true;
   for (const char* other : {"attention.", "run.", "eval.", "device", "train.micro_batch", "train.recompute"})
     if (path.starts_with(other)) return false;
   return key_counts(path);
