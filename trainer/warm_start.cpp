@@ -106,12 +106,13 @@ void apply_warm_start(const WarmStart& start, const Config& config, TrainState& 
   std::vector<float> thresholds = stored.thresholds(config.model.layers, H);
   ops.upload(state.model.thresholds(), thresholds.data());
   for (int l = 0; start.self_biases && l < config.model.layers; ++l) {
-    const AttentionConfig& a = config.model.attention;
     const std::string name = fmt::format("h.{}.attn.", l);
-    std::vector<float> biases(thresholds.begin() + l * H, thresholds.begin() + (l + 1) * H);
-    const bool scaled = std::ranges::count(start.taken, name + "scale") > 0;
-    const auto scales = scaled ? stored.read(name + "scale", {H}) : std::vector<float>(static_cast<std::size_t>(H), a.scale_init);
-    for (std::size_t h = 0; h < biases.size(); ++h) biases[h] *= a.score == Score::fidelity ? -scales[h] : -1;  // its tau is inside the scale
+    std::vector<float> scales(static_cast<std::size_t>(H), 1.0f), biases;
+    if (const AttentionConfig& a = config.model.attention; a.score == Score::fidelity) {  // its tau is inside the scale
+      const bool learned = std::ranges::count(start.taken, name + "scale") > 0;
+      scales = learned ? stored.read(name + "scale", {H}) : std::vector<float>(scales.size(), a.scale_init);
+    }
+    for (int h = 0; h < H; ++h) biases.push_back(-thresholds[static_cast<std::size_t>(l * H + h)] * scales[static_cast<std::size_t>(h)]);
     state.set_parameters(state.model.layout().find(name + "self_bias").offset, biases);
   }
 }
