@@ -38,10 +38,9 @@ Json row_of(const RunSummary& s) {
   return row;
 }
 
-/// Not what decides how a run is divided and how fast it is, and how often it is looked at, nor its seed; but what it starts from.
+/// Not what decides how a run is divided and how fast it is, and how often it is looked at, nor its seed.
 bool key_decides_losses(const std::string& path) {
-  if (path == "run.init") return true;
-  for (const char* other : {"attention.", "run.", "eval.", "device", "train.micro_batch", "train.recompute"})
+  for (const char* other : {"attention.", "run.seed", "eval.", "device", "train.micro_batch", "train.recompute"})
     if (path.starts_with(other)) return false;
   return key_counts(path);
 }
