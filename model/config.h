@@ -35,7 +35,7 @@ struct AttentionConfig {
   Normalizer normalizer = Normalizer::sum;
   float length_alpha = 1.0f;
   /// Normalizer sum: weights that sum to little have gradients of up to 1/epsilon (1e-6 trained 0.4 to 0.6 nats worse than 1e-2). A lone edge with a
-  /// weight well above it gives its value whatever its score, so that it teaches q and k nothing: with few edges, try 1 (tests/bench/RESULTS.md).
+  /// weight well above it gives its value whatever its score, so that it teaches q and k nothing; yet larger ones do worse at 99.66 %.
   float epsilon = 1e-2f;
   float scale_init = 8.0f;  // c_h of cosine and fidelity
   bool scale_learned = true;
