@@ -175,11 +175,18 @@ struct AdamW {               // Loshchilov & Hutter, arXiv 1711.05101; on this r
 struct ThresholdUpdate {
   // tau_h += rate * clamp(ln(measured / wanted), -1, 1), then clamped to [low, high]; measured = active edges / causal edges of
   // the step. A head with no active edge counts as clamp -1.
+  //
+  // A threshold that keeps a share of the edges follows the scores: raised together, they change nothing. Taking tau_h for the mean of its head's
+  // active scores and a constant, the gradient through it is -mean(dx) on each active edge, which makes their sum zero. It is added as m_h
+  // (AttentionBackward::balance), found by small steps, as one step's edges say little: m_h -= balance_rate * mean(dx), dx with m_h in it.
   Tensor threshold{};       // in/out [R] f32, R = layers x heads
   Tensor counters{};        // in [R, kAttentionCounters] u64, of the whole step over all ranks
   double causal_edges = 0;  // of the whole step over all ranks, a row (layer and head)
   double wanted_density = 0;
   float rate = 0, low = 0, high = 0;
+  Tensor balance{};   // in/out, optional [R] f32: m_h. A head with no active edge, or a gradient that is not finite, keeps its own
+  Tensor gradient{};  // in, with balance [R] f32: -sum dx of the whole step over all ranks (AttentionBackward::dthreshold)
+  float balance_rate = 0;
 };
 
 /// Rows of D elements that lie apart: row r of piece p of sequence b at data + start[p]*unit + b*batch + r*row, in elements.

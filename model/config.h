@@ -27,6 +27,10 @@ struct ThresholdConfig {
   double head_spread = 1.0;  // the first head of a layer ends with this many times the density of the last (head_target in trainer/schedule.h)
   float rate = 0.05f;        // controller gain: tau += rate * clamp(ln(measured/wanted), -1, 1)
   float beta = 0.5f;         // mode length
+  /// Mode controlled, but for scores fidelity: how fast the gradient that a head's active scores have in common is taken off them, since a threshold
+  /// that follows the scores undoes what they rise together (ThresholdUpdate in kernels/ops.h). Without it scores and thresholds race each other to
+  /// the end of the scale, where only edges between equal queries and keys are active. 0: never.
+  float balance = 0.1f;
 };
 
 struct AttentionConfig {
@@ -34,9 +38,9 @@ struct AttentionConfig {
   Gate gate = Gate::relu2;
   Normalizer normalizer = Normalizer::sum;
   float length_alpha = 1.0f;
-  /// Normalizer sum: weights that sum to little have gradients of up to 1/epsilon (1e-6 trained 0.4 to 0.6 nats worse than 1e-2). A lone edge with a
-  /// weight well above it gives its value whatever its score, so that it teaches q and k nothing; yet larger ones do worse at 99.66 %.
-  float epsilon = 1e-2f;
+  /// Normalizer sum: weights that sum to little have gradients of up to 1/epsilon, and a lone edge with a weight well above it gives its value
+  /// whatever its score, so that it teaches q and k nothing. Scales of 8 have weights of up to 64.
+  float epsilon = 1.0f;
   float scale_init = 8.0f;  // c_h of cosine and fidelity
   bool scale_learned = true;
   bool document_mask = false;
@@ -59,6 +63,9 @@ struct AttentionConfig {
   bool head_norm() const { return normalizer == Normalizer::rms && gate != Gate::softmax; }
   bool learns_scale() const { return scale_learned && score != Score::dot; }
   bool learns_threshold() const { return threshold.mode == ThresholdMode::learned && gate != Gate::softmax; }
+  bool balances() const {
+    return gate != Gate::softmax && threshold.mode == ThresholdMode::controlled && score != Score::fidelity && threshold.balance > 0;
+  }
   bool self_edge() const { return always_self && gate != Gate::softmax; }
 };
 

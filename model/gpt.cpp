@@ -149,6 +149,8 @@ void Gpt::Impl::bind(const SequenceGroup& group) {
     const Tensor gradients = plan[memory.gradients];
     d = slice_flat(layout, config.layers, gradients, vectors_of(layout, gradients));
     ops.zero(gradients);
+    for (const auto slot : {memory.balances, memory.threshold_gradients})
+      if (slot >= 0) ops.zero(plan[slot]);
   }
   ops.zero(plan[memory.counters]);
   cached.assign(static_cast<std::size_t>(options.cache), 0);
@@ -230,6 +232,8 @@ void Gpt::set_parameters(std::int64_t first, std::span<const float> values) {
   if (matrices < count) impl_->ops.upload(vectors().slice(first + matrices - layout().decayed_count, count - matrices), values.data() + matrices);
 }
 Tensor Gpt::thresholds() const { return impl_->plan[impl_->memory.thresholds]; }
+Tensor Gpt::balances() const { return impl_->memory.balances < 0 ? Tensor{} : impl_->plan[impl_->memory.balances]; }
+Tensor Gpt::threshold_gradients() const { return impl_->memory.balances < 0 ? Tensor{} : impl_->plan[impl_->memory.threshold_gradients]; }
 Tensor Gpt::counters() const { return impl_->plan[impl_->memory.counters]; }
 Tensor Gpt::losses() const { return impl_->plan[impl_->memory.losses].view({impl_->N}); }
 Tensor Gpt::predictions() const { return impl_->plan[impl_->memory.predictions].view({impl_->N}); }
@@ -237,7 +241,10 @@ Tensor Gpt::predictions() const { return impl_->plan[impl_->memory.predictions].
 void Gpt::initialize(std::uint64_t seed) {
   for (const auto& p : layout().parameters) set_parameters(p.offset, initial_values(p, seed));
 }
-void Gpt::zero_gradients() { impl_->ops.zero(gradients()); }
+void Gpt::zero_gradients() {
+  impl_->ops.zero(gradients());
+  if (const Tensor g = threshold_gradients()) impl_->ops.zero(g);
+}
 void Gpt::zero_counters() { impl_->ops.zero(counters()); }
 
 void Gpt::forward(const Batch& batch, bool predictions) {

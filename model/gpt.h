@@ -79,7 +79,11 @@ class Gpt {
   /// Elements [first, first + values.size()) of the flat parameters, from the host: rounded to nearest even in weights(), exact in vectors().
   void set_parameters(std::int64_t first, std::span<const float> values);
   Tensor thresholds() const;  // f32 [layers, heads]: tau of modes fixed and controlled (unused zeros otherwise)
-  Tensor counters() const;    // u64 [layers, heads, kAttentionCounters], added to by forward passes
+  /// Of a model for training with AttentionConfig::balances(), else without data: f32 [layers, heads], AttentionBackward::balance, zero at first; and
+  /// -sum dx, added to by backward passes, zeroed by zero_gradients().
+  Tensor balances() const;
+  Tensor threshold_gradients() const;
+  Tensor counters() const;  // u64 [layers, heads, kAttentionCounters], added to by forward passes
 
   /// Fills the parameters with initial_values(): set_parameters() of each.
   void initialize(std::uint64_t seed);

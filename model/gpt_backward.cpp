@@ -51,6 +51,7 @@ AttentionBackward Gpt::Impl::attention_backward(int layer, const Batch& batch, c
   a.dk = packed_heads(d_qkv, 1, T, C, D);
   a.dv = packed_heads(d_qkv, 2, T, C, D);
   a.workspace = plan[memory.attention_workspace];
+  a.balance = of_heads(memory.balances, layer);
   return a;
 }
 
@@ -94,7 +95,7 @@ void Gpt::Impl::attention_branch_backward(int layer, const Batch& batch) {
   const Tensor d_qkv = rows(memory.wide, 3 * C);
   AttentionBackward a = attention_backward(layer, batch, d_o, d_qkv);
   a.dscale = g.scale;
-  a.dthreshold = g.threshold;
+  a.dthreshold = g.threshold ? g.threshold : of_heads(memory.threshold_gradients, layer);
   run(layer, a, d_qkv);
   if (config.attention.self_edge()) {
     for (const Stretch heads : z_heads())

@@ -42,6 +42,8 @@ struct Gpt::Impl {
   Tensor narrow() const { return rows(memory.narrow, C); }
   Tensor scale(int layer) const { return w.blocks[layer].scale ? w.blocks[layer].scale : plan[memory.constant_scale]; }
   Tensor threshold(int layer) const { return w.blocks[layer].threshold ? w.blocks[layer].threshold : plan[memory.thresholds].slice(layer * H, H); }
+  /// Of a layer's heads, where they are kept: balances, and gradients of thresholds that are no parameters.
+  Tensor of_heads(MemoryPlan::Slot slot, int layer) const { return slot < 0 ? Tensor{} : plan[slot].slice(layer * H, H); }
   Tensor head_rstd(const BlockSlots& s) const { return rows(s.head_rstd, H); }
   Tensor per_head(const Tensor& heads) const { return heads.view({N, H, D}); }
   /// Most columns that an operation's scratch memory is for: sums over rows for gains and, with biases, for those.

@@ -74,6 +74,10 @@ GptMemory::GptMemory(const ModelConfig& config, const ParameterLayout& layout, c
   if (compute != DType::f32) vectors = reserve(MemoryCategory::parameters, "vectors", {layout.count - layout.decayed_count});
   if (options.training) gradients = reserve(MemoryCategory::gradients, "gradients", {padded});
   thresholds = reserve(MemoryCategory::parameters, "thresholds", {L, H});
+  if (options.training && attention.balances()) {
+    balances = reserve(MemoryCategory::optimizer, "balances of the thresholds", {L, H});
+    threshold_gradients = reserve(MemoryCategory::gradients, "gradients of the thresholds", {L, H});
+  }
   constant_scale = reserve(workspace, "constant scale", {H});
   counters = reserve(workspace, "attention counters", {L, H, kAttentionCounters}, DType::u64);
   if (config.positions == Positions::rotary) rotary = reserve(workspace, "rotary table", {options.tokens, D / 2, 2});

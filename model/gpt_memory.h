@@ -65,6 +65,8 @@ struct GptMemory {
   MemoryPlan::Slot vectors = -1;    // f32 [count - decayed_count], where the compute type is another
   MemoryPlan::Slot gradients = -1;  // flat f32 [padded]
   MemoryPlan::Slot thresholds;      // [layers, H]
+  MemoryPlan::Slot balances = -1;   // [layers, H], and the gradients of the thresholds, for AttentionConfig::balances()
+  MemoryPlan::Slot threshold_gradients = -1;
   MemoryPlan::Slot counters;        // u64 [layers, H, kAttentionCounters]
   MemoryPlan::Slot constant_scale;  // [H], scores without a learned scale
   MemoryPlan::Slot rotary = -1;     // [T, D/2, 2]

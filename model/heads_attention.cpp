@@ -88,6 +88,7 @@ class HeadsAttention final : public SharedAttention {
       a.dv = whole(results_, 2, stages_[s], B);
       a.dscale = heads_slice(own.dscale, of_all_heads(stages_[s].heads));
       a.dthreshold = heads_slice(own.dthreshold, of_all_heads(stages_[s].heads));
+      a.balance = heads_slice(own.balance, of_all_heads(stages_[s].heads));
       ops_->attention_backward(a);
     });
   }

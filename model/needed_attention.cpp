@@ -87,6 +87,7 @@ class NeededAttention final : public SharedAttention {
       a.dv = compact(d_keys_, 1, stage, p, own.forward.shape.batch);
       a.dscale = heads_slice(own.dscale, stage.heads);
       a.dthreshold = heads_slice(own.dthreshold, stage.heads);
+      a.balance = heads_slice(own.balance, stage.heads);
       ops_->attention_backward(a);
       if (s > 0) take_returns(p.stages[s - 1], own, p, returned);
       returned = give_back(stage, own, p);

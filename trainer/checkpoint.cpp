@@ -47,7 +47,7 @@ std::vector<float> to_host(Ops& ops, const Tensor& x) {
 }
 
 void write_model(const std::string& file, const CheckpointRequest& r, const ParameterLayout& layout, const ParameterValues& values,
-                 const Hdf5Shape& threshold_shape, const std::vector<float>& thresholds) {
+                 const Hdf5Shape& threshold_shape, const std::vector<float>& thresholds, const std::vector<float>& balances) {
   Hdf5File h5 = Hdf5File::create(file);
   h5.set_attribute("format", kFormat);
   h5.set_attribute("step", r.position.step);
@@ -71,6 +71,7 @@ void write_model(const std::string& file, const CheckpointRequest& r, const Para
   h5.set_attribute("created", fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr))));
   for (const ParameterInfo& p : layout.parameters) h5.write<float>("parameters/" + p.name, extents(p.shape), values(p));
   h5.write<float>("thresholds", threshold_shape, thresholds);
+  if (!balances.empty()) h5.write<float>("balances", threshold_shape, balances);
   h5.close();
 }
 
@@ -310,6 +311,14 @@ std::vector<float> StoredParameters::thresholds(int layers, int heads) const {
   return values;
 }
 
+std::vector<float> StoredParameters::balances(int layers, int heads) const {
+  std::vector<float> values;
+  if (!file_.contains("balances")) return values;
+  values.resize(static_cast<std::size_t>(layers) * static_cast<std::size_t>(heads));
+  file_.read<float>("balances", extents({layers, heads}), values);
+  return values;
+}
+
 void load_model(const std::string& directory, Gpt& model, Ops& ops, ShardedAdamW* optimizer) {
   const StoredParameters stored(directory);
   for (const ParameterInfo& p : model.layout().parameters) {
@@ -318,6 +327,10 @@ void load_model(const std::string& directory, Gpt& model, Ops& ops, ShardedAdamW
     if (optimizer) optimizer->set_master(p.offset, values);
   }
   ops.upload(model.thresholds(), stored.thresholds(model.config().layers, model.config().heads).data());
+  if (const Tensor balances = model.balances()) {
+    const std::vector<float> values = stored.balances(model.config().layers, model.config().heads);
+    if (!values.empty()) ops.upload(balances, values.data());
+  }
 }
 
 void load_optimizer(const std::string& directory, const ParameterLayout& layout, ShardedAdamW& optimizer, Ops& ops) {
@@ -371,7 +384,8 @@ std::string save_checkpoint(const CheckpointRequest& r, const Gpt& model, Sharde
       r.between_files();
       if (!first) return;
       const auto values = [&](const ParameterInfo& p) { return to_host(ops, parameters.slice(p.offset, p.shape.numel())); };
-      write_model(aside + "/model.h5", r, model.layout(), values, extents(model.thresholds().shape), to_host(ops, model.thresholds()));
+      write_model(aside + "/model.h5", r, model.layout(), values, extents(model.thresholds().shape), to_host(ops, model.thresholds()),
+                  model.balances() ? to_host(ops, model.balances()) : std::vector<float>{});
       receipts.push_back(receipt(aside, "model.h5"));
       if (r.tokenizer.empty()) return;
       write_file(aside + "/tokenizer.json", r.tokenizer);
@@ -413,7 +427,7 @@ void save_weights(const std::string& directory, const CheckpointRequest& r, cons
   const std::string aside = fmt::format("{}.tmp-{}", directory, ::getpid());
   make_folder(aside);
   try {
-    write_model(aside + "/model.h5", r, make_parameter_layout(model), values, extents({model.layers, model.heads}), thresholds);
+    write_model(aside + "/model.h5", r, make_parameter_layout(model), values, extents({model.layers, model.heads}), thresholds, {});
     write_file(aside + "/tokenizer.json", r.tokenizer);
     for (const auto& [name, contents] : attachments) write_file(aside + "/" + name, contents);
     write_marker(aside, r.position.step, 0, Json::array({receipt(aside, "model.h5"), receipt(aside, "tokenizer.json")}));

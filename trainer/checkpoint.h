@@ -4,6 +4,7 @@
 //   checkpoints/step_00000500/
 //     model.h5                        parameters/NAME   f32, each parameter under its GPT-2 name and in its shape
 //                                     thresholds        f32 [layers, heads]
+//                                     balances          f32 [layers, heads], where the run has them (attention.threshold.balance)
 //                                     attributes        format, step, updates, tokens, skipped, nonfinite_in_a_row, parameters,
 //                                                       config (YAML), dataset (JSON: path, tokenizer, fingerprint), created (UTC),
 //                                                       init (JSON: checkpoint, step, sha256), where run.init was set
@@ -109,13 +110,14 @@ class StoredParameters {
   std::vector<float> read(const std::string& name, const Shape& shape) const;
   std::vector<float> read_rows(const std::string& name, std::int64_t rows, std::int64_t columns) const;  // the first of a matrix
   std::vector<float> thresholds(int layers, int heads) const;                                            // [layers, heads]
+  std::vector<float> balances(int layers, int heads) const;                                              // likewise; empty: the checkpoint has none
 
  private:
   Hdf5File file_;
 };
 
-/// Fills parameters and thresholds, and the optimizer's master where one is given. Throws std::runtime_error naming file and parameter when the model
-/// has another shape.
+/// Fills parameters, thresholds and, where the model and the checkpoint have them, balances, and the optimizer's master where one is given. Throws
+/// std::runtime_error naming file and parameter when the model has another shape.
 void load_model(const std::string& directory, Gpt& model, Ops& ops, ShardedAdamW* optimizer = nullptr);
 /// Fills this rank's moments from the files of however many ranks wrote them. Throws std::runtime_error when they are weights alone.
 void load_optimizer(const std::string& directory, const ParameterLayout& layout, ShardedAdamW& optimizer, Ops& ops);

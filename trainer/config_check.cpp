@@ -161,11 +161,17 @@ class Resolver {
   }
 
   void threshold() {
-    const AttentionConfig& a = c_.model.attention;
+    AttentionConfig& a = c_.model.attention;
     if (a.gate == Gate::softmax) return;
     if (a.threshold.mode == ThresholdMode::length && a.score != Score::cosine)
       fail({"attention.threshold.mode", "attention.score"}, "mode length is the extreme value of cosines: expected attention.score cosine with it");
     const bool uses_init = a.threshold.mode != ThresholdMode::length;
+    if (a.score == Score::fidelity && a.threshold.mode == ThresholdMode::controlled && a.threshold.balance > 0) {
+      if (is_set("attention.threshold.balance"))
+        fail({"attention.threshold.balance", "attention.score"},
+             fmt::format("score fidelity has no balance: expected 0 with it, or attention.score dot or cosine, found {:g}", a.threshold.balance));
+      a.threshold.balance = 0;
+    }
     if (a.score == Score::fidelity && uses_init && !(a.threshold.init >= 0 && a.threshold.init < 1))
       fail({"attention.threshold.init", "attention.score"},
            fmt::format("score fidelity is a squared cosine: expected a threshold >= 0 and < 1, found {}", a.threshold.init));

@@ -27,6 +27,7 @@ TrainStep::Sums TrainStep::gradients(std::span<const HostBatch> micro_batches, f
   const Tensor sums = state_.plan[state_.sums], counters = state_.model.counters();
   state_.optimizer.reduce(sums);
   comm_.all_reduce_sum(counters);
+  if (const Tensor thresholds = state_.model.threshold_gradients()) comm_.all_reduce_sum(thresholds);
 
   Sums result;
   double host[2];

@@ -10,12 +10,14 @@ void control_thresholds(const Gpt& model, Ops& ops, const AttentionCounts& count
   const AttentionConfig& a = model.config().attention;
   const ThresholdRange range = threshold_range(a);
   const int heads = model.config().heads, rows = model.config().layers * heads;
-  const Tensor thresholds = model.thresholds(), counters = model.counters();
+  const Tensor thresholds = model.thresholds(), counters = model.counters(), balances = model.balances(), gradients = model.threshold_gradients();
+  const auto rows_of = [](const Tensor& t, std::int64_t first, std::int64_t count) { return t ? t.view({t.numel()}).slice(first, count) : t; };
   ThresholdUpdate u;
   u.causal_edges = counts.causal_edges();
   u.rate = range.rate;
   u.low = range.low;
   u.high = range.high;
+  u.balance_rate = a.threshold.balance;
   const auto wanted = [&](int h) { return wanted_density(a.threshold, head_target(a.threshold, heads, h), steps, t); };
   u.wanted_density = wanted(0);
   const auto visible = [&](int r) { return static_cast<double>(counts.at(r / heads, r % heads, kVisibleEdges)) / u.causal_edges; };
@@ -23,6 +25,7 @@ void control_thresholds(const Gpt& model, Ops& ops, const AttentionCounts& count
   for (int r = 0; r < rows; ++r) alike = alike && visible(r) >= u.wanted_density;
   if (alike) {
     u.threshold = thresholds.view({rows});
+    u.balance = rows_of(balances, 0, rows), u.gradient = rows_of(gradients, 0, rows);
     u.counters = counters.view({rows, kAttentionCounters});
     ops.update_thresholds(u);
     return;
@@ -30,6 +33,7 @@ void control_thresholds(const Gpt& model, Ops& ops, const AttentionCounts& count
   for (int r = 0; r < rows; ++r) {
     if (visible(r) == 0) continue;  // a block mask may hide everything from a head
     u.threshold = thresholds.slice(r, 1);
+    u.balance = rows_of(balances, r, 1), u.gradient = rows_of(gradients, r, 1);
     u.counters = counters.slice(static_cast<std::int64_t>(r) * kAttentionCounters, kAttentionCounters).view({1, kAttentionCounters});
     u.wanted_density = std::min(wanted(r % heads), visible(r));
     ops.update_thresholds(u);

@@ -30,6 +30,9 @@ struct BackwardCall : AttentionCall {
     dv = heads_of(operation, "dv", a.dv, keys);
     dscale = optional_elements<float>(operation, "dscale", a.dscale, heads);
     dthreshold = optional_elements<float>(operation, "dthreshold", a.dthreshold, heads);
+    balance = optional_elements<float>(operation, "balance", a.balance, heads);
+    require(!balance || (threshold && math.score != Score::fidelity), operation,
+            "balance is for relu gates over dot and cosine with a threshold a head");
     require(
         a.workspace.dtype == DType::f32 && a.workspace.data && a.workspace.numel() >= attention_backward_workspace(a.forward.shape, map->tile_query),
         operation, "workspace must hold attention_backward_workspace() elements of f32");
@@ -38,6 +41,7 @@ struct BackwardCall : AttentionCall {
   }
   Heads d_o, dq, dk, dv;
   float *dscale, *dthreshold;  // or null
+  const float* balance;        // or null
   float* delta;                // [B, H, T]
   bool wants_delta;
 
@@ -46,7 +50,11 @@ struct BackwardCall : AttentionCall {
   }
   QueryTerms terms(std::int64_t b, std::int64_t h, std::int64_t i) const {
     const std::int64_t row = (b * heads + h) * tokens + i;
-    return {.tau = tau(h, i), .z = z[row], .inverse_z = inverse_of(z[row]), .delta = wants_delta ? delta[row] : 0.0f};
+    return {.tau = tau(h, i),
+            .z = z[row],
+            .inverse_z = inverse_of(z[row]),
+            .delta = wants_delta ? delta[row] : 0.0f,
+            .balance = balance ? balance[h] : 0.0f};
   }
 };
 
@@ -107,7 +115,7 @@ void gradients_by_key(const BackwardCall& call, const Tile& tile, std::int64_t b
 
 /// dP^T to G^T, queries over the lanes.
 template <Form form, Gate gate, bool masked>
-void gradients_by_query(float c, const Tile& tile, BackwardScratch& s) {
+void gradients_by_query(float c, float balance, const Tile& tile, BackwardScratch& s) {
   for (std::int64_t j = 0; j < tile.keys; ++j) {
     if constexpr (masked) visible_queries(tile, j, s.visible);
     const float* product = s.s + j * s.lanes;
@@ -115,7 +123,7 @@ void gradients_by_query(float c, const Tile& tile, BackwardScratch& s) {
 #pragma omp simd
     for (std::int64_t i = 0; i < s.lanes; ++i)
       g[i] = edge_gradient<form, gate>(product[i], g[i], !masked || s.visible[i] != 0, c,
-                                       {.tau = s.tau[i], .z = s.z[i], .inverse_z = s.inverse_z[i], .delta = s.delta[i]})
+                                       {.tau = s.tau[i], .z = s.z[i], .inverse_z = s.inverse_z[i], .delta = s.delta[i], .balance = balance})
                  .ds;
   }
 }
@@ -170,6 +178,7 @@ void query_tile(const BackwardCall& call, std::int64_t b, std::int64_t h, std::i
   s.lanes = padded(call.tile_query);
   float* dq = s.first;
   std::fill_n(dq, queries * size, 0.0f);
+  const float balance = call.balance ? call.balance[h] : 0.0f;
   bool transposed = false;
   const auto documents = call.documents_of(b, at);
   for (const TileEntry entry : call.query_list(h, at)) {
@@ -192,9 +201,9 @@ void query_tile(const BackwardCall& call, std::int64_t b, std::int64_t h, std::i
     product(tile.keys, s.lanes, size, {k, 1, call.k.token}, s.left, s.lanes, s.s, s.lanes, false);
     product(tile.keys, s.lanes, size, {v, 1, call.v.token}, s.right, s.lanes, s.p, s.lanes, false);
     if (tile.masked())
-      gradients_by_query<form, gate, true>(call.scale[h], tile, s);
+      gradients_by_query<form, gate, true>(call.scale[h], balance, tile, s);
     else
-      gradients_by_query<form, gate, false>(call.scale[h], tile, s);
+      gradients_by_query<form, gate, false>(call.scale[h], balance, tile, s);
     product(queries, size, tile.keys, {s.p, s.lanes, 1}, k, call.k.token, dq, size, true);
   }
   scaled_rows(call.scale[h], dq, queries, size, call.dq.at(b, h, first), call.dq.token);

@@ -83,10 +83,13 @@ void update_thresholds(const ThresholdUpdate& a) {
   const std::uint64_t* counters = elements<std::uint64_t>(kOp, "counters", a.counters, rows * kAttentionCounters);
   require(a.causal_edges > 0 && a.wanted_density > 0, kOp, "causal_edges and wanted_density must be positive");
   require(a.low <= a.high, kOp, "low must not exceed high");
+  float* balance = a.balance ? elements<float>(kOp, "balance", a.balance, rows) : nullptr;
+  const float* gradient = balance ? elements<float>(kOp, "gradient", a.gradient, rows) : nullptr;
   for (std::int64_t r = 0; r < rows; ++r) {
     const auto active = static_cast<double>(counters[r * kAttentionCounters + kActiveEdges]);
     const double error = active > 0 ? std::clamp(std::log(active / a.causal_edges / a.wanted_density), -1.0, 1.0) : -1.0;
     threshold[r] = std::clamp(static_cast<float>(threshold[r] + a.rate * error), a.low, a.high);
+    if (balance && active > 0 && std::isfinite(gradient[r])) balance[r] += static_cast<float>(a.balance_rate * (gradient[r] / active));
   }
 }
 

@@ -141,6 +141,9 @@ struct ThresholdArgs {
   std::int64_t rows;
   double causal_edges, wanted_density;
   float rate, low, high;
+  float* balance;  // or null
+  const float* gradient;
+  float balance_rate;
 };
 
 __global__ void __launch_bounds__(kThreads) update_thresholds_kernel(const __grid_constant__ ThresholdArgs a) {
@@ -149,6 +152,7 @@ __global__ void __launch_bounds__(kThreads) update_thresholds_kernel(const __gri
   const auto active = static_cast<double>(a.counters[row * kAttentionCounters + kActiveEdges]);
   const double error = active > 0 ? fmin(fmax(log(active / a.causal_edges / a.wanted_density), -1.0), 1.0) : -1.0;
   a.threshold[row] = fminf(fmaxf(static_cast<float>(a.threshold[row] + a.rate * error), a.low), a.high);
+  if (a.balance && active > 0 && isfinite(a.gradient[row])) a.balance[row] += static_cast<float>(a.balance_rate * (a.gradient[row] / active));
 }
 
 }  // namespace
@@ -197,6 +201,11 @@ void update_thresholds(const Context& c, const ThresholdUpdate& a) {
   if (rows == 0) return;
   k.rows = rows, k.causal_edges = a.causal_edges, k.wanted_density = a.wanted_density;
   k.rate = a.rate, k.low = a.low, k.high = a.high;
+  if (a.balance) {
+    k.balance = elements<float>(kOp, "balance", a.balance, rows, sizeof(float));
+    k.gradient = elements<float>(kOp, "gradient", a.gradient, rows, sizeof(float));
+    k.balance_rate = a.balance_rate;
+  }
   update_thresholds_kernel<<<static_cast<unsigned>(blocks_for(rows, kThreads)), kThreads, 0, c.stream>>>(k);
   check_launch(kOp);
 }

@@ -76,6 +76,7 @@ void solve(AttentionProblem& p, const AttentionCase& c) {
   p.in.v = widen(p.v);
   p.in.scale = widen(p.scale);
   p.in.tau = widen(p.tau);
+  p.in.balance = widen(p.balance);
   p.in.visible = [pattern = c.pattern, start = c.document_start, tokens = c.shape.tokens](auto b, auto h, auto i, auto j) {
     return pattern(h, i, j) && (start.empty() || j >= start[b * tokens + i]);
   };
@@ -89,6 +90,7 @@ AttentionCase case_of(Score score, Gate gate, Normalizer normalizer, float beta)
   AttentionCase c;
   c.math = {.score = score, .gate = gate, .normalizer = normalizer, .length_alpha = 0.8f, .epsilon = 0.05f, .length_beta = beta};
   c.tau = score == Score::fidelity ? 0.05 : 0.3;
+  if (score != Score::fidelity && gate != Gate::softmax && beta == 0) c.balance = 0.3;
   return c;
 }
 
@@ -99,6 +101,7 @@ AttentionProblem make_problem(const AttentionCase& c) {
   for (std::int64_t h = 0; h < H; ++h) {
     p.scale.push_back(c.math.score == Score::dot ? 1.0f / std::sqrt(static_cast<float>(D)) : 8.0f - static_cast<float>(h));
     p.tau.push_back(static_cast<float>(c.tau * (1.0 + 0.25 * static_cast<double>(h))));
+    if (c.balance != 0) p.balance.push_back(static_cast<float>(h % 2 == 0 ? c.balance : -2 * c.balance));
   }
   for (std::uint64_t seed = c.seed;; seed += 1000003) {
     std::mt19937_64 rng(seed);

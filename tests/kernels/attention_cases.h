@@ -27,11 +27,13 @@ struct AttentionCase {
   std::int64_t map_tokens = 0;               // 0: shape.tokens
   std::vector<std::int32_t> document_start;  // [B, T], or empty
   double tau = 0.1;                          // of head 0; others a little more
+  double balance = 0;                        // of head 0; of the others with changing sign. 0: none
   std::uint64_t seed = 1;
   double least_kink = 5e-6;  // inputs are redrawn until no |x| is smaller, so that fp32 and double agree on which edges are active
 };
 
-/// A case that fp32 can be held to: a large epsilon bounds how much a row with a tiny sum can magnify the rounding of its scores.
+/// A case that fp32 can be held to: a large epsilon bounds how much a row with a tiny sum can magnify the rounding of its scores. With balances where
+/// there can be any.
 AttentionCase case_of(Score score, Gate gate, Normalizer normalizer, float beta = 0);
 
 struct NamedPattern {
@@ -50,7 +52,7 @@ inline const NamedPattern kPatterns[] = {
 /// Inputs as floats and the reference's results for exactly these floats. q, k, v, d_o are [B, H, T, D].
 struct AttentionProblem {
   AttentionInputs in;
-  std::vector<float> q, k, v, d_o, scale, tau;
+  std::vector<float> q, k, v, d_o, scale, tau, balance;
   std::vector<std::int32_t> document_start;
   std::shared_ptr<const TileMap> tiles;
   AttentionOutputs out;

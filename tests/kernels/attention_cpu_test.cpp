@@ -50,7 +50,7 @@ Results run(const AttentionProblem& p, Visit visit, int threads) {
   r.counters.assign(H * kAttentionCounters, 1000);  // added to
   r.dscale.assign(H, 0.0f);
   r.dtau.assign(H, 0.0f);
-  auto scale = p.scale, tau = p.tau;
+  auto scale = p.scale, tau = p.tau, balance = p.balance;
   auto start = p.document_start;
   std::vector<float> workspace(attention_backward_workspace(p.in.shape, p.tiles->tile_query), nan);
 
@@ -79,6 +79,7 @@ Results run(const AttentionProblem& p, Visit visit, int threads) {
   b.dv = part(gradients, 2);
   b.dscale = {r.dscale.data(), DType::f32, {H}};
   b.dthreshold = {r.dtau.data(), DType::f32, {H}};
+  if (!balance.empty()) b.balance = {balance.data(), DType::f32, {H}};
   b.workspace = {workspace.data(), DType::f32, {std::ssize(workspace)}};
 
   const int before = omp_get_max_threads();

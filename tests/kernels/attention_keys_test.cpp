@@ -128,7 +128,7 @@ Results run(const AttentionProblem& p, const Part& part, Visit visit, int thread
   const auto queries = std::ssize(part.queries), keys = std::ssize(part.keys);
   auto q = take(p.q, p.in.shape, part.queries, D), d_o = take(p.d_o, p.in.shape, part.queries, D);
   auto k = take(p.k, p.in.shape, part.keys, D), v = take(p.v, p.in.shape, part.keys, D);
-  auto scale = p.scale, tau = p.tau;
+  auto scale = p.scale, tau = p.tau, balance = p.balance;
   auto positions = part.queries;
   auto start = first_rows(p, part);
   const float nan = std::numeric_limits<float>::quiet_NaN();
@@ -171,6 +171,7 @@ Results run(const AttentionProblem& p, const Part& part, Visit visit, int thread
   b.dv = heads(r.dv, keys);
   b.dscale = {r.dscale.data(), DType::f32, {H}};
   b.dthreshold = {r.dtau.data(), DType::f32, {H}};
+  if (!balance.empty()) b.balance = {balance.data(), DType::f32, {H}};
   b.workspace = {workspace.data(), DType::f32, {std::ssize(workspace)}};
   const int before = omp_get_max_threads();
   omp_set_num_threads(threads);

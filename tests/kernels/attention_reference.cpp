@@ -121,6 +121,7 @@ AttentionGradients attention_backward(const AttentionInputs& in, const Attention
           } else {
             weight = gate(in.math, x) / z;
             dx = (p - (in.math.normalizer == Normalizer::sum ? delta : 0.0)) / z * gate_derivative(in.math, x);
+            if (!in.balance.empty() && x > 0) dx += in.balance[h];
           }
           const double ds = c * dx * (fidelity ? 2 * s : 1.0);
           for (std::int64_t d = 0; d < D; ++d) {

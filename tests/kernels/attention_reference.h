@@ -20,6 +20,7 @@ struct AttentionInputs {
   std::vector<double> q, k, v;     // [B, H, T, D]; q, k as the kernel gets them (unit length already where the score wants it)
   std::vector<double> scale, tau;  // [H]
   Visible visible;
+  std::vector<double> balance{};  // [H], AttentionBackward::balance, or empty
 };
 
 struct AttentionOutputs {

@@ -30,6 +30,7 @@ AttentionInputs random_inputs(const Combination& c, std::uint64_t seed) {
   in.scale = {1.5, 2.5};
   in.tau = in.math.score == Score::fidelity ? std::vector<double>{0.1, 0.3} : std::vector<double>{-0.3, 0.2};
   in.visible = [](auto b, auto h, auto i, auto j) { return !(b == 1 && i < 2) && (h == 0 || i - j < 3); };  // batch 1 starts with empty rows
+  if (in.math.gate != Gate::softmax && in.math.score != Score::fidelity && !(in.math.length_beta > 0)) in.balance = {0.4, -0.7};
   return in;
 }
 
@@ -37,6 +38,13 @@ double loss(const AttentionInputs& in, const std::vector<double>& d_o) {
   const auto out = attention_forward(in);
   double sum = 0;
   for (std::size_t n = 0; n < d_o.size(); ++n) sum += d_o[n] * out.o[n];
+  if (in.balance.empty()) return sum;
+  // What balances are the gradient of: m_h times the sum of the active arguments of head h.
+  for (std::int64_t b = 0; b < in.shape.batch; ++b)
+    for (std::int64_t h = 0; h < in.shape.heads; ++h)
+      for (std::int64_t i = 0; i < in.shape.tokens; ++i)
+        for (std::int64_t j = 0; j <= i; ++j)
+          if (in.visible(b, h, i, j)) sum += in.balance[h] * std::max(0.0, edge_argument(in, b, h, i, j));
   return sum;
 }
 

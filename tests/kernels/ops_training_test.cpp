@@ -302,6 +302,55 @@ TEST(Thresholds, FollowTheDensity) {
   EXPECT_THROW(ops().update_thresholds(u), std::logic_error);
 }
 
+TEST(Thresholds, BalancesTakeOffTheMeanGradient) {
+  const std::vector<std::uint64_t> active{100, 200, 0, 50, 50};
+  const auto rows = static_cast<std::int64_t>(active.size());
+  Floats threshold({rows}, 0.5f), balance({rows}, 0.25f), gradient({rows}, {30.0f, -40.0f, 7.0f, INFINITY, NAN});
+  Host<std::uint64_t> counters({rows, kAttentionCounters}, 0);
+  for (std::int64_t r = 0; r < rows; ++r) counters[r * kAttentionCounters + kActiveEdges] = active[static_cast<std::size_t>(r)];
+  ThresholdUpdate u{.threshold = threshold.tensor(),
+                    .counters = counters.tensor(),
+                    .causal_edges = 1000,
+                    .wanted_density = 0.1,
+                    .rate = 0.2f,
+                    .low = -10,
+                    .high = 10,
+                    .balance = balance.tensor(),
+                    .gradient = gradient.tensor(),
+                    .balance_rate = 0.5f};
+  ops().update_thresholds(u);
+  EXPECT_FLOAT_EQ(threshold[0], 0.5f);
+  EXPECT_FLOAT_EQ(balance[0], 0.25f + 0.5f * 30.0f / 100.0f);
+  EXPECT_FLOAT_EQ(balance[1], 0.25f - 0.5f * 40.0f / 200.0f);
+  for (std::int64_t r = 2; r < rows; ++r) EXPECT_EQ(balance[r], 0.25f) << r;  // no edge; a sum that is not finite
+  u.gradient = counters.tensor();
+  EXPECT_THROW(ops().update_thresholds(u), std::logic_error);
+}
+
+// The sum of a head's dx goes to zero: each step adds to dx, on every active edge alike, what update_thresholds says.
+TEST(Thresholds, BalancesEndWithAZeroSum) {
+  Floats threshold({1}, 0.0f), balance({1}, 0.0f), gradient({1}, 0.0f);
+  Host<std::uint64_t> counters({1, kAttentionCounters}, 0);
+  counters[kActiveEdges] = 1000;
+  double sum = 0;
+  for (int step = 0; step < 200; ++step) {
+    sum = 1000 * (0.003 + static_cast<double>(balance[0]));  // a mean of 0.003 without it
+    gradient[0] = static_cast<float>(-sum);
+    ops().update_thresholds({.threshold = threshold.tensor(),
+                             .counters = counters.tensor(),
+                             .causal_edges = 1e4,
+                             .wanted_density = 0.1,
+                             .rate = 0.05f,
+                             .low = -1,
+                             .high = 1,
+                             .balance = balance.tensor(),
+                             .gradient = gradient.tensor(),
+                             .balance_rate = 0.1f});
+  }
+  EXPECT_NEAR(sum, 0, 1e-5);
+  EXPECT_NEAR(balance[0], -0.003, 1e-8);
+}
+
 // -- memory -----------------------------------------------------------------------------------------------------------------
 
 TEST(Memory, CopiesConvertAndZeroClears) {

@@ -45,7 +45,7 @@ inline std::string name_of(const ::testing::TestParamInfo<SequenceExchange>& inf
 }
 
 struct Inputs {
-  std::vector<float> qkv, d_o, scale, threshold;
+  std::vector<float> qkv, d_o, scale, threshold, balance;  // balance: empty where there is none
   std::vector<std::int32_t> document_start;
 };
 
@@ -80,6 +80,8 @@ inline Inputs make_inputs(const Case& c, unsigned seed) {
   for (std::int64_t h = 0; h < c.heads; ++h) {
     in.scale.push_back(6.0f - static_cast<float>(h));
     in.threshold.push_back((c.math.score == Score::fidelity && c.kind == DeviceKind::cuda ? 0.1f : 1.0f) * (0.2f + 0.1f * static_cast<float>(h)));
+    if (c.math.gate != Gate::softmax && c.math.score != Score::fidelity && !(c.math.length_beta > 0))
+      in.balance.push_back(0.1f * static_cast<float>(h) - 0.15f);
   }
   for (std::int64_t b = 0; b < c.sequences; ++b) {
     std::int32_t start = 0;
@@ -95,6 +97,7 @@ inline Inputs part_of(const Inputs& in, const Case& c, const std::vector<std::in
   Inputs part;
   part.scale = in.scale;
   part.threshold = in.threshold;
+  part.balance = in.balance;
   const std::int64_t row = 3 * c.heads * c.size;
   for (std::int64_t b = 0; b < c.sequences; ++b)
     for (const auto t : positions) {
@@ -169,6 +172,7 @@ class Call {
         d_o_(ops, type_, in.d_o),
         scale_(ops, in.scale),
         threshold_(ops, in.threshold),
+        balance_(ops, in.balance.empty() ? in.threshold : in.balance),
         o_(ops, type_, std::ssize(in.d_o)),
         gradients_(ops, type_, std::vector<float>(in.qkv.size())),
         dscale_(ops, std::vector<float>(in.scale.size())),
@@ -198,6 +202,7 @@ class Call {
     a.dv = part(gradients_, 2);
     a.dscale = dscale_();
     a.dthreshold = dthreshold_();
+    if (!in.balance.empty()) a.balance = balance_();
   }
   std::vector<float> o() const { return o_.floats(); }
   /// z is left out.
@@ -235,7 +240,7 @@ class Call {
 
  private:
   const DType type_;
-  const Memory qkv_, d_o_, scale_, threshold_, o_, gradients_, dscale_, dthreshold_, dbias_, counters_;
+  const Memory qkv_, d_o_, scale_, threshold_, balance_, o_, gradients_, dscale_, dthreshold_, dbias_, counters_;
 };
 
 inline Results alone(const Case& c, const Inputs& in) {

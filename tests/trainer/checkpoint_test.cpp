@@ -49,6 +49,8 @@ struct Rank {
     ops->upload(state.optimizer.v(), v.data());
     const std::vector<float> tau{0.125f, -3.5f};
     ops->upload(state.model.thresholds(), tau.data());
+    const std::vector<float> balances{1e-7f, -2e-6f};
+    ops->upload(state.model.balances(), balances.data());
   }
   std::unique_ptr<Ops> ops;
   TrainState state;
@@ -99,11 +101,38 @@ TEST_F(CheckpointTest, ComesBackExactlyOnAnyNumberOfRanks) {
         const auto same = [&](const Tensor& a, const Tensor& b) { return std::memcmp(a.data, b.data, a.bytes()) == 0; };
         EXPECT_TRUE(same(rank.state.model.weights(), expected.state.model.weights())) << wrote << " to " << reads;
         EXPECT_TRUE(same(rank.state.model.thresholds(), expected.state.model.thresholds()));
+        EXPECT_TRUE(same(rank.state.model.balances(), expected.state.model.balances()));
         EXPECT_TRUE(same(rank.state.optimizer.m(), expected.state.optimizer.m())) << wrote << " to " << reads;
         EXPECT_TRUE(same(rank.state.optimizer.v(), expected.state.optimizer.v()));
       });
     }
   }
+}
+
+// A run that had none goes on with zeros, and one that has none any more needs no place for them.
+TEST_F(CheckpointTest, BalancesAreOnlyThoseOfRunsThatHaveThem) {
+  const std::string with = save(1, 11);
+  config = [&] {
+    Config c = config;
+    c.model.attention.threshold.balance = 0;
+    return c;
+  }();
+  testing::ThreadRanks::run(1, [&](Communicator& comm) {
+    Rank rank(config, comm);
+    EXPECT_FALSE(rank.state.model.balances());
+    EXPECT_FALSE(rank.state.model.threshold_gradients());
+    load_model(with, rank.state.model, *rank.ops);
+    save_checkpoint(request(12), rank.state.model, rank.state.optimizer, *rank.ops, comm);
+  });
+  const std::string without = folder / "checkpoints" / checkpoint_name(12);
+  EXPECT_FALSE(Hdf5File::open(without + "/model.h5").contains("balances"));
+  config = small_config();
+  testing::ThreadRanks::run(1, [&](Communicator& comm) {
+    Rank rank(config, comm);
+    load_model(without, rank.state.model, *rank.ops);
+    const auto* m = static_cast<const float*>(rank.state.model.balances().data);
+    EXPECT_EQ(std::vector<float>(m, m + 2), std::vector<float>(2, 0.0f));
+  });
 }
 
 /// One file, as an older build wrote it for a rank that owned [first, first + count).
@@ -174,6 +203,7 @@ TEST_F(CheckpointTest, SaysWhatItIs) {
   EXPECT_EQ(h5.info("parameters/wte.weight").shape, (Hdf5Shape{64, 16}));
   EXPECT_EQ(h5.info("parameters/h.0.attn.c_attn.weight").shape, (Hdf5Shape{48, 16}));
   EXPECT_EQ(h5.read<float>("thresholds"), (std::vector<float>{0.125f, -3.5f}));
+  EXPECT_EQ(h5.read<float>("balances"), (std::vector<float>{1e-7f, -2e-6f}));
 }
 
 TEST_F(CheckpointTest, OpensWhereItsDeviceIsNot) {

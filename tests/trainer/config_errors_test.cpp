@@ -184,6 +184,11 @@ TEST(ConfigErrors, CrossChecks) {
                "expected attention.score cosine");
   expect_error(error_of("attention: {score: fidelity, threshold: {init: 1}}"), "attention.threshold.init",
                "expected a threshold >= 0 and < 1, found 1");
+  expect_error(error_of("attention: {score: fidelity, threshold: {balance: 0.1}}"),
+               "x.yaml:1:51: attention.threshold.balance: score fidelity has no balance: expected 0 with it", "found 0.1");
+  EXPECT_EQ(error_of("attention: {score: fidelity}"), "");
+  EXPECT_EQ(error_of("attention: {score: fidelity, threshold: {mode: fixed, balance: 0.1}}"), "");
+  expect_error(error_of("attention: {threshold: {balance: 1.5}}"), "attention.threshold.balance: expected", "found 1.5");
   expect_error(error_of("attention: {normalizer: rms, always: {self: true}}"), "x.yaml:1:45: attention.always.self: the edge to oneself joins a sum",
                "expected attention.normalizer sum with it, found rms");
   expect_error(error_of("attention: {always: {self: 1}}"), "attention.always.self: expected true or false, found 1");

@@ -37,7 +37,7 @@ model:
    vocabulary: 1000, vocabulary_multiple: 48}
 attention:
   {score: fidelity, gate: relu4, normalizer: length, length_alpha: 0.5, epsilon: 1e-5, scale_init: 3, scale_learned: false, document_mask: true,
-   threshold: {mode: learned, init: 0.25, target_edge_sparsity: 0.9966, anneal: 0.3, anneal_from: 0.6, rate: 0.01, beta: 0.7},
+   threshold: {mode: learned, init: 0.25, target_edge_sparsity: 0.9966, anneal: 0.3, anneal_from: 0.6, rate: 0.01, balance: 0.03, beta: 0.7},
    pattern: {window: {size: 7}}, tile: {query: 32, key: 16}, visit: all}
 data: {path: some/data, tokenizer: bytes, prefetch: 2}
 train: {steps: 77, tokens_per_step: 1152, micro_batch: 6, precision: fp32, recompute: gelu+norm, max_nonfinite: 5}
@@ -83,6 +83,7 @@ parallel: {sequence: 1, exchange: ring, layout: zigzag, bucket_mib: 7, deadline:
   EXPECT_EQ(a.threshold.anneal, 0.3);
   EXPECT_EQ(a.threshold.anneal_from, 0.6);
   EXPECT_EQ(a.threshold.rate, 0.01f);
+  EXPECT_EQ(a.threshold.balance, 0.03f);
   EXPECT_EQ(a.threshold.beta, 0.7f);
   EXPECT_EQ(a.pattern.base.kind, PatternSpec::Kind::window);
   EXPECT_EQ(a.pattern.base.size, 7);

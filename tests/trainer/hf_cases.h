@@ -97,7 +97,7 @@ inline void make_hf_checkpoint(const HfCase& c, const std::string& directory) {
   make_folder(folder_of(directory));
   write_file(mask, kHfMask);
   std::vector<std::string> sets = {"model={layers: 2, heads: 2, width: 16, context: 40}", "train={tokens_per_step: 40, micro_batch: 1}",
-                                   "attention={scale_init: 3, tile: {query: 16, key: 16}}"};
+                                   "attention={scale_init: 3, epsilon: 0.01, tile: {query: 16, key: 16}}"};
   for (std::string set : c.sets) {
     if (const auto at = set.find("MASK"); at != std::string::npos) set.replace(at, 4, mask);
     sets.push_back(set);

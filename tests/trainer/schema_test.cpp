@@ -53,6 +53,7 @@ TEST(Schema, EveryKeyIsDocumentedOnce) {
                            "attention.threshold.init",
                            "attention.threshold.target_edge_sparsity",
                            "attention.threshold.anneal",
+                           "attention.threshold.balance",
                            "attention.pattern",
                            "attention.tile.query",
                            "attention.tile.key",

@@ -175,6 +175,11 @@ void cuda_attention_backward(const AttentionBackward& g, cudaStream_t stream, co
   Args a = arguments(f, hopper);
   a.counters = nullptr;
   a.d_o = view_of(g.d_o, "d_o"), a.dq = view_of(g.dq, "dq"), a.dk = view_of(g.dk, "dk"), a.dv = view_of(g.dv, "dv");
+  if (g.balance) {
+    require(g.balance.numel() >= f.shape.heads, "balance needs one value a head");
+    require(!a.softmax && !a.fidelity && a.length_beta <= 0, "balance is for relu gates over dot and cosine with a threshold a head");
+    a.balance = g.balance.as<float>();
+  }
   if (hopper) a.map_do = tensor_map(a.d_o, f.shape, f.shape.tokens);
   require(g.workspace && g.workspace.numel() >= attention_backward_workspace(f.shape, 64), "the workspace is too small");
   float* workspace = g.workspace.as<float>();

@@ -116,6 +116,8 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
     const float bound = item.bound, scale = kept_float(item.scale * (Gate::kSoftmax ? kLog2e : inverse_of(bound)));
     const float offset = Gate::kRowOffsets ? 0.f : kept_float(row_offset(a, item.scale, item.threshold, 0, D) * inverse_of(bound));
 
+    const float balance = Gate::kBalances ? kept_float(balance_of<Gate>(a, item.h, bound)) : 0.f;
+
     Acc dk[kParts], dv[kParts];
 #pragma unroll
     for (int d = 0; d < kParts; ++d) clear(dk[d]), clear(dv[d]);
@@ -191,7 +193,7 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
         minus_delta.come_to(j);
         float g[4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) g[e] = s[j][e] * (dp[j][e] + minus_delta.at(j, e));
+        for (int e = 0; e < 4; ++e) g[e] = balanced<Gate>(s[j][e] * (dp[j][e] + minus_delta.at(j, e)), s[j][e], balance);
         ds[j / 2][2 * (j & 1)] = pack(g[0], g[1]);
         ds[j / 2][2 * (j & 1) + 1] = pack(g[2], g[3]);
       }

@@ -94,6 +94,8 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
       row0 = read(r0), row8 = read(r0 + 8);
     }
 
+    const float balance = Gate::kBalances ? kept_float(balance_of<Gate>(a, item.h, bound)) : 0.f;
+
     Acc dq[kParts];
 #pragma unroll
     for (int d = 0; d < kParts; ++d) clear(dq[d]);
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
             dx *= factor;
             g[e] = factor != 0.f ? dx * s[j][e] : 0.f;  // a hidden score is NaN; half the factor 2 s is left to the end
           } else {
-            g[e] = dx *= s[j][e];
+            g[e] = dx = balanced<Gate>(dx * s[j][e], s[j][e], balance);
           }
           if (e < 2)
             dx0 += dx;

@@ -149,6 +149,19 @@ __device__ __forceinline__ float edge_weight(float& s, float scale, float offset
   return factor * r;
 }
 
+/// AttentionBackward::balance of a head over the factor that dk, dq and dthreshold get at the end.
+template <class Gate>
+__device__ __forceinline__ float balance_of(const Args& a, int head, float bound) {
+  const float factor = Gate::kPower * slope<Gate::kPower>(bound);
+  return a.balance && factor > 0.f ? __ldg(a.balance + head) / factor : 0.f;
+}
+/// The gradient of an edge with the balance of its head; `factor` is positive where the edge is active.
+template <class Gate>
+__device__ __forceinline__ float balanced(float dx, float factor, float balance) {
+  if constexpr (!Gate::kBalances) return dx;
+  return dx + (factor > 0.f ? balance : 0.f);
+}
+
 /// Is any weight of a rounded fragment positive? None is negative.
 __device__ __forceinline__ bool any_positive(const Frag& p) {
   uint32_t any = 0;

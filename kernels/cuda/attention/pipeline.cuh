@@ -59,7 +59,8 @@ struct Gates {
   static constexpr bool kFidelity = kSoftmax ? Variant == 10 : !kLengthBeta && Variant % 3 == 1;
   static constexpr bool kBounded = !kSoftmax && (kLengthBeta || Variant % 3 != 2);  // |<q, k>| <= 1: see gate_bound
   static constexpr int kPower = kSoftmax ? 1 : 1 << (kLengthBeta ? Variant - 11 : Variant / 3);
-  static constexpr bool kRowOffsets = kSoftmax || kLengthBeta;  // else every row of a head has the same
+  static constexpr bool kRowOffsets = kSoftmax || kLengthBeta;                // else every row of a head has the same
+  static constexpr bool kBalances = !kSoftmax && !kFidelity && !kLengthBeta;  // knows AttentionBackward::balance
 };
 constexpr int kVariants = 14;
 constexpr int variant_of(int power, bool softmax, bool fidelity, bool bounded, bool length_beta) {
@@ -74,6 +75,7 @@ struct Args {
   int query_tiles, key_tiles, words;
   int section;  // (batch, head) pairs whose blocks run together, for the L2 cache
   const float *scale, *threshold;
+  const float* balance;       // [H] or null
   const int* document_start;  // [B, T] or null
   const int* positions;       // [T] or null
   float* z;

@@ -254,6 +254,24 @@ TEST(CudaThresholds, FollowTheDensityAsOnTheCpu) {
     }
     EXPECT_NEAR(threshold.doubles()[3], 0.35 - 1.0, 1e-6);  // nothing active: as if it were as sparse as can be
   }
+  {
+    Doubles counts(4 * kAttentionCounters, 0.0);
+    counts[kActiveEdges] = 100, counts[kAttentionCounters + kActiveEdges] = 200, counts[3 * kAttentionCounters + kActiveEdges] = 50;
+    const OnDevice threshold(DType::f32, {4}, Doubles(4, 0.5)), counters(DType::u64, {4, kAttentionCounters}, counts),
+        balance(DType::f32, {4}, Doubles(4, 0.25)), gradient(DType::f32, {4}, {30.0, -40.0, 7.0, INFINITY});
+    cuda::update_thresholds(context(), {.threshold = threshold,
+                                        .counters = counters,
+                                        .causal_edges = 1000,
+                                        .wanted_density = 0.1,
+                                        .rate = 0.2f,
+                                        .low = -10,
+                                        .high = 10,
+                                        .balance = balance,
+                                        .gradient = gradient,
+                                        .balance_rate = 0.5f});
+    const Doubles got = balance.doubles(), wanted{0.4, 0.15, 0.25, 0.25};
+    for (int r = 0; r < 4; ++r) EXPECT_NEAR(got[r], wanted[r], 1e-7) << r;
+  }
   const OnDevice threshold(DType::f32, {1}, {0.5}), counters(DType::u64, {1, kAttentionCounters}, Doubles(kAttentionCounters, 1.0));
   EXPECT_THROW(cuda::update_thresholds(context(), {.threshold = threshold, .counters = counters, .causal_edges = 0, .wanted_density = 1}),
                std::logic_error);
