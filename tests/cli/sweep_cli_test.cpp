@@ -273,8 +273,8 @@ TEST_F(SweepTest, TheShippedSweepsHavePlans) {
   };
   EXPECT_EQ(plan("tiny").size(), 5u * 2);
   EXPECT_EQ(plan("gates").size(), (3u * 3 * 4 + 2) * 2);
-  EXPECT_EQ(plan("sparsity").size(), (4u + 11) * 2);
-  EXPECT_EQ(plan("context").size(), (3u * 3 + 9) * 2);
+  EXPECT_EQ(plan("sparsity").size(), (4u + 10) * 2);
+  EXPECT_EQ(plan("context").size(), (3u * 3 + 3) * 2);
   EXPECT_EQ(plan("length").size(), 7u * 2);
   EXPECT_EQ(json("plan " TESSERA_CONFIGS "/sweeps/probes.yaml")["runs"].size(), 4u * 2 + 2);  // needs no text
   // Keys that a query sees on average, from the FLOPs: causal at 1,024 tokens is 512.5, and a key takes 12 x width x layers.
