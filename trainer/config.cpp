@@ -208,6 +208,15 @@ Config parse_config(const std::string& yaml, const std::string& origin, const st
   return assembly.finish();
 }
 
+Config parse_stored_config(const std::string& yaml, const std::string& origin) {
+  Assembly assembly;
+  assembly.config.model.attention.threshold.balance = 0;
+  assembly.load_text(yaml, origin);
+  return assembly.finish();
+}
+
+Config load_stored_config(const std::string& file) { return parse_stored_config(read_yaml_file(file, kConfiguration), file); }
+
 std::string to_yaml(const Config& config) {
   std::string text;
   write_section(tree_of(config), "", 0, text);

@@ -116,8 +116,12 @@ struct Config {
 /// Reads `file` ("" for defaults only), applies `sets` ("key=value": value parsed as YAML, of text keys taken as it stands unless quoted), resolves
 /// what depends on other keys and checks everything. Throws ConfigError that lists every mistake found.
 Config load_config(const std::string& file, const std::vector<std::string>& sets);
-/// As load_config, from YAML text that came out of `origin` (a checkpoint), for the error messages.
+/// As load_config, from YAML text that came out of `origin`, for the error messages.
 Config parse_config(const std::string& yaml, const std::string& origin, const std::vector<std::string>& sets);
+/// What a checkpoint or a run folder's config.yaml (`origin`) has kept: every key, resolved. One that is not there is younger than the run, which
+/// went without it: attention.threshold.balance is 0 then, whatever its default.
+Config parse_stored_config(const std::string& yaml, const std::string& origin);
+Config load_stored_config(const std::string& file);
 /// The resolved configuration as YAML that load_config reads back to an equal Config.
 std::string to_yaml(const Config& config);
 /// The same as JSON.

@@ -25,7 +25,7 @@ std::unique_ptr<Tokenizer> load_own_tokenizer(const std::string& directory) {
 CheckpointContents read_checkpoint(const std::string& path) {
   CheckpointContents c{read_checkpoint_info(resolve_checkpoint(path)), {}, nullptr};
   const CheckpointInfo& info = c.info;
-  c.config = parse_config(info.config, info.directory + "/model.h5", {});
+  c.config = parse_stored_config(info.config, info.directory + "/model.h5");
   find_training_data(c.config.data, info.dataset.working_directory);
   resolve_vocabulary(c.config, info.dataset.vocabulary, info.directory);
   if (info.dataset.tokenizer_hash.empty()) return c;

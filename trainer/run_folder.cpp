@@ -105,7 +105,7 @@ Start find_start(const RunFolder& folder, bool resume, const Config& config, con
     throw ConfigError(
         fmt::format("--resume: {} holds weights alone, without optimizer state. Start a new run from them: --set run.init={} and another run.dir",
                     start.checkpoint, start.checkpoint));
-  const auto changes = changes_that_matter(parse_config(info.config, start.checkpoint + "/model.h5", {}), config);
+  const auto changes = changes_that_matter(parse_stored_config(info.config, start.checkpoint + "/model.h5"), config);
   if (!changes.empty())
     throw ConfigError(
         fmt::format("--resume: the configuration differs from that of {} in keys that change the model or its training:\n  {}\n"

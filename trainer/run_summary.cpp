@@ -43,7 +43,7 @@ RunSummary summarize_run(const std::string& path) {
   s.name = fs::path(s.directory).filename().string();
   const RunFolder folder{s.directory};
   if (!fs::exists(folder.config())) throw std::invalid_argument(fmt::format("{}: not a run folder: there is no {}", path, folder.config()));
-  s.config = load_config(folder.config(), {});
+  s.config = load_stored_config(folder.config());
   if (s.config.model.vocabulary > 0) {
     resolve_vocabulary(s.config, s.config.model.vocabulary, folder.config());
     s.parameters = make_parameter_layout(s.config.model).count;

@@ -37,7 +37,7 @@ WarmStart plan_warm_start(const Config& config, const std::string& tokenizer_has
   const std::string file = start.from.path + "/model.h5";
   start.from.step = info.position.step;
   start.from.sha256 = sha256_file(file);
-  Config there = parse_config(info.config, file, {});
+  Config there = parse_stored_config(info.config, file);
   resolve_vocabulary(there, info.dataset.vocabulary, start.from.path);
 
   std::vector<std::string> differences;
@@ -105,6 +105,8 @@ void apply_warm_start(const WarmStart& start, const Config& config, TrainState& 
   const int H = config.model.heads;
   std::vector<float> thresholds = stored.thresholds(config.model.layers, H);
   ops.upload(state.model.thresholds(), thresholds.data());
+  if (const Tensor balances = state.model.balances())
+    if (const auto values = stored.balances(config.model.layers, H); !values.empty()) ops.upload(balances, values.data());
   for (int l = 0; start.self_biases && l < config.model.layers; ++l) {
     const std::string name = fmt::format("h.{}.attn.", l);
     std::vector<float> scales(static_cast<std::size_t>(H), 1.0f), biases;

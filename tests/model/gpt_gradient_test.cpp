@@ -33,6 +33,12 @@ void expect_matches_reference(const ModelConfig& config, unsigned seed = 1) {
   auto own = model.host(model.gpt.thresholds());
   for (std::size_t r = 0; r < own.size(); ++r) own[r] *= 1 + 0.3f * static_cast<float>(r);
   model.ops->upload(model.gpt.thresholds(), own.data());
+  // And a balance m, which stands for a term m * (sum of active scores) in what is differentiated.
+  std::vector<float> balances;
+  if (const Tensor m = model.gpt.balances()) {
+    for (std::size_t r = 0; r < own.size(); ++r) balances.push_back(0.02f * static_cast<float>(r + 1) * (r % 2 ? -1.0f : 1.0f));
+    model.ops->upload(m, balances.data());
+  }
   const auto parameters = model.parameters(), thresholds = model.thresholds();
   const auto expected = reference.run(parameters, thresholds, batch);
   const double largest = *std::max_element(expected.losses.begin(), expected.losses.end());
@@ -41,11 +47,18 @@ void expect_matches_reference(const ModelConfig& config, unsigned seed = 1) {
   const auto gradients = model.gradients(batch, scale);
   const auto losses = model.host(model.gpt.losses());
   const auto counters = model.host<std::uint64_t>(model.gpt.counters());
+  const auto threshold_gradients = [&] { return balances.empty() ? balances : model.host(model.gpt.threshold_gradients()); };
+  const auto by_threshold = threshold_gradients();
+  if (!balances.empty()) {  // micro-batches add up
+    model.gpt.forward_backward(model.upload(batch), scale);
+    const auto twice = threshold_gradients();
+    for (std::size_t r = 0; r < twice.size(); ++r) EXPECT_FLOAT_EQ(twice[r], 2 * by_threshold[r]) << "layer and head " << r;
+  }
 
   // Last-bit changes of the parameters: what they do to each loss (in double) and to the gradient (in the model).
   std::mt19937 rng(seed);
   std::vector<double> loss_change(losses.size());
-  std::vector<float> gradient_change(gradients.size());
+  std::vector<float> gradient_change(gradients.size()), by_threshold_change(by_threshold.size());
   for (int trial = 0; trial < 4; ++trial) {
     auto moved = parameters;
     std::vector<float> moved32(moved.size());
@@ -55,6 +68,8 @@ void expect_matches_reference(const ModelConfig& config, unsigned seed = 1) {
     model.gpt.set_parameters(0, moved32);
     const auto g = model.gradients(batch, scale);
     for (std::size_t i = 0; i < g.size(); ++i) gradient_change[i] = std::max(gradient_change[i], std::abs(g[i] - gradients[i]));
+    const auto t = threshold_gradients();
+    for (std::size_t r = 0; r < t.size(); ++r) by_threshold_change[r] = std::max(by_threshold_change[r], std::abs(t[r] - by_threshold[r]));
   }
 
   for (std::size_t i = 0; i < losses.size(); ++i)
@@ -67,11 +82,21 @@ void expect_matches_reference(const ModelConfig& config, unsigned seed = 1) {
   }
   ASSERT_GT(active, 0) << "a model without active edges tests nothing";
 
-  const auto sum_at = [&](const std::vector<double>& at) {
+  const auto objective = [&](const std::vector<double>& at, const std::vector<double>& taus) {
+    const auto result = reference.run(at, taus, batch);
     double sum = 0;
-    for (double loss : reference.run(at, thresholds, batch).losses) sum += loss;
-    return scale * sum;
+    for (double loss : result.losses) sum += scale * loss;
+    for (std::size_t r = 0; r < balances.size(); ++r) sum += static_cast<double>(balances[r]) * result.score_sums[r];
+    return sum;
   };
+  for (std::size_t r = 0; r < by_threshold.size(); ++r) {
+    auto plus = thresholds, minus = thresholds;
+    plus[r] += kStep;
+    minus[r] -= kStep;
+    EXPECT_NEAR(by_threshold[r], (objective(parameters, plus) - objective(parameters, minus)) / (2 * kStep),
+                kMultiple * by_threshold_change[r] + kFloor * std::abs(by_threshold[r]) + 1e-8)
+        << "threshold of layer and head " << r;
+  }
   for (const auto& p : model.gpt.layout().parameters) {
     SCOPED_TRACE(p.name);
     const auto n = static_cast<std::size_t>(p.shape.numel()), first = static_cast<std::size_t>(p.offset);
@@ -91,7 +116,7 @@ void expect_matches_reference(const ModelConfig& config, unsigned seed = 1) {
         minus[first + i] -= kStep * u[i];
         found += u[i] * gradients[first + i];
       }
-      EXPECT_NEAR(found, (sum_at(plus) - sum_at(minus)) / (2 * kStep), kMultiple * change + kFloor * norm + 1e-8)
+      EXPECT_NEAR(found, (objective(plus, thresholds) - objective(minus, thresholds)) / (2 * kStep), kMultiple * change + kFloor * norm + 1e-8)
           << "direction " << direction << ", norm of the gradient " << norm << ", last-bit change " << change;
     }
   }

@@ -75,7 +75,7 @@ struct Head {
   double c, tau;
   const double* self_bias;  // nullptr: no self edge
   std::vector<std::vector<bool>> visible;
-  double active = 0;
+  double active = 0, score_sum = 0;
 
   Matrix operator()(const Matrix& q, const Matrix& k, const Matrix& v) {
     const std::size_t T = q.size(), D = q[0].size();
@@ -85,8 +85,9 @@ struct Head {
       for (std::size_t j = 0; j <= i; ++j) {
         if (!visible[i][j]) continue;
         ++n;
-        const double weight = gate(score(q[i], k[j], i));
+        const double x = score(q[i], k[j], i), weight = gate(x);
         if (weight > 0) ++active;
+        score_sum += std::max(0.0, x);
         weights += weight;
         for (std::size_t d = 0; d < D; ++d) o[i][d] += weight * v[j][d];
       }
@@ -128,6 +129,7 @@ GptReference::Result GptReference::run(const std::vector<double>& parameters, co
 
   Result result;
   result.active_edges.assign(static_cast<std::size_t>(m.layers) * H, 0);
+  result.score_sums.assign(static_cast<std::size_t>(m.layers) * H, 0);
   for (std::size_t b = 0; b < static_cast<std::size_t>(batch.B); ++b) {
     const auto at = [&](const std::vector<std::int32_t>& values, std::size_t t) { return values[b * T + t]; };
     Matrix x(T, Row(C));
@@ -176,6 +178,7 @@ GptReference::Result GptReference::run(const std::vector<double>& parameters, co
         }
         Matrix o = head(part(0), part(1), part(2));
         result.active_edges[l * H + h] += head.active;
+        result.score_sums[l * H + h] += head.score_sum;
         for (std::size_t t = 0; t < T; ++t) {
           if (const double* gain = p(name("attn.norm"))) o[t] = norm(NormKind::rmsnorm, o[t], gain + h * D, nullptr);
           std::copy(o[t].begin(), o[t].end(), attended[t].begin() + static_cast<std::ptrdiff_t>(h * D));

@@ -16,6 +16,7 @@
 #include "tests/trainer/thread_ranks.h"
 #include "trainer/device.h"
 #include "trainer/open_checkpoint.h"
+#include "trainer/run_folder.h"
 #include "trainer/train_state.h"
 
 namespace tessera {
@@ -133,6 +134,28 @@ TEST_F(CheckpointTest, BalancesAreOnlyThoseOfRunsThatHaveThem) {
     const auto* m = static_cast<const float*>(rank.state.model.balances().data);
     EXPECT_EQ(std::vector<float>(m, m + 2), std::vector<float>(2, 0.0f));
   });
+}
+
+// A run from before balances were made must not get them silently when it goes on.
+TEST_F(CheckpointTest, ARunThatIsOlderThanAKeyGoesOnWithoutIt) {
+  config.model.attention.threshold.balance = 0;
+  CheckpointRequest old = request(5);
+  const std::size_t at = old.config.find("    balance: ");
+  ASSERT_NE(at, std::string::npos);
+  old.config.erase(at, old.config.find('\n', at) + 1 - at);
+  testing::ThreadRanks::run(1, [&](Communicator& comm) {
+    Rank rank(config, comm);
+    rank.state.initialize(7);
+    save_checkpoint(old, rank.state.model, rank.state.optimizer, *rank.ops, comm);
+  });
+  const RunFolder run{folder};
+  EXPECT_EQ(find_start(run, true, config, old.dataset).checkpoint, folder / "checkpoints" / checkpoint_name(5));
+  try {
+    find_start(run, true, small_config(), old.dataset);
+    ADD_FAILURE() << "no error";
+  } catch (const ConfigError& e) {
+    EXPECT_NE(std::string(e.what()).find("attention.threshold.balance: 0.0 in the checkpoint, 0.1"), std::string::npos) << e.what();
+  }
 }
 
 /// One file, as an older build wrote it for a rank that owned [first, first + count).

@@ -131,6 +131,15 @@ parallel: {sequence: 1, exchange: ring, layout: zigzag, bucket_mib: 7, deadline:
   EXPECT_EQ(to_yaml(parse_config(to_yaml(c), "again", {})), to_yaml(c));
 }
 
+// A stored configuration has every key of its time: what is missing is younger, and had no part in that run.
+TEST(Config, AStoredOneGoesWithoutWhatIsYounger) {
+  const std::string mode = "attention: {threshold: {mode: controlled, target_edge_sparsity: 0.9}}\n";
+  EXPECT_EQ(parse_config(mode, "x", {}).model.attention.threshold.balance, 0.1f);
+  EXPECT_EQ(parse_stored_config(mode, "x").model.attention.threshold.balance, 0.0f);
+  const Config now = parse_config(mode, "x", {"attention.threshold.balance=0.25"});
+  EXPECT_EQ(to_yaml(parse_stored_config(to_yaml(now), "x")), to_yaml(now));
+}
+
 TEST(Config, SetsComeAfterTheFileAndTheLastCounts) {
   const std::string yaml = "train: {steps: 10}\nmodel: {bias: true}\n";
   const Config c =

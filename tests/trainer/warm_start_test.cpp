@@ -102,6 +102,10 @@ TEST_F(WarmStartTest, ControlledThresholdsGoOn) {
   const auto thresholds = [&](const std::string& name) { return StoredParameters(read_checkpoint(run(name)).info.directory).thresholds(2, 2); };
   EXPECT_EQ(thresholds("second"), thresholds("first"));
   EXPECT_NE(thresholds("first"), std::vector<float>(4, 0.0f));
+  const auto balances = [&](const std::string& name) { return StoredParameters(read_checkpoint(run(name)).info.directory).balances(2, 2); };
+  ASSERT_EQ(train("still", "--set run.init=runs/first --set attention.threshold.balance=1e-30", 1).code, 0);
+  EXPECT_EQ(balances("still"), balances("first"));
+  EXPECT_NE(balances("first"), std::vector<float>(4, 0.0f));
   const Result other = train("third", "--set run.init=runs/first --set attention.score=fidelity", 1);
   ASSERT_EQ(other.code, 0) << other;
   EXPECT_TRUE(other.says("the checkpoint has no controlled ones for this score")) << other;

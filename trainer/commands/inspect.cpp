@@ -47,7 +47,7 @@ Json highlights(const Config& config) {
 
 Json describe_checkpoint(const std::string& directory) {
   const CheckpointInfo info = read_checkpoint_info(directory);
-  const Config config = parse_config(info.config, directory + "/model.h5", {});
+  const Config config = parse_stored_config(info.config, directory + "/model.h5");
   Json dataset = {{"path", info.dataset.path},
                   {"tokenizer", info.dataset.tokenizer_name},
                   {"tokenizer_hash", info.dataset.tokenizer_hash},
@@ -78,7 +78,7 @@ Json describe_run(const std::string& directory) {
            {"incomplete_checkpoints", incomplete},
            {"last_metrics", MetricsFile::last(folder.metrics())}};
   if (fs::exists(folder.config())) {
-    const Config config = load_config(folder.config(), {});
+    const Config config = load_stored_config(folder.config());
     run["steps"] = config.train.steps;
     run["data"] = config.data.synthetic ? write_synthetic(config.data.synthetic) : Json(config.data.path);
     for (const MixEntry& entry : config.data.mix) {

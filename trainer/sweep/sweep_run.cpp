@@ -186,7 +186,7 @@ class SweepRunner {
         make_folder(job.config.run.dir);
         file = RunFolder{job.config.run.dir}.config();
         // It was looked at before the sweep began, and may have waited since.
-        if (fs::exists(file) && !sweep_changes(load_config(file, {}), job.config).empty())
+        if (fs::exists(file) && !sweep_changes(load_stored_config(file), job.config).empty())
           throw std::runtime_error(fmt::format("{} holds a run with another configuration by now", job.config.run.dir));
       }
       write_file(file, to_yaml(job.config));
