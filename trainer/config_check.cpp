@@ -160,12 +160,34 @@ class Resolver {
                find_key("attention.normalizer")->write(c_).get<std::string>()));
   }
 
+  /// Says which keys of attention.threshold, set to another value than their own, belong to another mode than the one there is.
+  void keys_of_other_modes() {
+    const ThresholdConfig &t = c_.model.attention.threshold, defaults;
+    std::vector<std::string> idle;
+    const auto look = [&](const char* key, bool used, bool changed) {
+      if (!used && changed) idle.push_back(key);
+    };
+    const bool controlled = t.mode == ThresholdMode::controlled, length = t.mode == ThresholdMode::length;
+    look("init", !length, t.init != defaults.init);
+    look("target_edge_sparsity", controlled, t.target_edge_sparsity != defaults.target_edge_sparsity);
+    look("anneal", controlled, t.anneal != defaults.anneal);
+    look("anneal_from", controlled, t.anneal_from != defaults.anneal_from);
+    look("head_spread", controlled, t.head_spread != defaults.head_spread);
+    look("rate", controlled, t.rate != defaults.rate);
+    look("balance", controlled, t.balance != defaults.balance);
+    look("beta", length, t.beta != defaults.beta);
+    if (!idle.empty())
+      c_.notices.push_back(fmt::format("attention.threshold.mode {} has no use for {}",
+                                       find_key("attention.threshold.mode")->write(c_).get<std::string>(), fmt::join(idle, ", ")));
+  }
+
   void threshold() {
     AttentionConfig& a = c_.model.attention;
     if (a.gate == Gate::softmax) return;
     if (a.threshold.mode == ThresholdMode::length && a.score != Score::cosine)
       fail({"attention.threshold.mode", "attention.score"}, "mode length is the extreme value of cosines: expected attention.score cosine with it");
     const bool uses_init = a.threshold.mode != ThresholdMode::length;
+    keys_of_other_modes();
     if (a.score == Score::fidelity && a.threshold.mode == ThresholdMode::controlled && a.threshold.balance > 0) {
       if (is_set("attention.threshold.balance"))
         fail({"attention.threshold.balance", "attention.score"},

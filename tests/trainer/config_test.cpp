@@ -190,6 +190,18 @@ TEST(Config, NamedSizes) {
   expect_error(error_of("model: {size: gpt2, layers: 6}"), "x.yaml:1:29: model.layers: model.size: gpt2 means 12, found 6");
 }
 
+TEST(Config, SaysWhatAnotherThresholdModeHasNoUseFor) {
+  const auto notices = [](const char* threshold) {
+    return parse_config(std::string("attention: {threshold: {") + threshold + "}}", "x", {}).notices;
+  };
+  using Notices = std::vector<std::string>;
+  EXPECT_EQ(notices("mode: fixed, init: 0.5"), Notices{});
+  EXPECT_EQ(notices("target_edge_sparsity: 0.9, anneal: 0.2, anneal_from: 0.4, head_spread: 2, rate: 0.1, balance: 0.2"), Notices{});
+  EXPECT_EQ(notices("mode: fixed, target_edge_sparsity: 0.9, balance: 0.2, beta: 1"),
+            Notices{"attention.threshold.mode fixed has no use for target_edge_sparsity, balance, beta"});
+  EXPECT_EQ(notices("mode: length, beta: 1, init: 0.5, anneal: 0.2"), Notices{"attention.threshold.mode length has no use for init, anneal"});
+}
+
 TEST(Config, SoftmaxTwinIsOneSetAway) {
   const Config c = parse_config("attention: {normalizer: sum, threshold: {mode: controlled}}", "x", {"attention.gate=softmax"});
   EXPECT_EQ(c.model.attention.normalizer, Normalizer::none);
