@@ -178,8 +178,8 @@ struct ThresholdUpdate {
   //
   // A threshold that keeps a share of the edges follows the scores: raised together, they change nothing. Taking tau_h for the mean of its head's
   // active scores and a constant, the gradient through it is -mean(dx) on each active edge, which makes their sum zero. It is added as m_h
-  // (AttentionBackward::balance), found by small steps, as one step's edges say little: m_h -= balance_rate * mean(dx), dx with m_h in it. Self edges, which have no tau, count among
-  // the active edges of that mean and add nothing to its sum.
+  // (AttentionBackward::balance), found by small steps, as one step's edges say little: m_h -= balance_rate * mean(dx), dx with m_h in it. Self
+  // edges, which have no tau, count among the active edges of that mean and add nothing to its sum.
   Tensor threshold{};       // in/out [R] f32, R = layers x heads
   Tensor counters{};        // in [R, kAttentionCounters] u64, of the whole step over all ranks
   double causal_edges = 0;  // of the whole step over all ranks, a row (layer and head)
