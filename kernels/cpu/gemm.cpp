@@ -76,7 +76,15 @@ std::string blas_name() {
   const std::string_view config = openblas_get_config();
   const std::size_t space = config.find(' ');
   const std::size_t end = space == std::string_view::npos ? space : config.find(' ', space + 1);
-  return fmt::format("{} {}", config.substr(0, end), openblas_get_corename());
+  const std::string_view core = openblas_get_corename();
+  std::string advice;
+#if defined(__x86_64__)
+  // On a processor younger than itself OpenBLAS may take the kernels that run anywhere, of SSE3.
+  if (core == "Prescott" && __builtin_cpu_supports("avx2"))
+    advice =
+        fmt::format(" for want of a better match: faster with OPENBLAS_CORETYPE={}", __builtin_cpu_supports("avx512vl") ? "SkylakeX" : "Haswell");
+#endif
+  return fmt::format("{} {}{}", config.substr(0, end), core, advice);
 }
 
 }  // namespace tessera::cpu

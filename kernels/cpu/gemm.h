@@ -33,7 +33,7 @@ void few_rows_product(std::int64_t m, std::int64_t n, std::int64_t k, const floa
 /// Holds OpenBLAS at one thread a call. Called once before the first gemm().
 void hold_blas_at_one_thread();
 
-/// "OpenBLAS 0.3.21 Haswell": version and the kernels chosen for this processor.
+/// "OpenBLAS 0.3.21 Haswell": version and the kernels chosen for this processor; where it did not know the processor, which to ask for.
 std::string blas_name();
 
 }  // namespace tessera::cpu

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -111,6 +112,24 @@ TEST(BenchCommand, GemmReportsEveryLayer) {
   for (const auto& layer : r["layers"])
     for (const char* key : {"forward_gflops", "input_gradient_gflops", "weight_gradient_gflops"}) EXPECT_GT(layer[key].get<double>(), 0) << layer;
 }
+
+#if defined(__x86_64__)
+// OpenBLAS reads the variable as it is loaded: Prescott is what it takes for a processor that it does not know.
+TEST(BenchCommand, NamesFasterKernelsWhereOpenBlasDoesNotKnowTheProcessor) {
+  const char* set = std::getenv("OPENBLAS_CORETYPE");
+  const std::string before = set ? set : "";
+  const auto device = [](const char* core) {
+    setenv("OPENBLAS_CORETYPE", core, 1);
+    return json_of("bench gemm --tokens 64 --width 32 --vocabulary 128 --seconds 0.001").value("device", "");
+  };
+  const bool wide = __builtin_cpu_supports("avx2");
+  EXPECT_EQ(has(device("Prescott"), "faster with OPENBLAS_CORETYPE="), wide) << device("Prescott");
+  if (wide) {
+    EXPECT_FALSE(has(device("Haswell"), "faster with")) << device("Haswell");
+  }
+  set ? setenv("OPENBLAS_CORETYPE", before.c_str(), 1) : unsetenv("OPENBLAS_CORETYPE");
+}
+#endif
 
 TEST(BenchCommand, GenerateReportsSpeedsBesideTheirLimit) {
   const std::string options =
