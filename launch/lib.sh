@@ -105,6 +105,18 @@ cuda_missing() {
 # OpenMPI refuses to run as root unless told twice that this is meant; containers are root.
 if [ "$(id -u)" -eq 0 ]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
 
+# choose_blas TESSERA: on a processor younger than itself OpenBLAS takes kernels that run anywhere, several times slower than those it has for its nearest
+# kin. Asks for these, which `tessera` names, unless OPENBLAS_CORETYPE says what is wanted.
+choose_blas() {
+  [ -z "${OPENBLAS_CORETYPE:-}" ] || return 0
+  local core
+  core=$("$1" bench gemm --device cpu --tokens 64 --width 32 --vocabulary 64 --seconds 0.001 2>/dev/null |
+    sed -n 's/.*OPENBLAS_CORETYPE=\([A-Za-z0-9]*\).*/\1/p') || true
+  [ -n "$core" ] || return 0
+  say "OpenBLAS does not know this processor: OPENBLAS_CORETYPE=$core from here on"
+  export OPENBLAS_CORETYPE=$core
+}
+
 # fetch_text FOLDER: several MB of real English prose, the Perl manual, as plain text files. From the distribution's perl-doc package, unpacked
 # into FOLDER without installing it (slim images drop /usr/share, and no root is needed).
 fetch_text() {

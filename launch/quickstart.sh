@@ -67,6 +67,7 @@ if [ "$device" != cpu ]; then
     without_gpu "the GPU does not work: ${problem#tessera: error: }"
   fi
 fi
+[ "$device" != cpu ] || choose_blas "$tessera"
 if [ -z "$ranks" ]; then ranks=2; [ "$device" = cpu ] || ranks=1; fi
 mkdir -p "$output" || die "cannot write --output $output"
 run="$output/run" data="$output/data" vocabulary="$output/tokenizer.json"

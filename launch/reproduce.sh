@@ -64,6 +64,7 @@ if [ -z "$binary" ]; then
   binary="$root/build/release/tessera"
 fi
 [ -x "$binary" ] || die "--binary $binary: no such program" 2
+[ "$device" != cpu ] || [ -n "$plan" ] || choose_blas "$binary"
 sets=(--set "device=$device" --set "data.path=$data" "${sets[@]}")
 
 # estimate: hours and dollars of both runs on 1, 4 and 8 GPUs. Tokens a second: measured now on the GPU that is there, else what one H200 was measured to
