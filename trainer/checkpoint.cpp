@@ -319,6 +319,15 @@ std::vector<float> StoredParameters::balances(int layers, int heads) const {
   return values;
 }
 
+std::vector<float> load_thresholds(const StoredParameters& stored, const Gpt& model, Ops& ops) {
+  const int layers = model.config().layers, heads = model.config().heads;
+  const std::vector<float> thresholds = stored.thresholds(layers, heads);
+  ops.upload(model.thresholds(), thresholds.data());
+  if (const Tensor balances = model.balances())
+    if (const auto values = stored.balances(layers, heads); !values.empty()) ops.upload(balances, values.data());
+  return thresholds;
+}
+
 void load_model(const std::string& directory, Gpt& model, Ops& ops, ShardedAdamW* optimizer) {
   const StoredParameters stored(directory);
   for (const ParameterInfo& p : model.layout().parameters) {
@@ -326,11 +335,7 @@ void load_model(const std::string& directory, Gpt& model, Ops& ops, ShardedAdamW
     model.set_parameters(p.offset, values);
     if (optimizer) optimizer->set_master(p.offset, values);
   }
-  ops.upload(model.thresholds(), stored.thresholds(model.config().layers, model.config().heads).data());
-  if (const Tensor balances = model.balances()) {
-    const std::vector<float> values = stored.balances(model.config().layers, model.config().heads);
-    if (!values.empty()) ops.upload(balances, values.data());
-  }
+  load_thresholds(stored, model, ops);
 }
 
 void load_optimizer(const std::string& directory, const ParameterLayout& layout, ShardedAdamW& optimizer, Ops& ops) {

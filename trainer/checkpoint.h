@@ -116,6 +116,9 @@ class StoredParameters {
   Hdf5File file_;
 };
 
+/// Fills the model's thresholds and, where it and the checkpoint have them, its balances; returns the thresholds, [layers, heads].
+std::vector<float> load_thresholds(const StoredParameters& stored, const Gpt& model, Ops& ops);
+
 /// Fills parameters, thresholds and, where the model and the checkpoint have them, balances, and the optimizer's master where one is given. Throws
 /// std::runtime_error naming file and parameter when the model has another shape.
 void load_model(const std::string& directory, Gpt& model, Ops& ops, ShardedAdamW* optimizer = nullptr);

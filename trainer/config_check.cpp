@@ -162,23 +162,21 @@ class Resolver {
 
   /// Says which keys of attention.threshold, set to another value than their own, belong to another mode than the one there is.
   void keys_of_other_modes() {
-    const ThresholdConfig &t = c_.model.attention.threshold, defaults;
+    const Config defaults;
+    const auto key = [](const std::string& name) { return find_key("attention.threshold." + name); };
     std::vector<std::string> idle;
-    const auto look = [&](const char* key, bool used, bool changed) {
-      if (!used && changed) idle.push_back(key);
+    const auto look = [&](bool used, std::initializer_list<const char*> names) {
+      if (used) return;
+      for (const char* name : names)
+        if (key(name)->write(c_) != key(name)->write(defaults)) idle.push_back(name);
     };
-    const bool controlled = t.mode == ThresholdMode::controlled, length = t.mode == ThresholdMode::length;
-    look("init", !length, t.init != defaults.init);
-    look("target_edge_sparsity", controlled, t.target_edge_sparsity != defaults.target_edge_sparsity);
-    look("anneal", controlled, t.anneal != defaults.anneal);
-    look("anneal_from", controlled, t.anneal_from != defaults.anneal_from);
-    look("head_spread", controlled, t.head_spread != defaults.head_spread);
-    look("rate", controlled, t.rate != defaults.rate);
-    look("balance", controlled, t.balance != defaults.balance);
-    look("beta", length, t.beta != defaults.beta);
+    const ThresholdMode mode = c_.model.attention.threshold.mode;
+    look(mode != ThresholdMode::length, {"init"});
+    look(mode == ThresholdMode::controlled, {"target_edge_sparsity", "anneal", "anneal_from", "head_spread", "rate", "balance"});
+    look(mode == ThresholdMode::length, {"beta"});
     if (!idle.empty())
-      c_.notices.push_back(fmt::format("attention.threshold.mode {} has no use for {}",
-                                       find_key("attention.threshold.mode")->write(c_).get<std::string>(), fmt::join(idle, ", ")));
+      c_.notices.push_back(
+          fmt::format("attention.threshold.mode {} has no use for {}", key("mode")->write(c_).get<std::string>(), fmt::join(idle, ", ")));
   }
 
   void threshold() {

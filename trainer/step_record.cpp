@@ -54,8 +54,7 @@ Json head_values(const Gpt& model, Ops& ops, const AttentionCounts& counts) {
       values["thresholds"].push_back(numbers(m.attention.learns_threshold() ? model.parameter(fmt::format("h.{}.attn.threshold", l))
                                                                             : model.thresholds().slice(l * m.heads, m.heads)));
     }
-    if (const Tensor balances = model.balances())
-      values["balances"].push_back(numbers(balances.view({balances.numel()}).slice(l * m.heads, m.heads)));
+    if (const Tensor balances = model.balances()) values["balances"].push_back(numbers(balances.slice(l * m.heads, m.heads)));
     if (m.attention.learns_scale()) values["scales"].push_back(numbers(model.parameter(fmt::format("h.{}.attn.scale", l))));
     if (m.attention.self_edge()) values["self_biases"].push_back(numbers(model.parameter(fmt::format("h.{}.attn.self_bias", l))));
   }

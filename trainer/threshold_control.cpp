@@ -11,7 +11,7 @@ void control_thresholds(const Gpt& model, Ops& ops, const AttentionCounts& count
   const ThresholdRange range = threshold_range(a);
   const int heads = model.config().heads, rows = model.config().layers * heads;
   const Tensor thresholds = model.thresholds(), counters = model.counters(), balances = model.balances(), gradients = model.threshold_gradients();
-  const auto rows_of = [](const Tensor& t, std::int64_t first, std::int64_t count) { return t ? t.view({t.numel()}).slice(first, count) : t; };
+  const auto rows_of = [](const Tensor& t, std::int64_t first, std::int64_t count) { return t ? t.slice(first, count) : t; };
   ThresholdUpdate u;
   u.causal_edges = counts.causal_edges();
   u.rate = range.rate;

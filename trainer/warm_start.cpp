@@ -103,10 +103,7 @@ void apply_warm_start(const WarmStart& start, const Config& config, TrainState& 
   }
   if (!start.thresholds) return;
   const int H = config.model.heads;
-  std::vector<float> thresholds = stored.thresholds(config.model.layers, H);
-  ops.upload(state.model.thresholds(), thresholds.data());
-  if (const Tensor balances = state.model.balances())
-    if (const auto values = stored.balances(config.model.layers, H); !values.empty()) ops.upload(balances, values.data());
+  const std::vector<float> thresholds = load_thresholds(stored, state.model, ops);
   for (int l = 0; start.self_biases && l < config.model.layers; ++l) {
     const std::string name = fmt::format("h.{}.attn.", l);
     std::vector<float> scales(static_cast<std::size_t>(H), 1.0f), biases;

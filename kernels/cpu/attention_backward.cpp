@@ -50,12 +50,9 @@ struct BackwardCall : AttentionCall {
   }
   QueryTerms terms(std::int64_t b, std::int64_t h, std::int64_t i) const {
     const std::int64_t row = (b * heads + h) * tokens + i;
-    return {.tau = tau(h, i),
-            .z = z[row],
-            .inverse_z = inverse_of(z[row]),
-            .delta = wants_delta ? delta[row] : 0.0f,
-            .balance = balance ? balance[h] : 0.0f};
+    return {.tau = tau(h, i), .z = z[row], .inverse_z = inverse_of(z[row]), .delta = wants_delta ? delta[row] : 0.0f, .balance = balance_of(h)};
   }
+  float balance_of(std::int64_t h) const { return balance ? balance[h] : 0.0f; }
 };
 
 /// Sums of dx dx/dc and of dx over a key tile. In double: they run over many edges of both signs.
@@ -178,7 +175,7 @@ void query_tile(const BackwardCall& call, std::int64_t b, std::int64_t h, std::i
   s.lanes = padded(call.tile_query);
   float* dq = s.first;
   std::fill_n(dq, queries * size, 0.0f);
-  const float balance = call.balance ? call.balance[h] : 0.0f;
+  const float balance = call.balance_of(h);
   bool transposed = false;
   const auto documents = call.documents_of(b, at);
   for (const TileEntry entry : call.query_list(h, at)) {

@@ -84,10 +84,10 @@ inline float inverse_of(float z) { return z > 0.0f ? 1.0f / z : 0.0f; }
 /// What the gradients of one query's edges have in common.
 struct QueryTerms {
   float tau;
-  float z;          // softmax: ln sum exp
-  float inverse_z;  // 1 / z of the normalizer (softmax: unused)
-  float delta;      // <do, o> for sum and softmax, else 0
-  float balance;    // joins dx of active edges; 0 for softmax
+  float z;            // softmax: ln sum exp
+  float inverse_z;    // 1 / z of the normalizer (softmax: unused)
+  float delta;        // <do, o> for sum and softmax, else 0
+  float balance = 0;  // joins dx of active edges
 };
 
 struct EdgeGradient {

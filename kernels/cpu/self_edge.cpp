@@ -95,7 +95,7 @@ void self_edge_backward(const SelfEdgeBackward& a) {
       const std::int64_t b = row / c.tokens, t = row % c.tokens;
       for (std::int64_t h = 0; h < c.heads; ++h) {
         const float s = c.score(b, h, t), scale = c.scale[h], *of_o = d_o.at(b, h, t);
-        const QueryTerms terms{-c.bias[h], 0.0f, inverse_of(c.z_of(b, h, t)), dot(of_o, c.o.at(b, h, t), c.size), 0.0f};
+        const QueryTerms terms{-c.bias[h], 0.0f, inverse_of(c.z_of(b, h, t)), dot(of_o, c.o.at(b, h, t), c.size)};
         const EdgeGradient e = edge_gradient<Form::linear, gate.value>(c.f(s), dot(of_o, c.v.at(b, h, t), c.size), true, scale, terms);
         if (e.weight == 0.0f && e.dx == 0.0f) continue;
         const float ds = scale * c.slope(s) * e.dx;

@@ -94,6 +94,8 @@ TEST(Configurations, TwinsDifferInTheGateAlone) {
     Json sparse = config(size + "-sparse"), softmax = config(size + "-softmax");
     EXPECT_EQ(sparse["attention"]["gate"], "relu2");
     EXPECT_EQ(softmax["attention"]["gate"], "softmax");
+    EXPECT_EQ(sparse["model"]["rotary_base"], 100);
+    EXPECT_EQ(softmax["model"]["rotary_base"], 10000);
     for (Json* c : {&sparse, &softmax}) {
       (*c)["run"].erase("dir");
       (*c)["model"].erase("rotary_base");

@@ -113,11 +113,7 @@ TEST_F(CheckpointTest, ComesBackExactlyOnAnyNumberOfRanks) {
 // A run that had none goes on with zeros, and one that has none any more needs no place for them.
 TEST_F(CheckpointTest, BalancesAreOnlyThoseOfRunsThatHaveThem) {
   const std::string with = save(1, 11);
-  config = [&] {
-    Config c = config;
-    c.model.attention.threshold.balance = 0;
-    return c;
-  }();
+  config.model.attention.threshold.balance = 0;
   testing::ThreadRanks::run(1, [&](Communicator& comm) {
     Rank rank(config, comm);
     EXPECT_FALSE(rank.state.model.balances());
