@@ -106,10 +106,14 @@ struct AttentionForward {
   bool carry_first = true, carry_last = true;
 };
 
+/// Active edges with x below it are those whose scores move a threshold that keeps a number of edges: see ThresholdUpdate in kernels/ops.h. In units of
+/// x, whose spread is about 1 at first: c times cosines of unit vectors of 64 elements with c = 8, or dot products over sqrt(D).
+inline constexpr float kBalanceReach = 1.0f;
+
 /// Gradients, with do_i the gradient of o_i (for rms: of the un-normed sum):
 ///   da_ij = <do_i, v_j> / z_i                    none, length, rms
 ///   da_ij = (<do_i, v_j> - <do_i, o_i>) / z_i    sum
-///   dx_ij = da_ij p max(0, x_ij)^(p-1) + m_h     0 on inactive edges; m_h: balance, 0 without it
+///   dx_ij = da_ij p max(0, x_ij)^(p-1) + m_h [x_ij < kBalanceReach]   0 on inactive edges; m_h: balance, 0 without it
 ///   softmax: dx_ij = a_ij (<do_i, v_j> - <do_i, o_i>), a_ij = exp(c f(s_ij) - z_i)
 ///   dv_j += (a_ij / z_i) do_i;   dthreshold_h -= sum dx_ij (times c_h for fidelity)
 ///   dq_i += c g_ij k_j, dk_j += c g_ij q_i, g_ij = dx_ij (fidelity: 2 s_ij dx_ij)
@@ -121,9 +125,8 @@ struct AttentionBackward {
   HeadsView dq, dk, dv;      // out: every element is written
   Tensor dscale;             // in/out, optional [H] f32, added to
   Tensor dthreshold;         // in/out, optional [H] f32, added to; nothing with length_beta or softmax
-  /// In, optional [H] f32: m_h. It is no part of the gradient of the output but of that of a threshold that follows the scores (ThresholdUpdate in
-  /// kernels/ops.h), and in dscale and dthreshold like the rest of dx. Not with fidelity, softmax or
-  /// length_beta.
+  /// In, optional [H] f32: m_h. It is no part of the gradient of the output but of that of a threshold that keeps a number of edges (ThresholdUpdate
+  /// in kernels/ops.h), and in dscale and dthreshold like the rest of dx. Not with fidelity, softmax or length_beta.
   Tensor balance;
   Tensor workspace;  // f32, at least attention_backward_workspace(...) elements
 };

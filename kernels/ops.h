@@ -176,10 +176,11 @@ struct ThresholdUpdate {
   // tau_h += rate * clamp(ln(measured / wanted), -1, 1), then clamped to [low, high]; measured = active edges / causal edges of
   // the step. A head with no active edge counts as clamp -1.
   //
-  // A threshold that keeps a share of the edges follows the scores: raised together, they change nothing. Taking tau_h for the mean of its head's
-  // active scores and a constant, the gradient through it is -mean(dx) on each active edge, which makes their sum zero. It is added as m_h
-  // (AttentionBackward::balance), found by small steps, as one step's edges say little: m_h -= balance_rate * mean(dx), dx with m_h in it. Self
-  // edges, which have no tau, count among the active edges of that mean and add nothing to its sum.
+  // A threshold that keeps a share of the edges follows the scores: raised together, they change nothing. It is a quantile of them, which moves with
+  // the scores near it: d tau_h / d s_ij = K_ij / sum K, K a kernel around the threshold, here 1 on active edges with x below kBalanceReach
+  // (kernels/attention.h), else 0. The gradient through it is -K_ij (sum dx) / (sum K), which makes the sum over a head's edges zero. It is added as
+  // m_h K_ij (AttentionBackward::balance), m_h being found by small steps, as one step's edges say little: m_h -= balance_rate * (sum dx) / active
+  // edges, dx with m_h in it. Self edges, which have no tau, count among the active edges and add nothing to the sum.
   Tensor threshold{};       // in/out [R] f32, R = layers x heads
   Tensor counters{};        // in [R, kAttentionCounters] u64, of the whole step over all ranks
   double causal_edges = 0;  // of the whole step over all ranks, a row (layer and head)

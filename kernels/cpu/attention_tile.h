@@ -87,7 +87,7 @@ struct QueryTerms {
   float z;            // softmax: ln sum exp
   float inverse_z;    // 1 / z of the normalizer (softmax: unused)
   float delta;        // <do, o> for sum and softmax, else 0
-  float balance = 0;  // joins dx of active edges
+  float balance = 0;  // joins dx of active edges with x < kBalanceReach
 };
 
 struct EdgeGradient {
@@ -111,7 +111,7 @@ inline EdgeGradient edge_gradient(float s, float dp, bool visible, float c, Quer
     float dx = da;
     if constexpr (gate == Gate::relu2) dx = da * (2.0f * y);
     if constexpr (gate == Gate::relu4) dx = da * (4.0f * (y * y * y));
-    g.dx = active ? dx + q.balance : 0.0f;
+    g.dx = active ? dx + (y < kBalanceReach ? q.balance : 0.0f) : 0.0f;
   }
   g.ds = form == Form::squared ? g.dx * (2.0f * s) : g.dx;
   return g;

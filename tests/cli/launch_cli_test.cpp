@@ -100,5 +100,23 @@ TEST_F(TrainScript, Mistakes) {
   EXPECT_TRUE(has(read("out"), "./launch/train.sh [-n RANKS] [--hostfile FILE]")) << read("out");
 }
 
+// lib.sh's choose_blas, given a program that says about OpenBLAS what `tessera bench gemm` says.
+TEST_F(TrainScript, OpenBlasIsToldTheKernelsItDoesNotFind) {
+  const auto chosen = [&](const std::string& says, const std::string& environment) {
+    std::ofstream(folder / "tessera") << "#!/bin/sh\n[ \"$1 $2\" = 'bench gemm' ] && echo '" << says << "'\n";
+    fs::permissions(folder / "tessera", fs::perms::owner_all);
+    const std::string line = "unset OPENBLAS_CORETYPE; export " + environment + " PATH; set -euo pipefail; . '" TESSERA_CONFIGS
+                             "/../launch/lib.sh'; choose_blas '" + (folder / "tessera").string() + "' >/dev/null; env | sed -n 's/^OPENBLAS_CORETYPE=//p'";
+    std::ofstream(folder / "script") << line;
+    EXPECT_EQ(std::system(("bash '" + (folder / "script").string() + "' >'" + (folder / "out").string() + "'").c_str()), 0) << line;
+    return read("out");
+  };
+  const std::string unknown = "cpu (1 thread, OpenBLAS 0.3.21 Prescott for want of a better match: faster with OPENBLAS_CORETYPE=SkylakeX)";
+  EXPECT_EQ(chosen(unknown, ""), "SkylakeX\n");
+  EXPECT_EQ(chosen(unknown, "OPENBLAS_CORETYPE=Haswell"), "Haswell\n");
+  EXPECT_EQ(chosen("cpu (1 thread, OpenBLAS 0.3.21 SkylakeX)", ""), "");
+  EXPECT_EQ(chosen("", ""), "");
+}
+
 }  // namespace
 }  // namespace tessera

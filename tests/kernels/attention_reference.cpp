@@ -80,6 +80,7 @@ AttentionOutputs attention_forward(const AttentionInputs& in) {
             sum += a[n];
             active += x[n] > 0;
             out.nearest_kink = std::min(out.nearest_kink, std::abs(x[n]));
+            if (!in.balance.empty()) out.nearest_kink = std::min(out.nearest_kink, std::abs(x[n] - kBalanceReach));
           }
           if (in.math.normalizer == Normalizer::sum) z = static_cast<double>(in.math.epsilon) + sum;
           if (in.math.normalizer == Normalizer::length) z = std::pow(std::max<double>(1, keys.size()), in.math.length_alpha);
@@ -121,7 +122,7 @@ AttentionGradients attention_backward(const AttentionInputs& in, const Attention
           } else {
             weight = gate(in.math, x) / z;
             dx = (p - (in.math.normalizer == Normalizer::sum ? delta : 0.0)) / z * gate_derivative(in.math, x);
-            if (!in.balance.empty() && x > 0) dx += in.balance[h];
+            if (!in.balance.empty() && x > 0 && x < kBalanceReach) dx += in.balance[h];
           }
           const double ds = c * dx * (fidelity ? 2 * s : 1.0);
           for (std::int64_t d = 0; d < D; ++d) {

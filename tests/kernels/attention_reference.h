@@ -27,7 +27,9 @@ struct AttentionOutputs {
   std::vector<double> o;                                               // [B, H, T, D]
   std::vector<double> z;                                               // [B, H, T]
   std::vector<std::uint64_t> active_edges, visible_edges, empty_rows;  // [H], summed over B
-  double nearest_kink = 0;  // smallest |x| of a visible edge (infinity without one, and for softmax): how safe the edge counts are from rounding
+  /// Smallest |x| of a visible edge, or with balances |x - kBalanceReach| (infinity without an edge, and for softmax): how safe edge counts and
+  /// gradients are from rounding.
+  double nearest_kink = 0;
 };
 
 struct AttentionGradients {

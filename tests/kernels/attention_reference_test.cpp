@@ -39,12 +39,12 @@ double loss(const AttentionInputs& in, const std::vector<double>& d_o) {
   double sum = 0;
   for (std::size_t n = 0; n < d_o.size(); ++n) sum += d_o[n] * out.o[n];
   if (in.balance.empty()) return sum;
-  // What balances are the gradient of: m_h times the sum of the active arguments of head h.
+  // What balances are the gradient of: m_h times the sum of the active arguments of head h, none counted beyond kBalanceReach.
   for (std::int64_t b = 0; b < in.shape.batch; ++b)
     for (std::int64_t h = 0; h < in.shape.heads; ++h)
       for (std::int64_t i = 0; i < in.shape.tokens; ++i)
         for (std::int64_t j = 0; j <= i; ++j)
-          if (in.visible(b, h, i, j)) sum += in.balance[h] * std::max(0.0, edge_argument(in, b, h, i, j));
+          if (in.visible(b, h, i, j)) sum += in.balance[h] * std::clamp(edge_argument(in, b, h, i, j), 0.0, static_cast<double>(kBalanceReach));
   return sum;
 }
 

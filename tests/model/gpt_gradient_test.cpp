@@ -33,7 +33,7 @@ void expect_matches_reference(const ModelConfig& config, unsigned seed = 1) {
   auto own = model.host(model.gpt.thresholds());
   for (std::size_t r = 0; r < own.size(); ++r) own[r] *= 1 + 0.3f * static_cast<float>(r);
   model.ops->upload(model.gpt.thresholds(), own.data());
-  // And a balance m, which stands for a term m * (sum of active scores) in what is differentiated.
+  // And a balance m, which stands for a term m * (sum of min(x, kBalanceReach) of active edges) in what is differentiated.
   std::vector<float> balances;
   if (const Tensor m = model.gpt.balances()) {
     for (std::size_t r = 0; r < own.size(); ++r) balances.push_back(0.02f * static_cast<float>(r + 1) * (r % 2 ? -1.0f : 1.0f));

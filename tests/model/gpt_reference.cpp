@@ -87,7 +87,7 @@ struct Head {
         ++n;
         const double x = score(q[i], k[j], i), weight = gate(x);
         if (weight > 0) ++active;
-        score_sum += std::max(0.0, x);
+        score_sum += std::clamp(x, 0.0, static_cast<double>(kBalanceReach));
         weights += weight;
         for (std::size_t d = 0; d < D; ++d) o[i][d] += weight * v[j][d];
       }

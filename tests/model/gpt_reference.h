@@ -24,7 +24,7 @@ class GptReference {
     std::vector<double> losses;        // [B, T]
     std::vector<double> last_logits;   // [vocabulary] of the last token of the last sequence
     std::vector<double> active_edges;  // [layers, heads], all sequences together
-    std::vector<double> score_sums;    // [layers, heads]: the sum of x over active edges, without self edges
+    std::vector<double> score_sums;    // [layers, heads]: the sum of min(x, kBalanceReach) over active edges, without self edges
   };
   /// `parameters`: flat as in the layout; `thresholds`: [layers, heads] for modes fixed and controlled.
   Result run(const std::vector<double>& parameters, const std::vector<double>& thresholds, const Sequences& batch) const;

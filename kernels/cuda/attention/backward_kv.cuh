@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
     const float bound = item.bound, scale = kept_float(item.scale * (Gate::kSoftmax ? kLog2e : inverse_of(bound)));
     const float offset = Gate::kRowOffsets ? 0.f : kept_float(row_offset(a, item.scale, item.threshold, 0, D) * inverse_of(bound));
 
-    const float balance = Gate::kBalances ? kept_float(balance_of<Gate>(a, item.h, bound)) : 0.f;
+    const Balance<Gate> balance(a, item.h, bound);
 
     Acc dk[kParts], dv[kParts];
 #pragma unroll
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
         if constexpr (Gate::kRowOffsets) offsets.come_to(j);
         float w[4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) w[e] = edge_weight<Gate>(s[j][e], scale, Gate::kRowOffsets ? offsets.at(j, e) : offset, inverse_z.at(j, e));
+        for (int e = 0; e < 4; ++e) w[e] = edge_weight<Gate>(s[j][e], scale, Gate::kRowOffsets ? offsets.at(j, e) : offset, inverse_z.at(j, e), balance);
         p[j / 2][2 * (j & 1)] = pack(w[0], w[1]);
         p[j / 2][2 * (j & 1) + 1] = pack(w[2], w[3]);
       }
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
         minus_delta.come_to(j);
         float g[4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) g[e] = balanced<Gate>(s[j][e] * (dp[j][e] + minus_delta.at(j, e)), s[j][e], balance);
+        for (int e = 0; e < 4; ++e) g[e] = balance.gradient(s[j][e], dp[j][e] + minus_delta.at(j, e));
         ds[j / 2][2 * (j & 1)] = pack(g[0], g[1]);
         ds[j / 2][2 * (j & 1) + 1] = pack(g[2], g[3]);
       }

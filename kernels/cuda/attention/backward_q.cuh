@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
       row0 = read(r0), row8 = read(r0 + 8);
     }
 
-    const float balance = Gate::kBalances ? kept_float(balance_of<Gate>(a, item.h, bound)) : 0.f;
+    const Balance<Gate> balance(a, item.h, bound);
 
     Acc dq[kParts];
 #pragma unroll
@@ -146,7 +146,8 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             float r;
-            s[j][e] = edge_slope<Gate>(s[j][e], scale, e < 2 ? row0.offset : row8.offset, r);
+            const float factor = edge_slope<Gate>(s[j][e], scale, e < 2 ? row0.offset : row8.offset, r);
+            s[j][e] = balance.mark(factor, r);
           }
         }
       }
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(threads_of(BackwardQShared<D, Hopper>::kGroups
             dx *= factor;
             g[e] = factor != 0.f ? dx * s[j][e] : 0.f;  // a hidden score is NaN; half the factor 2 s is left to the end
           } else {
-            g[e] = dx = balanced<Gate>(dx * s[j][e], s[j][e], balance);
+            g[e] = dx = balance.gradient(s[j][e], dx);
           }
           if (e < 2)
             dx0 += dx;

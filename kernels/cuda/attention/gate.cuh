@@ -4,6 +4,7 @@
 // A masked edge is a NaN score: every relu gate and derivative below sends NaN to exactly 0 (fmaxf(NaN, 0) = 0, NaN > 0 is
 // false), so that full tiles pay nothing for masks. Softmax turns it into exp(-inf).
 
+#include "kernels/attention.h"
 #include "kernels/cuda/attention/pipeline.cuh"
 
 namespace tessera::cuda_attention {
@@ -140,26 +141,37 @@ __device__ __forceinline__ float edge_slope(float s, float scale, float offset, 
     return slope<Gate::kPower>(r);
   }
 }
+
+/// AttentionBackward::balance of a head: what joins an edge's dx, over the factor that dk, dq and dthreshold get at the end, where max(0, x) / bound is
+/// positive and below `reach`. The pass over scores that has it negates the edge's factor (none is negative), for the pass over gradients to see.
+template <class Gate>
+struct Balance {
+  float m = 0, reach = 0;
+  __device__ __forceinline__ Balance(const Args& a, int head, float bound) {
+    if constexpr (Gate::kBalances) {
+      const float factor = Gate::kPower * slope<Gate::kPower>(bound);
+      if (a.balance && factor > 0.f) m = __ldg(a.balance + head) / factor;
+      m = kept_float(m), reach = kept_float(kBalanceReach * inverse_of(bound));
+    }
+  }
+  __device__ __forceinline__ float mark(float factor, float r) const {
+    if constexpr (!Gate::kBalances) return factor;
+    return __uint_as_float(__float_as_uint(factor) | (__float_as_uint(r - reach) & 0x80000000u));
+  }
+  /// dx of an edge with factor `marked`.
+  __device__ __forceinline__ float gradient(float marked, float da) const {
+    if constexpr (!Gate::kBalances) return marked * da;
+    return fabsf(marked) * da + (marked < 0.f ? m : 0.f);
+  }
+};
+
 /// The weight over z. s becomes what turns da z into the gradient of s / (c P); fidelity leaves half its factor 2 s to the end.
 template <class Gate>
-__device__ __forceinline__ float edge_weight(float& s, float scale, float offset, float inverse_z) {
+__device__ __forceinline__ float edge_weight(float& s, float scale, float offset, float inverse_z, const Balance<Gate>& balance) {
   float r;
   const float factor = edge_slope<Gate>(s, scale, offset, r) * inverse_z;
-  s = !Gate::kFidelity ? factor : factor != 0.f ? factor * s : 0.f;  // a hidden score is NaN
+  s = !Gate::kFidelity ? balance.mark(factor, r) : factor != 0.f ? factor * s : 0.f;  // a hidden score is NaN
   return factor * r;
-}
-
-/// AttentionBackward::balance of a head over the factor that dk, dq and dthreshold get at the end.
-template <class Gate>
-__device__ __forceinline__ float balance_of(const Args& a, int head, float bound) {
-  const float factor = Gate::kPower * slope<Gate::kPower>(bound);
-  return a.balance && factor > 0.f ? __ldg(a.balance + head) / factor : 0.f;
-}
-/// The gradient of an edge with the balance of its head; `factor` is positive where the edge is active.
-template <class Gate>
-__device__ __forceinline__ float balanced(float dx, float factor, float balance) {
-  if constexpr (!Gate::kBalances) return dx;
-  return dx + (factor > 0.f ? balance : 0.f);
 }
 
 /// Is any weight of a rounded fragment positive? None is negative.

@@ -37,6 +37,7 @@ class Calls {
         o_(q_.size()),
         scale_(std::vector<float>(p.in.scale.begin(), p.in.scale.end())),
         tau_(std::vector<float>(p.in.tau.begin(), p.in.tau.end())),
+        balance_(std::vector<float>(p.in.balance.begin(), p.in.balance.end())),
         z_(p.in.shape.batch * p.in.shape.heads * p.in.shape.tokens),
         carry_(z_.size() * (p.in.shape.head_size + kCarryExtra)),
         dscale_(std::vector<float>(p.in.shape.heads, 0.f)),
@@ -123,6 +124,7 @@ class Calls {
     const auto view = [&](const Device<Bf16>& d, std::int64_t rows) { return HeadsView{d.get(), DType::bf16, H * rows * D, rows * D, D}; };
     AttentionBackward g;
     g.forward = call(part), g.d_o = packed(d_o_.get(), p_.in.shape), g.dq = view(dq, T), g.dk = view(dk, m), g.dv = view(dv, m);
+    if (!p_.in.balance.empty()) g.balance = {balance_.get(), DType::f32, {H}};
     g.dscale = {dscale_.get(), DType::f32, {H}}, g.dthreshold = {dtau_.get(), DType::f32, {H}};
     g.workspace = {work_.get(), DType::f32, {static_cast<std::int64_t>(work_.size())}};
     cuda_attention_backward(g, nullptr, {path_});
@@ -145,7 +147,7 @@ class Calls {
   const Visit visit_;
   const std::int64_t tiles_;
   const Device<Bf16> q_, d_o_, o_;
-  const Device<float> scale_, tau_, z_, carry_, dscale_, dtau_, work_;
+  const Device<float> scale_, tau_, balance_, z_, carry_, dscale_, dtau_, work_;
   const Device<std::uint64_t> counters_;
 };
 

@@ -44,7 +44,7 @@ inline std::vector<double> random_bf16(std::mt19937& rng, std::int64_t rows, std
   return v;
 }
 
-/// document_tokens: of a document, in the mean.
+/// document_tokens: of a document, in the mean. With balances of both signs where there can be any.
 inline Problem make_problem(AttentionShape shape, AttentionMath math, std::vector<Pattern> patterns, bool documents, double tau, unsigned seed,
                             unsigned document_tokens = 48) {
   std::mt19937 rng(seed);
@@ -59,6 +59,7 @@ inline Problem make_problem(AttentionShape shape, AttentionMath math, std::vecto
   for (std::int64_t h = 0; h < shape.heads; ++h) {
     p.in.scale.push_back(static_cast<float>(math.score == Score::dot ? 1 / std::sqrt(double(shape.head_size)) : 8.0 + h));
     p.in.tau.push_back(static_cast<float>(tau * (1 + 0.25 * h)));
+    if (math.gate != Gate::softmax && math.score != Score::fidelity && !(math.length_beta > 0)) p.in.balance.push_back(h % 2 ? -0.3f : 0.2f);
   }
   if (documents) {
     for (std::int64_t b = 0; b < shape.batch; ++b) {
