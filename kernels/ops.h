@@ -181,12 +181,15 @@ struct ThresholdUpdate {
   // (kernels/attention.h), else 0. The gradient through it is -K_ij (sum dx) / (sum K), which makes the sum over a head's edges zero. It is added as
   // m_h K_ij (AttentionBackward::balance), m_h being found by small steps, as one step's edges say little: m_h -= balance_rate * (sum dx) / active
   // edges, dx with m_h in it. Self edges, which have no tau, count among the active edges and add nothing to the sum.
+  //
+  // Where tau_h does not keep up (measured beyond a factor e of wanted) m_h may not drive the scores further away: with too few active edges it is
+  // at most 0, since a positive one lowers scores, with too many at least 0.
   Tensor threshold{};       // in/out [R] f32, R = layers x heads
   Tensor counters{};        // in [R, kAttentionCounters] u64, of the whole step over all ranks
   double causal_edges = 0;  // of the whole step over all ranks, a row (layer and head)
   double wanted_density = 0;
   float rate = 0, low = 0, high = 0;
-  Tensor balance{};   // in/out, optional [R] f32: m_h. A head with no active edge, or a gradient that is not finite, keeps its own
+  Tensor balance{};   // in/out, optional [R] f32: m_h. Without an active edge, or with a gradient that is not finite, not stepped
   Tensor gradient{};  // in, with balance [R] f32: -sum dx of the whole step over all ranks (AttentionBackward::dthreshold)
   float balance_rate = 0;
 };

@@ -89,7 +89,10 @@ void update_thresholds(const ThresholdUpdate& a) {
     const auto active = static_cast<double>(counters[r * kAttentionCounters + kActiveEdges]);
     const double error = active > 0 ? std::clamp(std::log(active / a.causal_edges / a.wanted_density), -1.0, 1.0) : -1.0;
     threshold[r] = std::clamp(static_cast<float>(threshold[r] + a.rate * error), a.low, a.high);
-    if (balance && active > 0 && std::isfinite(gradient[r])) balance[r] += static_cast<float>(a.balance_rate * (gradient[r] / active));
+    if (!balance) continue;
+    if (active > 0 && std::isfinite(gradient[r])) balance[r] += static_cast<float>(a.balance_rate * (gradient[r] / active));
+    if (error <= -1) balance[r] = std::min(balance[r], 0.0f);
+    if (error >= 1) balance[r] = std::max(balance[r], 0.0f);
   }
 }
 

@@ -152,7 +152,12 @@ __global__ void __launch_bounds__(kThreads) update_thresholds_kernel(const __gri
   const auto active = static_cast<double>(a.counters[row * kAttentionCounters + kActiveEdges]);
   const double error = active > 0 ? fmin(fmax(log(active / a.causal_edges / a.wanted_density), -1.0), 1.0) : -1.0;
   a.threshold[row] = fminf(fmaxf(static_cast<float>(a.threshold[row] + a.rate * error), a.low), a.high);
-  if (a.balance && active > 0 && isfinite(a.gradient[row])) a.balance[row] += static_cast<float>(a.balance_rate * (a.gradient[row] / active));
+  if (!a.balance) return;
+  float m = a.balance[row];
+  if (active > 0 && isfinite(a.gradient[row])) m += static_cast<float>(a.balance_rate * (a.gradient[row] / active));
+  if (error <= -1) m = fminf(m, 0.f);
+  if (error >= 1) m = fmaxf(m, 0.f);
+  a.balance[row] = m;
 }
 
 }  // namespace

@@ -302,12 +302,32 @@ TEST(Thresholds, FollowTheDensity) {
   EXPECT_THROW(ops().update_thresholds(u), std::logic_error);
 }
 
+struct BalanceCase {
+  std::uint64_t active;  // of 1,000 causal edges, 100 wanted
+  float gradient, wanted;
+};
+
 TEST(Thresholds, BalancesTakeOffTheMeanGradient) {
-  const std::vector<std::uint64_t> active{100, 200, 0, 50, 50};
-  const auto rows = static_cast<std::int64_t>(active.size());
-  Floats threshold({rows}, 0.5f), balance({rows}, 0.25f), gradient({rows}, {30.0f, -40.0f, 7.0f, INFINITY, NAN});
+  const std::vector<BalanceCase> cases{
+      {100, 30.0f, 0.25f + 0.5f * 30.0f / 100.0f},
+      {200, -40.0f, 0.25f - 0.5f * 40.0f / 200.0f},
+      {50, -40.0f, 0.25f - 0.5f * 40.0f / 50.0f},
+      {50, INFINITY, 0.25f},  // a sum that is not finite
+      {50, NAN, 0.25f},
+      {0, 7.0f, 0.0f},       // no edge: no step, and nothing that lowers scores
+      {36, 30.0f, 0.0f},     // too few edges by more than a factor e
+      {36, -36.0f, -0.25f},  // raises them
+      {272, -544.0f, 0.0f},  // too many: nothing that raises scores
+      {272, 136.0f, 0.5f},
+      {1000, NAN, 0.25f},
+  };
+  const auto rows = static_cast<std::int64_t>(cases.size());
+  Floats threshold({rows}, 0.5f), balance({rows}, 0.25f), gradient({rows});
   Host<std::uint64_t> counters({rows, kAttentionCounters}, 0);
-  for (std::int64_t r = 0; r < rows; ++r) counters[r * kAttentionCounters + kActiveEdges] = active[static_cast<std::size_t>(r)];
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const BalanceCase& c = cases[static_cast<std::size_t>(r)];
+    counters[r * kAttentionCounters + kActiveEdges] = c.active, gradient[r] = c.gradient;
+  }
   ThresholdUpdate u{.threshold = threshold.tensor(),
                     .counters = counters.tensor(),
                     .causal_edges = 1000,
@@ -320,9 +340,7 @@ TEST(Thresholds, BalancesTakeOffTheMeanGradient) {
                     .balance_rate = 0.5f};
   ops().update_thresholds(u);
   EXPECT_FLOAT_EQ(threshold[0], 0.5f);
-  EXPECT_FLOAT_EQ(balance[0], 0.25f + 0.5f * 30.0f / 100.0f);
-  EXPECT_FLOAT_EQ(balance[1], 0.25f - 0.5f * 40.0f / 200.0f);
-  for (std::int64_t r = 2; r < rows; ++r) EXPECT_EQ(balance[r], 0.25f) << r;  // no edge; a sum that is not finite
+  for (std::int64_t r = 0; r < rows; ++r) EXPECT_FLOAT_EQ(balance[r], cases[static_cast<std::size_t>(r)].wanted) << r;
   u.gradient = counters.tensor();
   EXPECT_THROW(ops().update_thresholds(u), std::logic_error);
 }

@@ -62,15 +62,18 @@ TEST(ControlThresholds, MovesEachHeadByItsOwnCountsAndGradient) {
         const double wanted = std::min(0.2 * share, static_cast<double>(visible[r]) / kCausal);
         const double error = std::clamp(std::log(static_cast<double>(active[r]) / kCausal / wanted), -1.0, 1.0);
         EXPECT_NEAR(found.thresholds[r], 0.1 + kRate * error, 1e-6) << "row " << r;
-        EXPECT_NEAR(found.balances[r], balances[r] + kBalance * gradients[r] / static_cast<double>(active[r]), 1e-6) << "row " << r;
+        double balance = balances[r] + kBalance * gradients[r] / static_cast<double>(active[r]);
+        if (error == -1) balance = std::min(balance, 0.0);
+        if (error == 1) balance = std::max(balance, 0.0);
+        EXPECT_NEAR(found.balances[r], balance, 1e-6) << "row " << r;
       }
     }
   }
 }
 
-TEST(ControlThresholds, AHeadWithoutActiveEdgesOrAFiniteGradientKeepsItsBalance) {
+TEST(ControlThresholds, BalancesWithoutAFiniteGradientStayAndNoneLowersAHeadWithoutEdges) {
   const Rows found = controlled(controlled_config(), {0, 42, 42, 42}, {210, 210, 210, 210}, {0.0f, NAN, INFINITY, 42.0f}, {1.0f, 2.0f, 3.0f, 4.0f});
-  EXPECT_EQ(found.balances, (std::vector<float>{1.0f, 2.0f, 3.0f, 4.25f}));
+  EXPECT_EQ(found.balances, (std::vector<float>{0.0f, 2.0f, 3.0f, 4.25f}));
   EXPECT_NEAR(found.thresholds[0], 0.1f - kRate, 1e-6);
 }
 

@@ -255,10 +255,14 @@ TEST(CudaThresholds, FollowTheDensityAsOnTheCpu) {
     EXPECT_NEAR(threshold.doubles()[3], 0.35 - 1.0, 1e-6);  // nothing active: as if it were as sparse as can be
   }
   {
-    Doubles counts(4 * kAttentionCounters, 0.0);
-    counts[kActiveEdges] = 100, counts[kAttentionCounters + kActiveEdges] = 200, counts[3 * kAttentionCounters + kActiveEdges] = 50;
-    const OnDevice threshold(DType::f32, {4}, Doubles(4, 0.5)), counters(DType::u64, {4, kAttentionCounters}, counts),
-        balance(DType::f32, {4}, Doubles(4, 0.25)), gradient(DType::f32, {4}, {30.0, -40.0, 7.0, INFINITY});
+    // 100 edges wanted: near that, sums that are not finite, no edge, too few and too many by more than a factor e.
+    const Doubles active{100, 200, 50, 50, 0, 36, 36, 272, 272}, gradients{30.0, -40.0, INFINITY, NAN, 7.0, 30.0, -36.0, -544.0, 136.0},
+        wanted{0.4, 0.15, 0.25, 0.25, 0.0, 0.0, -0.25, 0.0, 0.5};
+    const auto rows = static_cast<std::int64_t>(active.size());
+    Doubles counts(active.size() * kAttentionCounters, 0.0);
+    for (std::size_t r = 0; r < active.size(); ++r) counts[r * kAttentionCounters + kActiveEdges] = active[r];
+    const OnDevice threshold(DType::f32, {rows}, Doubles(active.size(), 0.5)), counters(DType::u64, {rows, kAttentionCounters}, counts),
+        balance(DType::f32, {rows}, Doubles(active.size(), 0.25)), gradient(DType::f32, {rows}, gradients);
     cuda::update_thresholds(context(), {.threshold = threshold,
                                         .counters = counters,
                                         .causal_edges = 1000,
@@ -269,8 +273,8 @@ TEST(CudaThresholds, FollowTheDensityAsOnTheCpu) {
                                         .balance = balance,
                                         .gradient = gradient,
                                         .balance_rate = 0.5f});
-    const Doubles got = balance.doubles(), wanted{0.4, 0.15, 0.25, 0.25};
-    for (int r = 0; r < 4; ++r) EXPECT_NEAR(got[r], wanted[r], 1e-7) << r;
+    const Doubles got = balance.doubles();
+    for (std::size_t r = 0; r < active.size(); ++r) EXPECT_NEAR(got[r], wanted[r], 1e-7) << r;
   }
   const OnDevice threshold(DType::f32, {1}, {0.5}), counters(DType::u64, {1, kAttentionCounters}, Doubles(kAttentionCounters, 1.0));
   EXPECT_THROW(cuda::update_thresholds(context(), {.threshold = threshold, .counters = counters, .causal_edges = 0, .wanted_density = 1}),
