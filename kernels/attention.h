@@ -106,8 +106,9 @@ struct AttentionForward {
   bool carry_first = true, carry_last = true;
 };
 
-/// Active edges with x below it are those whose scores move a threshold that keeps a number of edges: see ThresholdUpdate in kernels/ops.h. In units of
-/// x, whose spread is about 1 at first: c times cosines of unit vectors of 64 elements with c = 8, or dot products over sqrt(D).
+/// Active edges with x below it are those whose scores move a threshold that keeps a number of edges: see ThresholdUpdate in kernels/ops.h. In units
+/// of x, whose spread is about 1 at first: c / sqrt(D) for cosines of random vectors, so 1 with c = 8 and D = 64, and 1 for dot products over
+/// sqrt(D).
 inline constexpr float kBalanceReach = 1.0f;
 
 /// Gradients, with do_i the gradient of o_i (for rms: of the un-normed sum):

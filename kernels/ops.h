@@ -177,19 +177,20 @@ struct ThresholdUpdate {
   // the step. A head with no active edge counts as clamp -1.
   //
   // A threshold that keeps a share of the edges follows the scores: raised together, they change nothing. It is a quantile of them, which moves with
-  // the scores near it: d tau_h / d s_ij = K_ij / sum K, K a kernel around the threshold, here 1 on active edges with x below kBalanceReach
-  // (kernels/attention.h), else 0. The gradient through it is -K_ij (sum dx) / (sum K), which makes the sum over a head's edges zero. It is added as
-  // m_h K_ij (AttentionBackward::balance), m_h being found by small steps, as one step's edges say little: m_h -= balance_rate * (sum dx) / active
-  // edges, dx with m_h in it. Self edges, which have no tau, count among the active edges and add nothing to the sum.
+  // the scores near it: d tau_h / d (c s_ij) = K_ij / sum K, K a kernel at the threshold. It is one-sided here, as inactive edges have no gradient to
+  // join: 1 on active edges with x below kBalanceReach (kernels/attention.h), else 0. The gradient through it is -K_ij (sum dx) / (sum K), which
+  // makes the sum over a head's edges zero. It is added as m_h K_ij (AttentionBackward::balance), m_h being found by small steps, as one step's edges
+  // say little: m_h -= balance_rate * (sum dx) / active edges, dx with m_h in it: some active edges / (balance_rate * sum K) steps to follow, and
+  // nothing to follow where no active edge is near. Self edges, which have no tau, count among the active edges and add nothing to the sum.
   //
   // Where tau_h does not keep up (measured beyond a factor e of wanted) m_h may not drive the scores further away: with too few active edges it is
-  // at most 0, since a positive one lowers scores, with too many at least 0.
+  // at most 0, since a positive one lowers scores, with too many at least 0 (never the case while more than 1/e of the causal edges is wanted).
   Tensor threshold{};       // in/out [R] f32, R = layers x heads
   Tensor counters{};        // in [R, kAttentionCounters] u64, of the whole step over all ranks
   double causal_edges = 0;  // of the whole step over all ranks, a row (layer and head)
   double wanted_density = 0;
   float rate = 0, low = 0, high = 0;
-  Tensor balance{};   // in/out, optional [R] f32: m_h. Without an active edge, or with a gradient that is not finite, not stepped
+  Tensor balance{};   // in/out, optional [R] f32: m_h. No step without an active edge, or with a gradient that is not finite
   Tensor gradient{};  // in, with balance [R] f32: -sum dx of the whole step over all ranks (AttentionBackward::dthreshold)
   float balance_rate = 0;
 };

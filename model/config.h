@@ -27,9 +27,9 @@ struct ThresholdConfig {
   double head_spread = 1.0;  // the first head of a layer ends with this many times the density of the last (head_target in trainer/schedule.h)
   float rate = 0.05f;        // controller gain: tau += rate * clamp(ln(measured/wanted), -1, 1)
   float beta = 0.5f;         // mode length
-  /// Mode controlled, but for scores fidelity: how fast the gradient that a head's active scores have in common is taken off them, since a threshold
-  /// that follows the scores undoes what they rise together (ThresholdUpdate in kernels/ops.h). Without it scores and thresholds race each other to
-  /// the end of the scale, where only edges between equal queries and keys are active. 0: never.
+  /// Mode controlled, but for scores fidelity: how fast m follows, which joins the gradients of a head's active edges near the threshold so that all
+  /// sum to zero: a threshold that keeps their number undoes what scores rise together (ThresholdUpdate in kernels/ops.h). Without it scores and
+  /// thresholds race each other to the end of the scale, where only edges between equal queries and keys are active. 0: no m.
   float balance = 0.1f;
 };
 

@@ -293,10 +293,10 @@ std::vector<Key> make_schema() {
           "is the target, unless a static pattern lets a head see less than its share. 1: all heads alike."),
       number("attention.threshold.rate", FIELD(model.attention.threshold.rate), {0, 10, true, false},
              "Gain of mode controlled: the most a threshold moves a step."),
-      number(
-          "attention.threshold.balance", FIELD(model.attention.threshold.balance), {0, 1},
-          "Mode controlled, scores dot and cosine: how fast, a step, the part that the gradients of a head's active scores have in common is taken "
-          "off them: what scores rise together its threshold undoes. 0: never."),
+      number("attention.threshold.balance", FIELD(model.attention.threshold.balance), {0, 1},
+             "Mode controlled, scores dot and cosine: how fast, a step, the gradients of a head's active edges near the threshold are shifted so "
+             "that the "
+             "sum over all of them becomes zero: what scores rise together its threshold undoes. 0: never."),
       number("attention.threshold.beta", FIELD(model.attention.threshold.beta), {0, 10, true, false}, "Factor of mode length."),
       pattern(),
       integer("attention.tile.query", FIELD(model.attention.tile_query), 16, 128, "Queries a tile: what is computed or skipped as one.", 8),

@@ -32,10 +32,12 @@ void control_thresholds(const Gpt& model, Ops& ops, const AttentionCounts& count
   }
   for (int r = 0; r < rows; ++r) {
     if (visible(r) == 0) continue;  // a block mask may hide everything from a head
+    const double target = wanted(r % heads);
+    const bool reachable = visible(r) >= target;
     u.threshold = thresholds.slice(r, 1);
-    u.balance = rows_of(balances, r, 1), u.gradient = rows_of(gradients, r, 1);
+    u.balance = reachable ? rows_of(balances, r, 1) : Tensor{}, u.gradient = rows_of(gradients, r, 1);
     u.counters = counters.slice(static_cast<std::int64_t>(r) * kAttentionCounters, kAttentionCounters).view({1, kAttentionCounters});
-    u.wanted_density = std::min(wanted(r % heads), visible(r));
+    u.wanted_density = reachable ? target : visible(r);
     ops.update_thresholds(u);
   }
 }

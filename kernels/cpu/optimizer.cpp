@@ -91,8 +91,8 @@ void update_thresholds(const ThresholdUpdate& a) {
     threshold[r] = std::clamp(static_cast<float>(threshold[r] + a.rate * error), a.low, a.high);
     if (!balance) continue;
     if (active > 0 && std::isfinite(gradient[r])) balance[r] += static_cast<float>(a.balance_rate * (gradient[r] / active));
-    if (error <= -1) balance[r] = std::min(balance[r], 0.0f);
-    if (error >= 1) balance[r] = std::max(balance[r], 0.0f);
+    if (error <= -1) balance[r] = std::fmin(balance[r], 0.0f);
+    if (error >= 1) balance[r] = std::fmax(balance[r], 0.0f);
   }
 }
 

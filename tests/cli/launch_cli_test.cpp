@@ -105,8 +105,9 @@ TEST_F(TrainScript, OpenBlasIsToldTheKernelsItDoesNotFind) {
   const auto chosen = [&](const std::string& says, const std::string& environment) {
     std::ofstream(folder / "tessera") << "#!/bin/sh\n[ \"$1 $2\" = 'bench gemm' ] && echo '" << says << "'\n";
     fs::permissions(folder / "tessera", fs::perms::owner_all);
-    const std::string line = "unset OPENBLAS_CORETYPE; export " + environment + " PATH; set -euo pipefail; . '" TESSERA_CONFIGS
-                             "/../launch/lib.sh'; choose_blas '" + (folder / "tessera").string() + "' >/dev/null; env | sed -n 's/^OPENBLAS_CORETYPE=//p'";
+    const std::string line = "unset OPENBLAS_CORETYPE; export " + environment +
+                             " PATH; set -euo pipefail; . '" TESSERA_CONFIGS "/../launch/lib.sh'; choose_blas '" + (folder / "tessera").string() +
+                             "' >/dev/null; env | sed -n 's/^OPENBLAS_CORETYPE=//p'";
     std::ofstream(folder / "script") << line;
     EXPECT_EQ(std::system(("bash '" + (folder / "script").string() + "' >'" + (folder / "out").string() + "'").c_str()), 0) << line;
     return read("out");

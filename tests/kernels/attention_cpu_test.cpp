@@ -258,6 +258,30 @@ TEST(CpuAttentionSkips, WholeTilesEmptiedByTheData) {
     }
 }
 
+// Scores that are exact: without a gradient of the output, an edge's dx is its head's balance, or nothing.
+TEST(CpuAttentionBalance, ReachesTheEdgesAboveTheThresholdAndBelowOne) {
+  constexpr float kX[] = {-0.5f, 0.0f, 0x1p-20f, 0.5f, 1 - 0x1p-24f, 1.0f, 1 + 0x1p-23f, 3.0f};
+  for (Gate gate : {Gate::relu, Gate::relu2, Gate::relu4}) {
+    auto c = case_of(Score::dot, gate, Normalizer::sum);
+    c.balance = 0.25;
+    auto p = make_problem(c);
+    const auto [B, H, T, D] = c.shape;
+    for (std::int64_t row = 0; row < B * H * T; ++row)
+      for (std::int64_t d = 0; d < D; ++d) {
+        p.q[row * D + d] = d == 0 ? 1.0f : 0.0f;
+        p.k[row * D + d] = d == 0 ? kX[row % T % std::ssize(kX)] : 0.0f;
+        p.d_o[row * D + d] = 0;
+      }
+    std::fill(p.scale.begin(), p.scale.end(), 1.0f);
+    std::fill(p.tau.begin(), p.tau.end(), 0.0f);
+    float near = 0;  // edges of a head: 2^-20, 1/2 and the last number before 1
+    for (std::int64_t i = 0; i < T; ++i)
+      for (std::int64_t j = 0; j <= i; ++j) near += j % 8 >= 2 && j % 8 <= 4;
+    const auto r = run(p, Visit::active, 1);
+    for (std::int64_t h = 0; h < H; ++h) EXPECT_EQ(r.dtau[h], -static_cast<float>(B) * near * p.balance[h]) << name_of(c.math) << " head " << h;
+  }
+}
+
 // Results so small that they underflow to zero from below: +0 in an output all the same, whatever is visited.
 TEST(CpuAttentionSkips, UnderflowLeavesNoTrace) {
   auto c = case_of(Score::dot, Gate::relu, Normalizer::length);

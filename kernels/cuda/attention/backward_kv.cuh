@@ -175,7 +175,8 @@ __global__ void __launch_bounds__(threads_of(BackwardKvShared<D, Hopper>::kGroup
         if constexpr (Gate::kRowOffsets) offsets.come_to(j);
         float w[4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) w[e] = edge_weight<Gate>(s[j][e], scale, Gate::kRowOffsets ? offsets.at(j, e) : offset, inverse_z.at(j, e), balance);
+        for (int e = 0; e < 4; ++e)
+          w[e] = edge_weight<Gate>(s[j][e], scale, Gate::kRowOffsets ? offsets.at(j, e) : offset, inverse_z.at(j, e), balance);
         p[j / 2][2 * (j & 1)] = pack(w[0], w[1]);
         p[j / 2][2 * (j & 1) + 1] = pack(w[2], w[3]);
       }

@@ -142,8 +142,9 @@ __device__ __forceinline__ float edge_slope(float s, float scale, float offset, 
   }
 }
 
-/// AttentionBackward::balance of a head: what joins an edge's dx, over the factor that dk, dq and dthreshold get at the end, where max(0, x) / bound is
-/// positive and below `reach`. The pass over scores that has it negates the edge's factor (none is negative), for the pass over gradients to see.
+/// AttentionBackward::balance of a head: what joins an edge's dx, over the factor that dk, dq and dthreshold get at the end, where max(0, x) / bound
+/// is positive and below `reach`. The pass over scores that has it negates the edge's factor (none is negative), for the pass over gradients to see;
+/// an edge whose factor has underflowed to 0 goes without.
 template <class Gate>
 struct Balance {
   float m = 0, reach = 0;

@@ -126,7 +126,8 @@ TEST(CudaAttention, SomeQueriesOverTheKeysTheySeeGiveTheBitsOfTheWhole) {
             Device<Bf16> q(rows_of(p.in.q, mine)), k(rows_of(p.in.k, theirs)), v(rows_of(p.in.v, theirs)), d_o(rows_of(p.d_o, mine));
             Device<Bf16> o(B * H * n * D), dq(B * H * n * D), d_k(B * H * m * D), d_v(B * H * m * D);
             Device<float> scale(std::vector<float>(p.in.scale.begin(), p.in.scale.end())),
-                threshold(std::vector<float>(p.in.tau.begin(), p.in.tau.end())), balance(std::vector<float>(p.in.balance.begin(), p.in.balance.end()));
+                threshold(std::vector<float>(p.in.tau.begin(), p.in.tau.end())),
+                balance(std::vector<float>(p.in.balance.begin(), p.in.balance.end()));
             Device<float> z(B * H * n), work(attention_backward_workspace(s, 64));
             Device<std::uint32_t> bits(B * H * tiles * words);
             Device<std::uint64_t> count(std::vector<std::uint64_t>(H * kAttentionCounters, 0));

@@ -161,8 +161,10 @@ void compare(const Problem& p, const Expected& e, CudaAttentionPath path, const 
   for (std::int64_t h = 0; h < H; ++h) {
     // Sums over B T rows whose errors are independent: four standard deviations, and what fp32 products and sums leave (some 2^-19 of the terms'
     // sizes, and of the products of size 100 that cancel in them).
-    EXPECT_NEAR(r.dscale[h], gradient.dscale[h], 4 * maths.dscale_error[h] + 2e-6 * maths.dscale_size[h] + maths.dscale_balance[h] + 1e-4) << what << " dscale of head " << h;
-    EXPECT_NEAR(r.dtau[h], gradient.dtau[h], 4 * maths.dtau_error[h] + 2e-6 * maths.dtau_size[h] + maths.dtau_balance[h] + 1e-4) << what << " dtau of head " << h;
+    EXPECT_NEAR(r.dscale[h], gradient.dscale[h], 4 * maths.dscale_error[h] + 2e-6 * maths.dscale_size[h] + maths.dscale_balance[h] + 1e-4)
+        << what << " dscale of head " << h;
+    EXPECT_NEAR(r.dtau[h], gradient.dtau[h], 4 * maths.dtau_error[h] + 2e-6 * maths.dtau_size[h] + maths.dtau_balance[h] + 1e-4)
+        << what << " dtau of head " << h;
     const std::uint64_t* c = r.counters.data() + h * kAttentionCounters;
     EXPECT_EQ(c[kVisibleEdges], exact.visible_edges[h]) << what;
     EXPECT_EQ(c[kVisibleTiles], tiles.visible_tiles[h]) << what;

@@ -39,7 +39,7 @@ inline void run_recorded(Work work) {
 
 /// Runs forward and backward; q, k, v and their gradients in the packed layout [B, T, 3, H, D]. What follows in the stream must find the gradients.
 inline Result run(const Problem& p, CudaAttentionPath path, Visit visit, const DeviceTiles* shared_tiles = nullptr,
-           CudaAttentionSchedule schedule = CudaAttentionSchedule::automatic, bool recorded = false) {
+                  CudaAttentionSchedule schedule = CudaAttentionSchedule::automatic, bool recorded = false) {
   const auto& s = p.in.shape;
   const auto [B, H, T, D] = s;
   const std::int64_t tiles = (T + 63) / 64, words = bitmap_words(tiles), token = 3 * H * D;
