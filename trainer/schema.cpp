@@ -295,8 +295,7 @@ std::vector<Key> make_schema() {
              "Gain of mode controlled: the most a threshold moves a step."),
       number("attention.threshold.balance", FIELD(model.attention.threshold.balance), {0, 1},
              "Mode controlled, scores dot and cosine: how fast, a step, the gradients of a head's active edges near the threshold are shifted so "
-             "that the "
-             "sum over all of them becomes zero: what scores rise together its threshold undoes. 0: never."),
+             "that the sum over all of them becomes zero: what scores rise together its threshold undoes. 0: never."),
       number("attention.threshold.beta", FIELD(model.attention.threshold.beta), {0, 10, true, false}, "Factor of mode length."),
       pattern(),
       integer("attention.tile.query", FIELD(model.attention.tile_query), 16, 128, "Queries a tile: what is computed or skipped as one.", 8),

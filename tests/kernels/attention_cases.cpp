@@ -90,7 +90,7 @@ AttentionCase case_of(Score score, Gate gate, Normalizer normalizer, float beta)
   AttentionCase c;
   c.math = {.score = score, .gate = gate, .normalizer = normalizer, .length_alpha = 0.8f, .epsilon = 0.05f, .length_beta = beta};
   c.tau = score == Score::fidelity ? 0.05 : 0.3;
-  if (score != Score::fidelity && gate != Gate::softmax && beta == 0) c.balance = 0.3;
+  if (has_balances(c.math)) c.balance = 0.3;
   return c;
 }
 

@@ -8,11 +8,11 @@
 
 #include <bit>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "attention_cases.h"
 #include "kernels/cpu/simd.h"
+#include "tests/kernels/same_bits.h"
 
 namespace tessera::reference {
 namespace {
@@ -99,29 +99,13 @@ Results run(const AttentionProblem& p, Visit visit, int threads) {
   return r;
 }
 
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
-}
-
-void expect_same(const Results& a, const Results& b, const std::string& what) {
-  EXPECT_TRUE(same_bits(a.o, b.o)) << what << ": o";
-  EXPECT_TRUE(same_bits(a.z, b.z)) << what << ": z";
-  EXPECT_TRUE(same_bits(a.dq, b.dq)) << what << ": dq";
-  EXPECT_TRUE(same_bits(a.dk, b.dk)) << what << ": dk";
-  EXPECT_TRUE(same_bits(a.dv, b.dv)) << what << ": dv";
-  EXPECT_TRUE(same_bits(a.dscale, b.dscale)) << what << ": dscale";
-  EXPECT_TRUE(same_bits(a.dtau, b.dtau)) << what << ": dtau";
-  EXPECT_EQ(a.bitmap, b.bitmap) << what;
-  EXPECT_EQ(a.counters, b.counters) << what;
-}
-
 /// Results against the reference, and every way to run against the first. The tolerance is on max |error| / max |reference|: fp32
 /// sums of a few hundred terms, and x = c s - tau, whose rounding the normalizer `sum` can divide by a small row sum.
 Results check(const AttentionProblem& p, double tolerance = 2e-5) {
   const auto r = run(p, Visit::active, 1);
-  expect_same(r, run(p, Visit::all, 1), "visit all");
-  expect_same(r, run(p, Visit::active, 16), "16 threads");  // more than heads: the walk by query tile makes dq
-  expect_same(r, run(p, Visit::all, 3), "visit all, 3 threads");
+  expect_same_bits(r, run(p, Visit::all, 1), "visit all");
+  expect_same_bits(r, run(p, Visit::active, 16), "16 threads");  // more than heads: the walk by query tile makes dq
+  expect_same_bits(r, run(p, Visit::all, 3), "visit all, 3 threads");
   EXPECT_LT(relative_error(r.o, p.out.o), tolerance);
   EXPECT_LT(relative_error(r.z, p.out.z), tolerance);
   EXPECT_LT(relative_error(r.dq, p.gradients.dq), tolerance);
@@ -296,8 +280,8 @@ TEST(CpuAttentionSkips, UnderflowLeavesNoTrace) {
       for (std::int64_t d = 0; d < D; ++d) p.k[row * D + d] = 0;  // tiles of inactive edges
   std::fill(p.tau.begin(), p.tau.end(), 0.0f);
   const auto r = run(p, Visit::active, 1);
-  expect_same(r, run(p, Visit::all, 1), "visit all");
-  expect_same(r, run(p, Visit::active, 16), "16 threads");
+  expect_same_bits(r, run(p, Visit::all, 1), "visit all");
+  expect_same_bits(r, run(p, Visit::active, 16), "16 threads");
   for (const auto* x : {&r.o, &r.dq, &r.dk, &r.dv})
     for (float e : *x) ASSERT_FALSE(e == 0 && std::signbit(e));
 }
@@ -316,7 +300,7 @@ TEST(CpuAttentionSkips, OverflowOnInactiveEdgesStaysThere) {
       }
     }
   const auto r = run(p, Visit::all, 1);
-  expect_same(r, run(p, Visit::active, 1), "visit active");
+  expect_same_bits(r, run(p, Visit::active, 1), "visit active");
   for (const auto* x : {&r.o, &r.dq, &r.dk, &r.dv})
     for (float e : *x) ASSERT_TRUE(std::isfinite(e));
 }

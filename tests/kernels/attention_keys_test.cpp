@@ -6,13 +6,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <set>
 #include <span>
 
 #include "attention_cases.h"
 #include "kernels/cpu/attention.h"
+#include "tests/kernels/same_bits.h"
 
 namespace tessera::reference {
 namespace {
@@ -205,10 +205,6 @@ Results run(const AttentionProblem& p, const Part& part, Visit visit, int thread
   }
   omp_set_num_threads(before);
   return r;
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 template <class T>

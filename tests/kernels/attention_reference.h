@@ -14,6 +14,9 @@ namespace tessera::reference {
 /// Whether key j is visible to query i of head h in sequence b. Asked for j <= i only: causality is built in.
 using Visible = std::function<bool(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j)>;
 
+/// Whether AttentionBackward::balance goes with it.
+inline bool has_balances(const AttentionMath& m) { return m.gate != Gate::softmax && m.score != Score::fidelity && !(m.length_beta > 0); }
+
 struct AttentionInputs {
   AttentionShape shape;
   AttentionMath math;

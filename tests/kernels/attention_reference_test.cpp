@@ -30,7 +30,7 @@ AttentionInputs random_inputs(const Combination& c, std::uint64_t seed) {
   in.scale = {1.5, 2.5};
   in.tau = in.math.score == Score::fidelity ? std::vector<double>{0.1, 0.3} : std::vector<double>{-0.3, 0.2};
   in.visible = [](auto b, auto h, auto i, auto j) { return !(b == 1 && i < 2) && (h == 0 || i - j < 3); };  // batch 1 starts with empty rows
-  if (in.math.gate != Gate::softmax && in.math.score != Score::fidelity && !(in.math.length_beta > 0)) in.balance = {0.4, -0.7};
+  if (has_balances(in.math)) in.balance = {0.4, -0.7};
   return in;
 }
 

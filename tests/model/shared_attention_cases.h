@@ -7,7 +7,6 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstring>
 #include <functional>
 #include <limits>
 #include <map>
@@ -19,6 +18,7 @@
 #include "kernels/bf16.h"
 #include "model/sequence_bytes.h"
 #include "model/shared_attention_parts.h"
+#include "tests/kernels/same_bits.h"
 #include "tests/model/pattern_cases.h"
 #include "tests/trainer/thread_ranks.h"
 
@@ -399,10 +399,6 @@ inline std::vector<float> part_of(const std::vector<float>& packed, const Case& 
   for (std::int64_t row = 0; row < std::ssize(packed) / (3 * width); ++row)
     out.insert(out.end(), packed.begin() + (3 * row + part) * width, packed.begin() + (3 * row + part + 1) * width);
   return out;
-}
-
-inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 /// max |a - b| / max(1, |b|); infinity for what is not finite.

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <random>
 #include <string>
@@ -15,6 +14,7 @@
 #include "../attention_reference.h"
 #include "device.h"
 #include "kernels/cuda/attention/attention.h"
+#include "tests/kernels/same_bits.h"
 
 namespace tessera::cuda_test {
 
@@ -59,7 +59,7 @@ inline Problem make_problem(AttentionShape shape, AttentionMath math, std::vecto
   for (std::int64_t h = 0; h < shape.heads; ++h) {
     p.in.scale.push_back(static_cast<float>(math.score == Score::dot ? 1 / std::sqrt(double(shape.head_size)) : 8.0 + h));
     p.in.tau.push_back(static_cast<float>(tau * (1 + 0.25 * h)));
-    if (math.gate != Gate::softmax && math.score != Score::fidelity && !(math.length_beta > 0)) p.in.balance.push_back(h % 2 ? -0.3f : 0.2f);
+    if (reference::has_balances(math)) p.in.balance.push_back(h % 2 ? -0.3f : 0.2f);
   }
   if (documents) {
     for (std::int64_t b = 0; b < shape.batch; ++b) {
@@ -95,10 +95,6 @@ inline std::string describe(const AttentionMath& m, const AttentionShape& s, Cud
          " D=" + std::to_string(s.head_size) + " T=" + std::to_string(s.tokens);
 }
 
-template <class T>
-inline bool same_bits(const std::vector<T>& x, const std::vector<T>& y) {
-  return x.size() == y.size() && std::memcmp(x.data(), y.data(), x.size() * sizeof(T)) == 0;
-}
 /// What query tiles `queries` see of the key tiles `keys`, which lie in a compact buffer; both ascend. Tile by tile from the whole map's lists.
 inline std::shared_ptr<TileMap> part_of(const TileMap& whole, const std::vector<int>& queries, const std::vector<int>& keys) {
   const auto rows = [&](const std::vector<int>& tiles) {

@@ -1,9 +1,8 @@
 #pragma once
-// One call of the CUDA attention, forward and backward, on a random problem, and whether two gave the same bits.
+// One call of the CUDA attention, forward and backward, on a random problem.
 
 #include <gtest/gtest.h>
 
-#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -101,18 +100,6 @@ inline Result run(const Problem& p, CudaAttentionPath path, Visit visit, const D
           for (std::int64_t d = 0; d < D; ++d) (*to[n])[((b * H + h) * T + t) * D + d] = gradient[(b * T + t) * token + (n * H + h) * D + d];
   }
   return r;
-}
-
-inline void expect_same_bits(const Result& x, const Result& y, const std::string& what) {
-  EXPECT_TRUE(same_bits(x.o, y.o)) << what << " o";
-  EXPECT_TRUE(same_bits(x.z, y.z)) << what << " z";
-  EXPECT_TRUE(same_bits(x.bitmap, y.bitmap)) << what << " bitmap";
-  EXPECT_TRUE(same_bits(x.counters, y.counters)) << what << " counters";
-  EXPECT_TRUE(same_bits(x.dq, y.dq)) << what << " dq";
-  EXPECT_TRUE(same_bits(x.dk, y.dk)) << what << " dk";
-  EXPECT_TRUE(same_bits(x.dv, y.dv)) << what << " dv";
-  EXPECT_TRUE(same_bits(x.dscale, y.dscale)) << what << " dscale";
-  EXPECT_TRUE(same_bits(x.dtau, y.dtau)) << what << " dtau";
 }
 
 }  // namespace tessera::cuda_test
