@@ -355,6 +355,31 @@ TEST_F(Reports, OneThatDivergedDoesNotHideTheOthers) {
   EXPECT_NE(curves.csv.find("bad,training,20,10240,2000000000\r\n"), std::string::npos) << curves.csv;
 }
 
+TEST_F(Reports, AVariantFarAboveTheOthersDoesNotSetTheScale) {
+  const Sweep s =
+      of("list: [{name: a}, {name: b, set: {optimizer.lr: 0.5}}, {name: c, set: {optimizer.lr: 0.4}}, {name: d, set: {optimizer.lr: 0.3}}]");
+  const auto scatter = [&](double last) {
+    const double losses[] = {3, 3.05, 3.1, last};
+    for (std::size_t i = 0; i < 4; ++i) run(s.runs[i].config, kSteps, losses[i], true);
+    return loss_scatter(gather(s, nothing_measured()), Against::sparsity);
+  };
+  const auto highest_tick = [](const Figure& f) {
+    const std::regex tick("text-anchor=\"end\">([^<]*)<");
+    double highest = 0;
+    for (std::sregex_iterator i(f.body.begin(), f.body.end(), tick), end; i != end; ++i) highest = std::max(highest, std::stod((*i)[1]));
+    return highest;
+  };
+  const Figure far = scatter(3.31);  // 0.21 above a range of 0.1
+  EXPECT_LE(highest_tick(far), 3.11);
+  EXPECT_NE(far.body.find(">4: 3.31<"), std::string::npos) << far.body;
+  EXPECT_NE(far.caption.find("upper edge"), std::string::npos);
+  EXPECT_NE(far.csv.find("\r\n4,d,false,false,0.95,3.31,"), std::string::npos) << far.csv;
+  const Figure near = scatter(3.29);
+  EXPECT_GE(highest_tick(near), 3.25);
+  EXPECT_NE(near.body.find(">4<"), std::string::npos);
+  EXPECT_EQ(near.caption.find("upper edge"), std::string::npos);
+}
+
 TEST_F(Reports, NothingYetIsNoError) {
   const Sweep s = of("grid: {optimizer.lr: [0.01, 0.02]}");
   const Report report = gather(s, {});

@@ -160,6 +160,15 @@ bool same_data(const Report& report) {
   return std::ranges::all_of(report.runs, [&](const ReportRun& run) { return data(run) == data(report.runs.front()); });
 }
 
+/// The highest loss that sets the scale: where up to a quarter of the variants are above the others by more than twice the others' range, theirs do
+/// not.
+double highest_shown(std::vector<double> losses) {
+  std::ranges::sort(losses);
+  for (std::size_t i = std::max<std::size_t>(2, losses.size() - losses.size() / 4); i < losses.size(); ++i)
+    if (losses[i] - losses[i - 1] > 2 * (losses[i - 1] - losses[0])) return losses[i - 1];
+  return losses.empty() ? -INFINITY : losses.back();
+}
+
 Plot::Axis speed_axis(double low, double high) {
   if (high < 8 * low) return linear_axis("tokens a second", low, high, 6, tick_count);
   Plot::Axis axis{"tokens a second (logarithmic)", std::log10(low) - 0.05, std::log10(high) + 0.05, {}};
@@ -181,6 +190,13 @@ Figure loss_scatter(const Report& report, Against against) {
   const auto series = styles(report);
   std::vector<Variant> placed, twins;
   double least = INFINITY, most = -INFINITY, low = INFINITY, high = -INFINITY;
+  std::vector<double> losses;
+  for (const Json& row : report.variants)
+    if (const double loss = number_or(row["validation_loss"], NAN); std::isfinite(loss) && !series.at(row["variant"].get<std::string>()).twin)
+      losses.push_back(loss);
+  const double shown = highest_shown(losses);
+  const auto above = [&](const Variant& v) { return !v.style.twin && v.loss > shown; };
+  bool any_above = false;
   std::size_t number = 0;
   for (const Json& row : report.variants) {
     ++number;
@@ -188,8 +204,7 @@ Figure loss_scatter(const Report& report, Against against) {
               number_or(row["validation_loss_sd"], 0), row["provisional"].get<bool>(), {}};
     v.style = series.at(v.name);
     if (!std::isfinite(v.loss)) continue;
-    low = std::min(low, v.loss - v.sd);
-    high = std::max(high, v.loss + v.sd);
+    if (!above(v)) low = std::min(low, v.loss - v.sd), high = std::max(high, v.loss + v.sd);
     if (v.style.twin) twins.push_back(v);
     if (!row[key].is_number() || (speed && row[key].get<double>() <= 0)) continue;
     v.at = row[key].get<double>();
@@ -202,7 +217,9 @@ Figure loss_scatter(const Report& report, Against against) {
   const Plot::Axis axis = speed ? speed_axis(least, most) : sparsity_axis(sparsity_place(least), sparsity_place(most));
   const bool logarithmic = speed && most >= 8 * least;
   const auto place = [&](double value) { return !speed ? sparsity_place(value) : logarithmic ? std::log10(value) : value; };
-  Plot plot(kWidth, kHeight, axis, linear_axis("validation loss, " + loss_unit(report), low, high, 7, plain));
+  const Plot::Axis loss_axis = linear_axis("validation loss, " + loss_unit(report), low, high, 7, plain);
+  const double edge = loss_axis.high - 0.02 * (loss_axis.high - loss_axis.low);  // a dot there is whole
+  Plot plot(kWidth, kHeight, axis, loss_axis);
   if (!speed)
     for (const Variant& twin : twins) plot.horizontal(twin.loss, with_class("level", twin.style), fmt::format("{}: {:.4f}", twin.name, twin.loss));
 
@@ -227,15 +244,18 @@ Figure loss_scatter(const Report& report, Against against) {
   Csv csv({"number", "variant", "softmax", "provisional", key, "validation_loss", "validation_loss_sd", "pareto"});
   for (const Variant& v : placed) {
     const bool best = std::ranges::find(front, &v) != front.end();
-    if (v.sd > 0) plot.vertical(place(v.at), v.loss - v.sd, v.loss + v.sd, with_class("spread", v.style));
+    const bool far = above(v);
+    any_above |= far;
+    const Point dot{place(v.at), far ? edge : v.loss};
+    if (v.sd > 0 && !far) plot.vertical(dot.x, v.loss - v.sd, v.loss + v.sd, with_class("spread", v.style));
     const std::string what = speed ? fmt::format("{} tokens/s", format_count(v.at)) : fmt::format("{:.4f} of the edges zero", v.at);
-    plot.dot({place(v.at), v.loss}, with_class("dot", v.style) + (v.provisional ? " hollow" : ""),
+    plot.dot(dot, with_class("dot", v.style) + (v.provisional ? " hollow" : ""),
              fmt::format("{}: loss {:.4f}{}, {}{}", v.name, v.loss, v.sd > 0 ? fmt::format(" \u00b1 {:.4f}", v.sd) : "", what,
                          v.provisional ? ", not finished"
                          : best        ? ", on the front"
                                        : ""),
              v.name);
-    plot.note({place(v.at), v.loss}, v.label);
+    plot.note(dot, far ? fmt::format("{}: {:.4g}", v.label, v.loss) : v.label);
     csv.row(v.label, v.name, v.style.twin ? "true" : "false", v.provisional ? "true" : "false", v.at, v.loss, v.sd > 0 ? v.sd : NAN,
             best ? "true" : "false");
   }
@@ -251,11 +271,12 @@ Figure loss_scatter(const Report& report, Against against) {
           .title = speed ? "Loss against speed" : "Loss against sparsity",
           .caption = fmt::format(
               "A dot a variant, numbered as below: mean over seeds, its bar the standard deviation over them; hollow: no run is finished. "
-              "{}{}",
+              "{}{}{}",
               one_front ? "Stepped line: the Pareto front." : "No Pareto front: the runs learn from different data.",
               speed           ? ""
               : twins.empty() ? ""
-                              : " Dashed level: the softmax twin."),
+                              : " Dashed level: the softmax twin.",
+              any_above ? " At the upper edge, with its loss: a variant far above the others." : ""),
           .run = "",
           .width = plot.width(),
           .height = plot.height(),
