@@ -98,6 +98,19 @@ TEST(Tiles, CoarserTilesAreActiveWhereAPartIs) {
   EXPECT_EQ(tally(coarser(map, 8)).idle, 0);
 }
 
+TEST(Tiles, TheTableHasARowAStretch) {
+  using enum TileState;
+  ReportRun run;
+  run.tiles.emplace();
+  run.tiles->first_sequence.push_back({1, 2, 3, {active, future, future, skipped, skipped, future, structural, active, active}});
+  EXPECT_EQ(tile_maps(run, {{1, 2}}).csv,
+            "layer,head,tile,query_tile,first_key_tile,last_key_tile,state\r\n"
+            "1,2,16,0,0,0,active\r\n"
+            "1,2,16,1,0,1,skipped\r\n"
+            "1,2,16,2,0,0,structural\r\n"
+            "1,2,16,2,1,2,active\r\n");
+}
+
 class Reports : public SweepFiles {
  protected:
   static constexpr int kSteps = 20;

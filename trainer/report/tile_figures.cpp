@@ -93,7 +93,7 @@ std::vector<Head> chosen_heads(const TileMeasurement& tiles, const std::vector<H
 Figure tile_maps(const ReportRun& run, const std::vector<Head>& heads) {
   const TileMeasurement& m = *run.tiles;
   Panels panels;
-  Csv csv({"layer", "head", "tile", "query_tile", "key_tile", "state"});
+  Csv csv({"layer", "head", "tile", "query_tile", "first_key_tile", "last_key_tile", "state"});  // a row a stretch of equal tiles
   int tile = kTileSizes.front();
   for (const Head& head : heads) {
     const auto found = std::ranges::find_if(m.first_sequence, [&](const HeadTiles& t) { return Head(t.layer, t.head) == head; });
@@ -112,7 +112,11 @@ Figure tile_maps(const ReportRun& run, const std::vector<Head>& heads) {
                    panels.body += cells(x, y, map.tiles, fmt::format("tile-{}", name_of(state)), is(state));
                });
     for (std::int64_t q = 0; q < map.tiles; ++q)
-      for (std::int64_t k = 0; k <= q; ++k) csv.row(head.first, head.second, tile, q, k, name_of(map.state[q * map.tiles + k]));
+      for (std::int64_t k = 0, last; k <= q; k = last + 1) {
+        const TileState state = map.state[q * map.tiles + k];
+        for (last = k; last < q && map.state[q * map.tiles + last + 1] == state;) ++last;
+        csv.row(head.first, head.second, tile, q, k, last, name_of(state));
+      }
   }
   const double height = panels.height();
   panels.body += key_entries(height, {{"tile-active", "active"},
