@@ -21,6 +21,8 @@ if [ -n "$python" ]; then
 else
   say "NOT TESTED: events read by TensorBoard, as it could not be installed (see above); that test skips"
 fi
+command -v chromium chromium-browser google-chrome >/dev/null ||
+  say "NOT TESTED: the report's page in a browser, as there is no Chromium (apt-get install chromium); that test skips"
 say "Building (preset $preset)"
 launcher=()
 command -v ccache >/dev/null && launcher=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)

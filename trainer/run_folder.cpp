@@ -61,6 +61,12 @@ void check_data(const Provenance& then, const Provenance& now, const std::string
 
 }  // namespace
 
+void check_trained_on(const RunFolder& folder, const Provenance& data) {
+  const auto entries = list_checkpoints(folder.checkpoints());
+  const auto newest = std::find_if(entries.rbegin(), entries.rend(), [](const CheckpointEntry& e) { return e.complete; });
+  if (newest != entries.rend()) check_data(read_checkpoint_info(newest->directory).dataset, data, newest->directory);
+}
+
 bool RunFolder::holds_run() const { return fs::exists(config()) || fs::exists(metrics()) || !list_checkpoints(checkpoints()).empty(); }
 
 std::vector<std::string> changes_that_matter(const Config& checkpoint, const Config& now) {

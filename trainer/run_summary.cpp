@@ -52,10 +52,11 @@ RunSummary summarize_run(const std::string& path) {
   const std::vector<Json> rows = MetricsFile::rows(folder.metrics());
   const auto checkpoints = list_checkpoints(folder.checkpoints());
   const auto newest = std::find_if(checkpoints.rbegin(), checkpoints.rend(), [](const CheckpointEntry& c) { return c.complete; });
-  const std::int64_t saved = newest == checkpoints.rend() ? -1 : newest->step;
-  s.finished = saved >= s.config.train.steps;
-  s.evaluation = result_of(s.directory + "/eval.json", saved);
-  s.core = result_of(s.directory + "/core.json", saved);
+  const bool any = newest != checkpoints.rend();
+  s.saved = any ? newest->step : 0;
+  s.finished = any && s.saved >= s.config.train.steps;
+  if (any) s.evaluation = result_of(s.directory + "/eval.json", s.saved);
+  if (any) s.core = result_of(s.directory + "/core.json", s.saved);
   if (rows.empty()) return s;
 
   const Json& last = rows.back();

@@ -18,6 +18,7 @@ struct RunSummary {
   std::int64_t parameters = 0;  // elements; 0 while the vocabulary is not known
   std::int64_t step = 0;        // the last one in metrics.jsonl
   std::int64_t tokens = 0;      // seen up to it
+  std::int64_t saved = 0;       // step of the newest complete checkpoint; 0: there is none
   bool finished = false;        // all of train.steps are done and saved
   double seconds = 0;           // sum of the steps' times: without evaluation and checkpoints
 

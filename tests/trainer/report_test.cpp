@@ -230,6 +230,10 @@ TEST_F(Reports, ASweepsVariants) {
   EXPECT_EQ(apart.csv.find("true\r\n"), std::string::npos) << apart.csv;
   EXPECT_EQ(apart.body.find("class=\"pareto"), std::string::npos);
   EXPECT_NE(apart.caption.find("No Pareto front"), std::string::npos);
+  mixed = report;
+  mixed.runs[0].config.model.context *= 2;
+  EXPECT_EQ(loss_scatter(mixed, Against::speed).body.find("class=\"pareto"), std::string::npos);
+  mixed = report;
   // Those of tasks are of their answers.
   mixed.runs[0].config.data.synthetic.emplace();
   EXPECT_NE(loss_scatter(mixed, Against::speed).body.find("validation loss, nats a token or answer<"), std::string::npos);
@@ -256,6 +260,24 @@ TEST_F(Reports, ASweepsVariants) {
   EXPECT_EQ(data["csv"]["loss_speed"], by_id.at("loss_speed")->csv);
 }
 
+// Losses at the twin's step 10 of 20 say nothing of those that are done.
+TEST_F(Reports, NothingComparesWithATwinThatIsNotFinished) {
+  const Sweep s = of("list: [{name: a}, {name: b, set: {optimizer.lr: 0.5}}, {name: soft, set: {attention.gate: softmax}}]");
+  run(s.runs[0].config, kSteps, 3, true);
+  run(s.runs[1].config, kSteps, 3.1, true);
+  run(s.runs[2].config, 10, 5, false);
+  const Report report = gather(s, nothing_measured());
+  EXPECT_EQ(row(report, "a")["twin"], "soft");
+  EXPECT_TRUE(row(report, "a")["over_twin"].is_null());
+  EXPECT_NEAR(row(report, "soft")["validation_loss"].get<double>(), 5, 1e-12);
+  const Figure figure = loss_scatter(report, Against::sparsity);
+  EXPECT_EQ(figure.body.find("level"), std::string::npos) << figure.body;
+  run(s.runs[2].config, kSteps, 2.9, true);
+  const Report done = gather(s, nothing_measured());
+  EXPECT_NEAR(row(done, "a")["over_twin"].get<double>(), 0.1, 1e-12);
+  EXPECT_NE(loss_scatter(done, Against::sparsity).body.find("level"), std::string::npos);
+}
+
 TEST_F(Reports, RunFoldersBySeedAndName) {
   std::vector<std::string> folders;
   const auto add = [&](const std::string& name, const std::vector<std::string>& sets, double loss, bool finished = true) {
@@ -275,8 +297,16 @@ TEST_F(Reports, RunFoldersBySeedAndName) {
   EXPECT_EQ(report.runs[2].name, "twin");
   EXPECT_EQ(report.variants[0]["finished"], 2);
   EXPECT_NEAR(report.variants[0]["validation_loss"].get<double>(), 2.1, 1e-12);
-  EXPECT_NEAR(report.variants[0]["over_twin"].get<double>(), 0.2, 1e-12);
+  EXPECT_NEAR(report.variants[0]["over_twin"].get<double>(), 0.1, 1e-12);  // of seed 1, which both have
   EXPECT_EQ(report.variants[2]["state"], "interrupted at step 20 of 20");  // all steps, and no checkpoint of the last
+  const std::string odd = (folder / "odd\xff").string();
+  fs::copy(folders[0], odd, fs::copy_options::recursive);
+  try {
+    gather(std::vector{odd}, nothing_measured());
+    FAIL();
+  } catch (const std::invalid_argument& e) {
+    expect_error(e.what(), odd + ": the folder's name is not UTF-8");
+  }
   folders.push_back(folders[0] + "/../sparse/");
   try {
     gather(folders, nothing_measured());
@@ -391,6 +421,34 @@ TEST_F(Reports, AVariantFarAboveTheOthersDoesNotSetTheScale) {
   EXPECT_GE(highest_tick(near), 3.25);
   EXPECT_NE(near.body.find(">4<"), std::string::npos);
   EXPECT_EQ(near.caption.find("upper edge"), std::string::npos);
+}
+
+TEST_F(Reports, SpeedAndMemoryAgainstContext) {
+  const Sweep s =
+      of("grid: {attention.gate: [relu2, softmax]}\nzip: {model.context: [32, 1024], train.micro_batch: [2, 1]}\nseeds: [1, 2]\n"
+         "set: {train.tokens_per_step: 1024}");
+  for (const SweepRun& r : s.runs)
+    run(r.config, kSteps, 3, true, (r.config.model.context == 32 ? 4000.0 : 1000.0) + (r.config.model.attention.gate == Gate::softmax ? -500 : 0));
+  const Report report = gather(s, nothing_measured());
+  ASSERT_TRUE(has_several_contexts(report));
+  const Figure speed = context_curves(report, Against::speed), memory = context_curves(report, Against::memory);
+  EXPECT_EQ(speed.csv,
+            "series,variant,context,tokens_per_s\r\n"
+            "base,context=32,32,4000\r\n"
+            "base,\"context=1024,micro_batch=1\",1024,1000\r\n"
+            "attention.gate: softmax,\"gate=softmax,context=32\",32,3500\r\n"
+            "attention.gate: softmax,\"gate=softmax,context=1024,micro_batch=1\",1024,500\r\n");
+  EXPECT_NE(memory.csv.find(",1024,1048576\r\n"), std::string::npos) << memory.csv;
+  std::vector<std::string> ids;
+  for (const Figure& f : draw_figures(report, {})) {
+    ids.push_back(f.id);
+    EXPECT_EQ(xml_problem(svg_file(f)), "") << f.id;
+  }
+  for (const char* id : {"speed_context", "memory_context"}) EXPECT_EQ(std::ranges::count(ids, id), 1) << id;
+  EXPECT_NE(speed.body.find(">1k<"), std::string::npos);
+  Report one = report;
+  for (ReportRun& r : one.runs) r.config.model.context = 32;
+  EXPECT_FALSE(has_several_contexts(one));
 }
 
 TEST_F(Reports, NothingYetIsNoError) {

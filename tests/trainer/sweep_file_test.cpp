@@ -55,6 +55,16 @@ resources: {ranks: 2, at_once: 3}
 
 TEST_F(SweepFiles, TheFolderIsNamedAfterTheFile) { EXPECT_EQ(parse_sweep_file("base: x.yaml", "a/gates.yaml", {}).dir, "runs/gates"); }
 
+TEST_F(SweepFiles, NamesThatAreNotUtf8AreRefused) {
+  const std::string file = (folder / "s\xff.yaml").string();
+  try {
+    read_sweep_file(file, {});
+    FAIL();
+  } catch (const ConfigError& e) {
+    expect_error(e.what(), file + ": the file's name is not UTF-8");
+  }
+}
+
 TEST_F(SweepFiles, ConditionsCompareValuesNotText) {
   Config c;
   const auto holds = [&](const std::string& condition) {

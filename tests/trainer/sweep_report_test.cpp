@@ -99,6 +99,46 @@ TEST_F(SweepReports, MeansSpreadAndTwins) {
   EXPECT_NE(csv.find("\r\nsoft,true,3,3,1.6"), std::string::npos) << csv;
 }
 
+TEST_F(SweepReports, OverSoftmaxIsOfTheSeedsThatBothHave) {
+  const Sweep s = of("list: [{name: a}, {name: soft, set: {attention.gate: softmax}}]\nseeds: [1, 2, 3]");
+  const std::map<std::string, std::vector<double>> losses = {{"a", {2.0, 3.0}}, {"soft", {1.5, 2.75, 9.0}}};
+  for (const SweepRun& r : s.runs)
+    if (const auto& of_variant = losses.at(r.variant); r.config.run.seed <= of_variant.size()) run(r, 20, of_variant[r.config.run.seed - 1], true);
+  EXPECT_EQ(report_json(s, read_results(s))["variants"][0]["over_twin"], 0.375);
+  EXPECT_NE(report_text(s, read_results(s)).find("over softmax: over the seeds that both have"), std::string::npos);
+}
+
+// What somebody evaluated later, on whatever text and context, is not what the other runs have.
+TEST_F(SweepReports, AnEvaluationOfOneRunDoesNotCount) {
+  const Sweep s = of("list: [{name: a}]\nseeds: [1, 2]");
+  for (const SweepRun& r : s.runs) run(r, 20, 2, true);
+  write_file(s.runs[0].config.run.dir + "/eval.json", R"({"step":20,"loss":1.0,"tokens":128,"split":"train","edge_sparsity":0.1})");
+  const auto report = report_json(s, read_results(s));
+  EXPECT_EQ(report["variants"][0]["validation_loss"], 2);
+  EXPECT_EQ(report["variants"][0]["edge_sparsity"], 0.9);
+}
+
+TEST_F(SweepReports, DamagedRunsAreShownAsFailedBesideTheOthers) {
+  const Sweep s = of("grid: {optimizer.lr: [0.01, 0.02, 0.03, 0.04, 0.05]}");
+  for (const SweepRun& r : s.runs) run(r, 20, 2, true);
+  write_file(s.runs[0].config.run.dir + "/config.yaml", "\x01: [");
+  write_file(s.runs[1].config.run.dir + "/metrics.jsonl", "");
+  const std::string metrics = read_file(s.runs[2].config.run.dir + "/metrics.jsonl");
+  write_file(s.runs[2].config.run.dir + "/metrics.jsonl", metrics.substr(0, metrics.size() - 5));
+  fs::remove_all(s.runs[3].config.run.dir);
+  fs::create_directories(folder / "runs/logs");
+  write_file((folder / "runs/logs/lr=0.04.failed.json").string(), R"({"error":5})");
+  const auto status = status_json(s, read_results(s));
+  for (const int i : {0, 1, 2, 3}) EXPECT_EQ(status["runs"][i]["state"], "failed") << i;
+  EXPECT_EQ(status["runs"][4]["state"], "finished");
+  expect_error(status["runs"][0]["error"].get<std::string>(), "lr=0.01/config.yaml");
+  expect_error(status["runs"][1]["error"].get<std::string>(), "lr=0.02/metrics.jsonl", "ends at step 0 of a run that finished 20");
+  expect_error(status["runs"][2]["error"].get<std::string>(), "lr=0.03/metrics.jsonl", "ends at step 19");
+  const auto report = report_json(s, read_results(s));
+  EXPECT_TRUE(report["variants"][1]["edge_sparsity"].is_null());
+  EXPECT_EQ(report["variants"][4]["validation_loss"], 2);
+}
+
 TEST_F(SweepReports, NamesWithCommasAreQuotedInCsv) {
   const Sweep s = of("grid: {attention.gate: [relu], model.layers: [1]}");
   EXPECT_NE(report_csv(s, read_results(s)).find("\"gate=relu,layers=1\",false,1,0,"), std::string::npos);
@@ -129,6 +169,18 @@ TEST_F(SweepReports, FoldersHaveOneSweep) {
   } catch (const ConfigError& e) {
     expect_error(e.what(), "belongs to another sweep", "sweeps/s.yaml", "sweep.json");
   }
+  // A run by itself is none either.
+  SweepFile of_a_run = s.file;
+  of_a_run.dir = (folder / "alone").string();
+  fs::create_directories(of_a_run.dir);
+  write_file(of_a_run.dir + "/config.yaml", "");
+  try {
+    SweepFolder(of_a_run).claim();
+    FAIL();
+  } catch (const ConfigError& e) {
+    expect_error(e.what(), "alone: the folder holds a run of its own", "dir:");
+  }
+  EXPECT_FALSE(fs::exists(of_a_run.dir + "/sweep.json"));
   // The minutes by which its runs were timed are on record, once it has some.
   SweepFile timed = s.file;
   EXPECT_EQ(SweepFolder(timed).minutes(), 0);

@@ -123,6 +123,9 @@ TEST_F(SweepFiles, OverridesSeeWhatIsSetSoFar) {
       "  - {if: {train.micro_batch: 4}, set: {optimizer.lr: 0.5}}\n  - {if: {model.layers: 9}, set: {optimizer.lr: 0.1}}\n");
   ASSERT_EQ(s.runs.size(), 2u);
   EXPECT_EQ(s.runs[0].name, "context=32");  // what follows is not named
+  const std::vector<std::pair<std::string, nlohmann::ordered_json>> differs = {
+      {"model.context", 32}, {"train.micro_batch", 4}, {"optimizer.lr", 0.5}};
+  EXPECT_EQ(s.runs[0].differs, differs);  // but listed
   EXPECT_EQ(s.runs[0].config.train.micro_batch, 4);
   EXPECT_EQ(s.runs[0].config.optimizer.lr, 0.5);
   EXPECT_EQ(s.runs[1].config.train.micro_batch, 2);

@@ -9,12 +9,16 @@
 
 namespace tessera {
 
-enum class Against { tokens, time, sparsity, speed };
+enum class Against { tokens, time, sparsity, speed, memory };
 
 /// Training and validation loss of every run, decimated (series.h), against tokens or against time in steps.
 Figure loss_curves(const Report& report, Against against);  // tokens, time
 /// Validation loss of every variant with its spread against edge sparsity or tokens a second, and the Pareto front of the finished ones.
 Figure loss_scatter(const Report& report, Against against);  // sparsity, speed
+
+/// Tokens a second, or memory, against the context: a line for the variants that are one but for it. The runs must have several contexts.
+Figure context_curves(const Report& report, Against against);  // speed, memory
+bool has_several_contexts(const Report& report);
 
 /// Accuracy at the answers of synthetic tasks against their distance, a line a run that has it. One run at least must.
 Figure accuracy_curves(const Report& report);

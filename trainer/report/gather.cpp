@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <map>
 
+#include "data/bpe_split.h"
 #include "trainer/progress.h"
 #include "trainer/run_folder.h"
 
@@ -121,7 +122,7 @@ Report gather(const Sweep& sweep, SweepResults results, const GatherOptions& o) 
     of_variant[run.variant].push_back(&run);
     if (run.state.kind == Kind::failed) report.notices.push_back(fmt::format("{} failed: {}", run.name, run.state.error));
     if (!run.state.summary) {
-      run.no_tiles = "the run has not begun";
+      run.no_tiles = run.state.kind == Kind::failed ? "the run failed" : "the run has not begun";
       continue;
     }
     read_metrics(run, report.notices);
@@ -138,6 +139,8 @@ Report gather(const Sweep& sweep, SweepResults results, const GatherOptions& o) 
     const std::string variant = row["variant"].get<std::string>();
     const auto& runs = of_variant[variant];
     row["provisional"] = provisional[variant];
+    // What is not finished does not compare.
+    if (row["twin"].is_string() && (provisional[variant] || provisional[row["twin"].get<std::string>()])) row["over_twin"] = nullptr;
     row["state"] = state_text(runs);
     std::vector<double> sums(kTileSizes.size());
     int measured = 0;
@@ -169,6 +172,8 @@ Report gather(const std::vector<std::string>& folders, const GatherOptions& o) {
   std::map<std::string, int> names;
   std::map<std::string, std::string> real;
   for (const std::string& folder : folders) {
+    if (valid_utf8_prefix(folder) != folder.size())
+      throw std::invalid_argument(fmt::format("{}: the folder's name is not UTF-8, as a page must be; rename it", folder));
     results.states.push_back(state_of_run(folder));
     const RunSummary& summary = *results.states.back().summary;
     const auto [other, added] = real.try_emplace(fs::weakly_canonical(summary.directory).string(), folder);

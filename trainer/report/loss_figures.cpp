@@ -17,6 +17,7 @@ using Json = nlohmann::ordered_json;
 constexpr double kWidth = 760, kHeight = 360;
 constexpr std::size_t kBuckets = 200;  // of a curve: up to twice as many points
 constexpr double kStart = 0.05;        // share of a run whose losses, from those of guessing down, do not set the scale
+constexpr std::size_t kFew = 12;       // variants whose training losses can be told apart
 constexpr double kDiverged = 2;        // nor do losses above the highest that a run begins with, times this
 
 struct Style {
@@ -53,7 +54,7 @@ double number_or(const Json& value, double other) { return value.is_number() ? v
 }  // namespace
 
 Figure loss_curves(const Report& report, Against against) {
-  const bool time = against == Against::time;
+  const bool time = against == Against::time, few = report.variants.size() <= kFew;
   const auto series = styles(report);
   const auto at = [&](const ReportRun::Loss& l) { return time ? l.seconds : l.tokens; };
   double most = 0, low = INFINITY, high = -INFINITY, begun = -INFINITY;
@@ -102,7 +103,7 @@ Figure loss_curves(const Report& report, Against against) {
       const std::string tip = losses.empty() ? ""
                                              : fmt::format("{}: {} loss {:.4f} at step {}", run->name, validation ? "validation" : "training",
                                                            losses.back().loss, losses.back().step);
-      plot.line(drawn, with_class(validation ? "line" : "train", style), tip, run->variant);
+      if (validation || few) plot.line(drawn, with_class(validation ? "line" : "train", style), tip, run->variant);
       if (!validation) continue;
       for (std::size_t i = drawn.size() > 40 ? drawn.size() - 1 : 0; i < drawn.size(); ++i)
         plot.dot(drawn[i], with_class("dot", style) + " small", fmt::format("{}: validation loss {:.4f}", run->name, drawn[i].y), run->variant);
@@ -115,17 +116,18 @@ Figure loss_curves(const Report& report, Against against) {
     legend.push_back({variant_label(variant, style.twin), with_class("line", style), variant});
   }
   plot.legend(legend);
-  return {
-      .id = time ? "loss_time" : "loss_tokens",
-      .title = time ? "Loss against time" : "Loss against tokens",
-      .caption = fmt::format("Thin: training loss of each step; of long runs the lowest and highest of each stretch. Thick, with dots: validation. "
-                             "{}Spikes, the first {:.0f} % of a run and what has diverged may lie above the picture.",
-                             time ? "Time is that of steps alone, without evaluation and checkpoints. " : "", 100 * kStart),
-      .run = "",
-      .width = plot.width(),
-      .height = plot.height(),
-      .body = plot.body(),
-      .csv = csv.text()};
+  return {.id = time ? "loss_time" : "loss_tokens",
+          .title = time ? "Loss against time" : "Loss against tokens",
+          .caption =
+              fmt::format("{} {}Spikes, the first {:.0f} % of a run and what has diverged may lie above the picture.",
+                          few ? "Thin: training loss of each step; of long runs the lowest and highest of each stretch. Thick, with dots: validation."
+                              : "Validation loss; that of training, of so many variants, is in the table alone.",
+                          time ? "Time is that of steps alone, without evaluation and checkpoints. " : "", 100 * kStart),
+          .run = "",
+          .width = plot.width(),
+          .height = plot.height(),
+          .body = plot.body(),
+          .csv = csv.text()};
 }
 
 namespace {
@@ -149,13 +151,13 @@ Plot::Axis sparsity_axis(double low, double high) {
   return axis;
 }
 
-/// Whether all runs learned from the same data: losses on different data have no common front.
+/// Whether all runs learned from the same data in sequences of the same length: losses on different ones have no common front.
 bool same_data(const Report& report) {
   const auto data = [](const ReportRun& run) {
     const DataConfig& d = run.config.data;
     std::vector<std::string> paths{d.path};
     for (const MixEntry& entry : d.mix) paths.push_back(entry.path);
-    return std::pair(paths, d.synthetic);
+    return std::tuple(paths, d.synthetic, run.config.model.context);
   };
   return std::ranges::all_of(report.runs, [&](const ReportRun& run) { return data(run) == data(report.runs.front()); });
 }
@@ -192,10 +194,9 @@ Figure loss_scatter(const Report& report, Against against) {
   double least = INFINITY, most = -INFINITY, low = INFINITY, high = -INFINITY;
   std::vector<double> losses;
   for (const Json& row : report.variants)
-    if (const double loss = number_or(row["validation_loss"], NAN); std::isfinite(loss) && !series.at(row["variant"].get<std::string>()).twin)
-      losses.push_back(loss);
+    if (const double loss = number_or(row["validation_loss"], NAN); std::isfinite(loss)) losses.push_back(loss);
   const double shown = highest_shown(losses);
-  const auto above = [&](const Variant& v) { return !v.style.twin && v.loss > shown; };
+  const auto above = [&](const Variant& v) { return (!v.style.twin || v.provisional) && v.loss > shown; };
   bool any_above = false;
   std::size_t number = 0;
   for (const Json& row : report.variants) {
@@ -205,7 +206,7 @@ Figure loss_scatter(const Report& report, Against against) {
     v.style = series.at(v.name);
     if (!std::isfinite(v.loss)) continue;
     if (!above(v)) low = std::min(low, v.loss - v.sd), high = std::max(high, v.loss + v.sd);
-    if (v.style.twin) twins.push_back(v);
+    if (v.style.twin && !v.provisional) twins.push_back(v);
     if (!row[key].is_number() || (speed && row[key].get<double>() <= 0)) continue;
     v.at = row[key].get<double>();
     least = std::min(least, v.at);
@@ -272,7 +273,7 @@ Figure loss_scatter(const Report& report, Against against) {
           .caption = fmt::format(
               "A dot a variant, numbered as below: mean over seeds, its bar the standard deviation over them; hollow: no run is finished. "
               "{}{}{}",
-              one_front ? "Stepped line: the Pareto front." : "No Pareto front: the runs learn from different data.",
+              one_front ? "Stepped line: the Pareto front." : "No Pareto front: the runs learn from different data or contexts.",
               speed           ? ""
               : twins.empty() ? ""
                               : " Dashed level: the softmax twin.",

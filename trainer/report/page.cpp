@@ -153,7 +153,7 @@ std::string table_caption(const Report& report) {
     text += fmt::format("Tiles skipped: of each run's newest checkpoint, on {} validation sequence{} of {} tokens, in fp32 on the CPU. ", sequences,
                         sequences == 1 ? "" : "s", fewest == most ? fmt::format("{}", most) : fmt::format("{} to {}", fewest, most));
   }
-  text += "Losses compare only between runs on the same text and tokenizer, or the same synthetic task.";
+  text += "Losses compare only between runs on the same text, tokenizer and context, or the same synthetic task.";
   return text;
 }
 

@@ -213,6 +213,8 @@ std::vector<Figure> draw_figures(const Report& report, const std::vector<Head>& 
                                  loss_scatter(report, Against::speed)};
   if (std::ranges::any_of(report.runs, [](const ReportRun& run) { return !run.accuracy.empty(); }))
     figures.insert(figures.begin(), accuracy_curves(report));
+  if (has_several_contexts(report))
+    for (const Against what : {Against::speed, Against::memory}) figures.push_back(context_curves(report, what));
   FigureNames names;
   for (const ReportRun& run : report.runs) {
     std::vector<Figure> own;

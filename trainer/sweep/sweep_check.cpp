@@ -52,8 +52,13 @@ SweepCheck check_sweep(const Sweep& sweep, const HostRoom& host, bool to_run) {
   const SweepFolder folder(sweep.file);
   folder.check_owner();
   SweepCheck check;
-  std::map<std::string, std::pair<Config, nlohmann::ordered_json>> planned;  // by variant: seeds take the same
-  std::vector<std::string> seen;                                             // several runs have one mistake often, and it is enough to read once
+  struct Planned {
+    Config config;
+    nlohmann::ordered_json plan;
+    Provenance data{};  // to_run alone
+  };
+  std::map<std::string, Planned> planned;  // by variant: seeds take the same
+  std::vector<std::string> seen;           // several runs have one mistake often, and it is enough to read once
   const auto problem = [&](const std::string& name, const std::string& text) {
     if (std::ranges::find(seen, text) != seen.end()) return;
     seen.push_back(text);
@@ -80,13 +85,15 @@ SweepCheck check_sweep(const Sweep& sweep, const HostRoom& host, bool to_run) {
       if (plan == planned.end()) {
         Config of_variant = config;
         auto json = plan_run(of_variant, sweep.file.resources.ranks);
-        if (to_run) open_training_data(config.data);
+        Provenance data;
+        if (to_run) data = provenance_of(open_training_data(config.data));
         if (const auto text = room_problem(config, sweep.file.resources, json["bytes_per_rank"]["total"].get<std::size_t>(), host); !text.empty())
           problem(run.name, text);
-        plan = planned.emplace(key, std::pair(of_variant, std::move(json))).first;
+        plan = planned.emplace(key, Planned{of_variant, std::move(json), std::move(data)}).first;
       }
-      config.model = plan->second.first.model;  // with the vocabulary
-      checked.plan = plan->second.second;
+      config.model = plan->second.config.model;  // with the vocabulary
+      checked.plan = plan->second.plan;
+      if (to_run && there && there->saved > 0) check_trained_on({folder.run(run.name)}, plan->second.data);
       if (to_run)
         if (const std::string text = device_problem(config.device); !text.empty())
           problem(run.name, fmt::format("device {}: {}; or set device cpu", config.device, text));
@@ -102,6 +109,8 @@ SweepCheck check_sweep(const Sweep& sweep, const HostRoom& host, bool to_run) {
         problem(run.name, fmt::format("{} holds a run without its config.yaml; move it away", folder.run(run.name)));
       check.runs.push_back(std::move(checked));
     } catch (const std::invalid_argument& e) {
+      problem(run.name, e.what());
+    } catch (const std::runtime_error& e) {  // a checkpoint that cannot be read
       problem(run.name, e.what());
     }
   }

@@ -25,8 +25,8 @@ struct SweepCheck {
   std::vector<std::string> problems;  // of runs that cannot be: each names its run
 };
 
-/// Plans every run, compares it with what its folder holds, and with what the host has. Writes nothing. `to_run`: the data must be there and the
-/// device usable. Throws ConfigError where the folder is another sweep's.
+/// Plans every run, compares it with what its folder holds, and with what the host has. Writes nothing. `to_run`: the data must be there, be
+/// what the runs of the folder were trained on, and the device usable. Throws ConfigError where the folder is another sweep's.
 SweepCheck check_sweep(const Sweep& sweep, const HostRoom& host, bool to_run);
 
 /// Throws ConfigError with all problems when there are any.

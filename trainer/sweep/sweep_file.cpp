@@ -8,6 +8,7 @@
 #include <regex>
 #include <set>
 
+#include "data/bpe_split.h"
 #include "trainer/schema_values.h"
 #include "trainer/yaml_text.h"
 
@@ -210,6 +211,8 @@ class SweepReader {
                         variant.name));
       else if (variant.name == kSweepLogs)
         problems_.add(variant.place, entry.path + ".name", fmt::format("{} is the folder of what the runs print; expected another name", kSweepLogs));
+      else if (variant.name == kSweepRecord)
+        problems_.add(variant.place, entry.path + ".name", fmt::format("{} says whose the folder is; expected another name", kSweepRecord));
       else
         sweep.list.push_back(std::move(variant));
     });
@@ -352,6 +355,7 @@ SweepFile parse_sweep_file(const std::string& yaml, const std::string& file, con
 }
 
 SweepFile read_sweep_file(const std::string& file, const std::vector<std::string>& sets) {
+  if (valid_utf8_prefix(file) != file.size()) throw ConfigError(file + ": the file's name is not UTF-8, as what is written of it must be; rename it");
   return parse_sweep_file(read_yaml_file(file, kSweep), file, sets);
 }
 

@@ -18,13 +18,14 @@
 //     - {attention.gate: relu, attention.score: [dot, fidelity]}
 //   seeds: [1, 2, 3]                      run.seed; each variant once with each
 //   budget: {steps: 500}                  or {tokens: 5.0e+6} or {minutes: 10}: train.steps of every run
-//   resources: {ranks: 2, at_once: 4}     MPI ranks a run; most runs at a time (0: as many as there is room for); gpus: of a run, not given: one a
-//   rank
+//   resources: {ranks: 2, at_once: 4}     MPI ranks a run; most runs at a time (0: as many as there is room for); gpus: of a run (not given:
+//                                         one a rank)
 //                                         All of a run's ranks are on this host. Sweeps know nothing of each other:
 //                                         CUDA_VISIBLE_DEVICES says which GPUs are whose
 //
 // A condition is a map from keys to a value, or to a list of values of which one must hold; all its keys must meet. overrides look at the keys as
-// they are set so far, skip_if at these and at what has become of them when the configuration is resolved.
+// they are set so far, and do not change a run's name (`tessera sweep plan` lists what they set); skip_if looks at these and at what has become of
+// them when the configuration is resolved.
 //
 // budget.tokens is rounded up to whole steps of the variant. budget.minutes is time of training steps, without start, evaluation and checkpoints: a
 // variant's steps are those that fit at the speed of a few steps that are timed before its run begins. They are decided once and stand in the run's
@@ -41,6 +42,8 @@ namespace tessera {
 
 /// The folder, beside those of the runs, of what they printed.
 inline constexpr const char* kSweepLogs = "logs";
+/// The file in it that says whose it is.
+inline constexpr const char* kSweepRecord = "sweep.json";
 
 /// A key with a value of its type. `written` is the value as a configuration prints it: equal values are equal there however they were written.
 struct Setting {

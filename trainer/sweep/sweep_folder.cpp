@@ -31,7 +31,11 @@ double SweepFolder::minutes() const {
 
 void SweepFolder::check_owner() const {
   const Json found = owner();
-  if (found.is_null()) return;
+  if (found.is_null()) {
+    if (RunFolder{directory_}.holds_run())
+      throw ConfigError(fmt::format("{}: the folder holds a run of its own; set dir: to another folder in {}", directory_, file_));
+    return;
+  }
   const std::string other = found["sweep"].get<std::string>();
   if (other == own_path()) return;
   throw ConfigError(
@@ -103,7 +107,7 @@ RunState state_of(const SweepFolder& folder, const SweepRun& run) {
   } else if (fs::exists(folder.failure(run.name))) {
     state.kind = Kind::failed;
     const Json failure = Json::parse(read_file(folder.failure(run.name)), nullptr, false);
-    state.error = failure.is_object() ? failure.value("error", "") : "";
+    if (failure.is_object() && failure.contains("error") && failure["error"].is_string()) state.error = failure["error"].get<std::string>();
   }
   return state;
 }

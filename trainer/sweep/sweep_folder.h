@@ -28,7 +28,7 @@ class SweepFolder {
   std::string failure(const std::string& name) const { return directory_ + "/" + kSweepLogs + "/" + name + ".failed.json"; }
   std::string timing(const std::string& name) const { return directory_ + "/.timing/" + name; }
 
-  /// Throws ConfigError when the folder belongs to another sweep file.
+  /// Throws ConfigError when the folder belongs to another sweep file, or is a run's.
   void check_owner() const;
   /// budget.minutes of the sweep when the folder was last claimed; 0: it had none, or no run has begun. Throws as check_owner().
   double minutes() const;
@@ -39,7 +39,7 @@ class SweepFolder {
   std::string directory_, file_;
   double minutes_;
   nlohmann::ordered_json owner() const;  // sweep.json, null where there is none
-  std::string record() const { return directory_ + "/sweep.json"; }
+  std::string record() const { return directory_ + "/" + kSweepRecord; }
   std::string own_path() const;  // of the sweep file, relative to the folder
 };
 

@@ -7,6 +7,7 @@
 #include <map>
 
 #include "trainer/progress.h"
+#include "trainer/run_folder.h"
 #include "trainer/text_table.h"
 
 namespace tessera {
@@ -56,6 +57,19 @@ Json spread(const std::vector<Json>& runs, const char* key) {
   return n > 1 ? Json(std::sqrt(sum / (n - 1))) : Json(nullptr);
 }
 
+/// Loss over the twin's: the mean over the seeds that both have, or of all where they share none.
+Json over(const std::vector<Json>& runs, const std::vector<Json>& twins) {
+  double sum = 0;
+  int n = 0;
+  for (const Json& run : runs)
+    for (const Json& twin : twins)
+      if (run["seed"] == twin["seed"] && run["validation_loss"].is_number() && twin["validation_loss"].is_number())
+        sum += run["validation_loss"].get<double>() - twin["validation_loss"].get<double>(), ++n;
+  if (n > 0) return sum / n;
+  const Json mine = mean(runs, "validation_loss"), theirs = mean(twins, "validation_loss");
+  return mine.is_number() && theirs.is_number() ? Json(mine.get<double>() - theirs.get<double>()) : Json(nullptr);
+}
+
 std::string number(const Json& value, const char* format) { return value.is_number() ? fmt::format(fmt::runtime(format), value.get<double>()) : "-"; }
 
 }  // namespace
@@ -65,7 +79,18 @@ SweepResults read_results(const Sweep& sweep) {
   folder.check_owner();
   SweepResults results;
   for (const SweepRun& run : sweep.runs) {
-    RunState state = state_of(folder, run);
+    RunState state;
+    try {
+      state = state_of(folder, run);
+      if (state.kind == Kind::finished && state.step < state.steps)
+        throw std::invalid_argument(fmt::format("{}: ends at step {} of a run that finished {}: it is damaged; move the run's folder away",
+                                                RunFolder{folder.run(run.name)}.metrics(), state.step, state.steps));
+    } catch (const std::invalid_argument& e) {  // the others are shown all the same
+      state = {};
+      state.kind = Kind::failed;
+      state.steps = run.config.train.steps;
+      state.error = e.what();
+    }
     if (state.summary) {
       Config here = run.config;
       const Config& there = state.summary->config;
@@ -121,7 +146,9 @@ Json report_json(const Sweep& sweep, const SweepResults& results) {
     const SweepRun& run = sweep.runs[i];
     if (++seeds[run.variant] == 1) variants.push_back(&run);
     if (results.states[i].kind == Kind::finished) {
-      Json summary = to_json(*results.states[i].summary);
+      RunSummary own = *results.states[i].summary;
+      own.evaluation = nullptr;  // one run's evaluation on whatever text and context would not compare with the others
+      Json summary = to_json(own);
       summary["seed"] = run.config.run.seed;
       finished[run.variant].push_back(std::move(summary));
     }
@@ -153,10 +180,7 @@ Json report_json(const Sweep& sweep, const SweepResults& results) {
                 {"seconds", mean(runs, "seconds")},
                 {"parameters", runs.empty() ? Json(nullptr) : runs[0]["parameters"]},
                 {"tokens", mean(runs, "tokens")}};
-    if (!row["twin"].is_null()) {
-      const Json theirs = mean(finished[twin], "validation_loss");
-      if (theirs.is_number() && row["validation_loss"].is_number()) row["over_twin"] = row["validation_loss"].get<double>() - theirs.get<double>();
-    }
+    if (!row["twin"].is_null()) row["over_twin"] = over(runs, finished[twin]);
     row["runs"] = runs;
     rows.push_back(std::move(row));
   }
@@ -198,8 +222,8 @@ std::string report_text(const Sweep& sweep, const SweepResults& results) {
   }
   std::string text = text_table(rows);
   text += fmt::format(
-      "\nMeans over finished seeds{}.\nEdges zero and tiles skipped: of the causal ones, in the last step. Attention: its share of a step's time.",
-      sd ? "; +- is the standard deviation over seeds (n - 1)" : "");
+      "\nMeans over finished seeds{}{}.\nEdges zero and tiles skipped: of the causal ones, in the last step. Attention: its share of a step's time.",
+      sd ? "; +- is the standard deviation over seeds (n - 1)" : "", twins ? "; over softmax: over the seeds that both have" : "");
   if (any("softmax") && std::ranges::any_of(variants, [](const Json& v) { return v["softmax"] == true; }))
     text += fmt::format("\n* softmax{}.", twins ? ", the twin that \"over softmax\" compares with: the same but for attention" : "");
   if (const std::string base = base_note(sweep); !base.empty()) text += "\n" + base + ".";

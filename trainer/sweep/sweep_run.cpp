@@ -46,7 +46,7 @@ struct Job {
   const std::string& name() const { return checked->run.name; }
 };
 
-/// Seconds a step of a run that was timed; the fastest half of its steps, so that what else the host did then counts little.
+/// Seconds a step of a run that was timed: the median, so that what else the host did then counts little.
 double seconds_a_step(const std::string& metrics) {
   std::ifstream file(metrics);
   std::vector<double> seconds;
@@ -87,9 +87,10 @@ class SweepRunner {
   }
 
   void run() {
-    folder_.claim();
+    make_folder(folder_.directory());
     const std::unique_ptr<FolderLock> lock = lock_folder();
-    fs::remove_all(folder_.directory() + "/.timing");
+    folder_.claim();
+    for (const SweepRun& run : sweep_.runs) remove_timing(run.name);  // of a sweep that was killed
     if (finished_ > 0) console_.say("{} of {} runs are finished already", finished_, total_);
     while (true) {
       if (!stopping_ && signals_.requested()) stop();
@@ -175,7 +176,8 @@ class SweepRunner {
   /// Starts a job's process; false, with its failure noted, when that cannot be.
   bool begin(Job& job) {
     try {
-      fs::remove(folder_.failure(job.name()));
+      std::error_code none;  // a disk that cannot be written is said below
+      fs::remove(folder_.failure(job.name()), none);
       std::string file;
       if (job.timing) {
         job.config = timed(job);
@@ -196,7 +198,7 @@ class SweepRunner {
       job.process = std::make_unique<ChildProcess>(command(job, file));
       console_.say("{}: {}", job.name(),
                    job.timing ? fmt::format("timing {} steps for a budget of {:g} minutes", kTimedSteps, sweep_.file.budget.minutes)
-                              : fmt::format("{} to step {}{}", job.checked->state.step > 0 ? "going on" : "training", job.config.train.steps,
+                              : fmt::format("{} to step {}{}", saved_step(job) > 0 ? "going on" : "training", job.config.train.steps,
                                             job.gpus.empty() ? "" : fmt::format(" on GPU {}", ledger_.names(job.gpus))));
       return true;
     } catch (const std::exception& e) {  // a disk that is full, a variant that does not resolve with the steps that were timed
@@ -299,7 +301,7 @@ class SweepRunner {
       const auto steps = static_cast<std::int64_t>(std::max(1.0, std::floor(60 * sweep_.file.budget.minutes / a_step)));
       Config config = with_steps(sweep_, job.checked->run, steps).config;
       config.model = job.checked->run.config.model;  // with the vocabulary
-      remove_timing(job);
+      remove_timing(job.name());
       job.config = std::move(config);
       job.timing = false;
       console_.say("{}: {:.0f} ms a step make {} steps", job.name(), 1e3 * a_step, steps);
@@ -310,11 +312,16 @@ class SweepRunner {
     }
   }
 
-  void remove_timing(const Job& job) const {
+  void remove_timing(const std::string& name) const {
     std::error_code none;
-    fs::remove_all(folder_.timing(job.name()), none);
-    fs::remove(folder_.timing(job.name()) + ".yaml", none);
-    fs::remove(fs::path(folder_.timing(job.name())).parent_path(), none);  // when it was the last
+    fs::remove_all(folder_.timing(name), none);
+    fs::remove(folder_.timing(name) + ".yaml", none);
+    fs::remove(fs::path(folder_.timing(name)).parent_path(), none);  // when it was the last
+  }
+
+  static std::int64_t saved_step(const Job& job) {
+    const auto& summary = job.checked->state.summary;
+    return summary ? summary->saved : 0;
   }
 
   void fail(const Job& job, const std::string& error, int code) {

@@ -151,7 +151,11 @@ class Expansion {
     for (const Setting* s : settings) apply(*s);
     for (const auto& o : sweep_.file.overrides)
       if (meets(o.condition, as_set))
-        for (const Setting& s : o.set) apply(s);
+        for (const Setting& s : o.set) {
+          apply(s);
+          std::erase_if(run.differs, [&](const auto& d) { return d.first == s.key->path; });
+          if (s.written != s.key->write(sweep_.base)) run.differs.emplace_back(s.key->path, s.written);
+        }
     if (skipped(as_set)) return sweep_.skipped.push_back(name);
     const auto& budget = sweep_.file.budget;
     const std::int64_t per_step = as_set.train.tokens_per_step;
