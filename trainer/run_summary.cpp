@@ -25,6 +25,13 @@ std::vector<double> last_values(const std::vector<Json>& rows, const char* key, 
   return values;
 }
 
+std::optional<double> median_of_later_half(const std::vector<Json>& rows, const char* key) {
+  std::vector<double> values = last_values(rows, key, 2);
+  if (values.empty()) return {};
+  std::ranges::nth_element(values, values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2));
+  return values[values.size() / 2];
+}
+
 /// RUN/eval.json or core.json: null when there is none or it is of another step than the newest checkpoint.
 Json result_of(const std::string& file, std::int64_t step) {
   if (!fs::exists(file)) return nullptr;
@@ -74,7 +81,6 @@ RunSummary summarize_run(const std::string& path) {
       s.memory_bytes = planned;
       s.memory_planned = true;
     }
-    if (const auto share = MetricsFile::number(row, "attention_share")) s.attention_share = share;
     const auto loss = MetricsFile::number(row, "validation_loss");
     if (!loss) continue;
     s.validation_loss = loss;
@@ -87,10 +93,8 @@ RunSummary summarize_run(const std::string& path) {
   }
   if (const auto losses = last_values(rows, "loss", 10); !losses.empty())
     s.loss = std::accumulate(losses.begin(), losses.end(), 0.0) / static_cast<double>(losses.size());
-  if (auto speeds = last_values(rows, "tokens_per_s", 2); !speeds.empty()) {
-    std::ranges::nth_element(speeds, speeds.begin() + static_cast<std::ptrdiff_t>(speeds.size() / 2));
-    s.tokens_per_s = speeds[speeds.size() / 2];
-  }
+  s.tokens_per_s = median_of_later_half(rows, "tokens_per_s");
+  s.attention_share = median_of_later_half(rows, "attention_share");
   return s;
 }
 

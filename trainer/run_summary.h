@@ -30,7 +30,7 @@ struct RunSummary {
   std::int64_t best_step = 0;
   double edge_sparsity = 0, tile_skip_rate = 0, empty_rows = 0;  // of the last step; the tile is config.model.attention's
   std::optional<double> tokens_per_s;                            // median of the last half of the steps
-  std::optional<double> attention_share;                         // of a step's time, as the last evaluation measured it
+  std::optional<double> attention_share;                         // of a step's time, timed at each evaluation: median over the last half of the steps
   std::optional<double> memory_bytes;                            // a rank: in use on the device where that can be asked, else as planned
   bool memory_planned = false;                                   // which of the two
 

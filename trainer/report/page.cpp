@@ -90,7 +90,7 @@ std::string table(const Report& report) {
     columns.push_back(
         {fmt::format("tiles skipped, {}", size), fmt::format("1 - active / causal tiles of {0} x {0}, measured on validation sequences", size)});
   columns.push_back({"tokens/s", "median of the last half of the steps"});
-  columns.push_back({"attention", "its share of a step's time, forward and backward, measured at the last evaluation"});
+  columns.push_back({"attention", "its share of a step's time, forward and backward, timed at each evaluation: median over the later half of a run"});
   columns.push_back({"memory a rank", "in use on the device, else as planned before the run; all of it is allocated at the start"});
   columns.push_back({"time a run", "of steps, without evaluation and checkpoints"});
   std::string out = "<table>\n<thead><tr>";
