@@ -42,29 +42,32 @@ std::string parts_of(const Provenance& data) {
   return text;
 }
 
-void check_data(const Provenance& then, const Provenance& now, const std::string& checkpoint) {
+/// In what `now` is not the data that a checkpoint was trained on; "": it is.
+std::string data_problem(const Provenance& then, const Provenance& now, const std::string& checkpoint) {
   const char* const key = now.mix.empty() ? "data.path" : "data.mix";
   if (then.tokenizer_hash != now.tokenizer_hash)
-    throw ConfigError(fmt::format("{} {}: made with another tokenizer ({}, {}) than {} was trained with ({}, {})", key, now.path, now.tokenizer_name,
-                                  now.tokenizer_hash.substr(0, 12), checkpoint, then.tokenizer_name, then.tokenizer_hash.substr(0, 12)));
-  if (then.fingerprint != now.fingerprint && !(then.mix.empty() && now.mix.empty()))
-    throw ConfigError(
-        fmt::format("{}: other datasets, shares or order than {} was trained on. There: {}. Here: {}. Put them back, or start a new run in "
-                    "another run.dir",
-                    key, checkpoint, parts_of(then), parts_of(now)));
-  if (then.fingerprint != now.fingerprint)
-    throw ConfigError(
-        fmt::format("data.path {}: other training text ({} tokens) than {} was trained on ({} tokens, from {}). Use that data, or start a new run "
-                    "in another run.dir",
-                    now.path, now.train_tokens, checkpoint, then.train_tokens, then.path));
+    return fmt::format("{} {}: made with another tokenizer ({}, {}) than {} was trained with ({}, {})", key, now.path, now.tokenizer_name,
+                       now.tokenizer_hash.substr(0, 12), checkpoint, then.tokenizer_name, then.tokenizer_hash.substr(0, 12));
+  if (then.fingerprint == now.fingerprint) return "";
+  if (then.mix.empty() && now.mix.empty())
+    return fmt::format("data.path {}: other training text ({} tokens) than {} was trained on ({} tokens, from {})", now.path, now.train_tokens,
+                       checkpoint, then.train_tokens, then.path);
+  return fmt::format("{}: other datasets, shares or order than {} was trained on. There: {}. Here: {}", key, checkpoint, parts_of(then),
+                     parts_of(now));
 }
 
 }  // namespace
 
-void check_trained_on(const RunFolder& folder, const Provenance& data) {
+std::string other_data_problem(const RunFolder& folder, const Provenance& data) {
   const auto entries = list_checkpoints(folder.checkpoints());
-  const auto newest = std::find_if(entries.rbegin(), entries.rend(), [](const CheckpointEntry& e) { return e.complete; });
-  if (newest != entries.rend()) check_data(read_checkpoint_info(newest->directory).dataset, data, newest->directory);
+  for (auto entry = entries.rbegin(); entry != entries.rend(); ++entry) {
+    if (!entry->complete) continue;
+    try {
+      return data_problem(read_checkpoint_info(entry->directory).dataset, data, entry->directory);
+    } catch (const std::runtime_error&) {  // damaged: find_start() passes it over too
+    }
+  }
+  return "";
 }
 
 bool RunFolder::holds_run() const { return fs::exists(config()) || fs::exists(metrics()) || !list_checkpoints(checkpoints()).empty(); }
@@ -117,7 +120,8 @@ Start find_start(const RunFolder& folder, bool resume, const Config& config, con
         fmt::format("--resume: the configuration differs from that of {} in keys that change the model or its training:\n  {}\n"
                     "Put them back, or start a new run in another run.dir",
                     start.checkpoint, fmt::join(changes, "\n  ")));
-  check_data(info.dataset, data, start.checkpoint);
+  if (const std::string problem = data_problem(info.dataset, data, start.checkpoint); !problem.empty())
+    throw ConfigError(problem + ". Put that data back, or start a new run in another run.dir");
   return start;
 }
 

@@ -32,8 +32,8 @@ struct Start {
 /// std::runtime_error when there are complete checkpoints and all are damaged.
 Start find_start(const RunFolder& folder, bool resume, const Config& config, const Provenance& data);
 
-/// Throws ConfigError when the newest complete checkpoint of a run was trained on other data than `data`; std::runtime_error when it cannot be read.
-void check_trained_on(const RunFolder& folder, const Provenance& data);
+/// In what `data` is not what a run's newest sound checkpoint was trained on; "": it is, or there is no such checkpoint.
+std::string other_data_problem(const RunFolder& folder, const Provenance& data);
 
 /// The keys in which a resumed run may not differ and does, as "key: VALUE in the checkpoint, VALUE now".
 std::vector<std::string> changes_that_matter(const Config& checkpoint, const Config& now);

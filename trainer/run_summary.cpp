@@ -11,6 +11,7 @@
 #include "data/json_file.h"
 #include "model/parameters.h"
 #include "trainer/run_folder.h"
+#include "trainer/statistics.h"
 
 namespace tessera {
 namespace fs = std::filesystem;
@@ -25,13 +26,6 @@ std::vector<double> last_values(const std::vector<Json>& rows, const char* key, 
   return values;
 }
 
-std::optional<double> median_of_later_half(const std::vector<Json>& rows, const char* key) {
-  std::vector<double> values = last_values(rows, key, 2);
-  if (values.empty()) return {};
-  std::ranges::nth_element(values, values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2));
-  return values[values.size() / 2];
-}
-
 /// RUN/eval.json or core.json: null when there is none or it is of another step than the newest checkpoint.
 Json result_of(const std::string& file, std::int64_t step) {
   if (!fs::exists(file)) return nullptr;
@@ -43,7 +37,7 @@ Json result_of(const std::string& file, std::int64_t step) {
 
 }  // namespace
 
-RunSummary summarize_run(const std::string& path) {
+RunSummary summarize_run(const std::string& path, bool results) {
   RunSummary s;
   s.directory = fs::path(path).lexically_normal().string();
   while (s.directory.size() > 1 && s.directory.back() == '/') s.directory.pop_back();
@@ -62,8 +56,8 @@ RunSummary summarize_run(const std::string& path) {
   const bool any = newest != checkpoints.rend();
   s.saved = any ? newest->step : 0;
   s.finished = any && s.saved >= s.config.train.steps;
-  if (any) s.evaluation = result_of(s.directory + "/eval.json", s.saved);
-  if (any) s.core = result_of(s.directory + "/core.json", s.saved);
+  if (any && results) s.evaluation = result_of(s.directory + "/eval.json", s.saved);
+  if (any && results) s.core = result_of(s.directory + "/core.json", s.saved);
   if (rows.empty()) return s;
 
   const Json& last = rows.back();
@@ -93,8 +87,8 @@ RunSummary summarize_run(const std::string& path) {
   }
   if (const auto losses = last_values(rows, "loss", 10); !losses.empty())
     s.loss = std::accumulate(losses.begin(), losses.end(), 0.0) / static_cast<double>(losses.size());
-  s.tokens_per_s = median_of_later_half(rows, "tokens_per_s");
-  s.attention_share = median_of_later_half(rows, "attention_share");
+  s.tokens_per_s = median(last_values(rows, "tokens_per_s", 2));
+  s.attention_share = median(last_values(rows, "attention_share", 2));
   return s;
 }
 

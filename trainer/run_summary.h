@@ -41,9 +41,9 @@ struct RunSummary {
   bool softmax() const { return config.model.attention.gate == Gate::softmax; }
 };
 
-/// `path`: a run folder. Throws std::invalid_argument when it is none, or holds a configuration, metrics or results that cannot be read, naming
-/// the file. A run without a step yet has zeros.
-RunSummary summarize_run(const std::string& path);
+/// `path`: a run folder. `results`: with evaluation and core. Throws std::invalid_argument when it is none, or holds a configuration, metrics or
+/// results that cannot be read, naming the file. A run without a step yet has zeros.
+RunSummary summarize_run(const std::string& path, bool results = true);
 
 /// The attention as the configuration writes it: "softmax", or score, gate and normalizer as "cosine/relu2/sum"; then "+self" and "+output_gate".
 std::string attention_name(const Config& config);

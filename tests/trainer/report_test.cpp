@@ -384,6 +384,24 @@ TEST_F(Reports, OddLinesAreNamedAndLeftOut) {
   for (const Figure& f : draw_figures(report, {})) EXPECT_EQ(xml_problem(svg_file(f)), "") << f.id;
 }
 
+TEST_F(Reports, OfManyVariantsValidationAloneIsDrawn) {
+  const Sweep s = of("grid: {optimizer.lr: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3]}");
+  for (const SweepRun& r : s.runs) run(r.config, kSteps, 3, true);
+  const auto lines = [&](const char* css) {
+    const Figure f = loss_curves(gather(s, nothing_measured()), Against::tokens);
+    EXPECT_NE(f.csv.find("training,1,"), std::string::npos);
+    int n = 0;
+    for (std::size_t at = f.body.find("<path class=\"" + std::string(css)); at != std::string::npos;
+         at = f.body.find("<path class=\"" + std::string(css), at + 1))
+      ++n;
+    return n;
+  };
+  EXPECT_EQ(lines("train"), 0);
+  fs::remove_all(folder / "runs");
+  for (const SweepRun& r : s.runs) run(r.config, 5, 3, false);  // evaluated once
+  EXPECT_EQ(lines("train"), 13);
+}
+
 TEST_F(Reports, OneThatDivergedDoesNotHideTheOthers) {
   const Sweep s = of("list: [{name: good}, {name: bad, set: {optimizer.lr: 0.5}}]");
   for (const SweepRun& r : s.runs) run(r.config, kSteps, 3, true);
@@ -400,7 +418,8 @@ TEST_F(Reports, OneThatDivergedDoesNotHideTheOthers) {
 
 TEST_F(Reports, AVariantFarAboveTheOthersDoesNotSetTheScale) {
   const Sweep s =
-      of("list: [{name: a}, {name: b, set: {optimizer.lr: 0.5}}, {name: c, set: {optimizer.lr: 0.4}}, {name: d, set: {optimizer.lr: 0.3}}]");
+      of("list: [{name: a}, {name: b, set: {optimizer.lr: 0.5}}, {name: c, set: {optimizer.lr: 0.4}}, {name: d, set: {optimizer.lr: 0.3}}, "
+         "{name: soft, set: {attention.gate: softmax, optimizer.lr: 0.3}}]");
   const auto scatter = [&](double last) {
     const double losses[] = {3, 3.05, 3.1, last};
     for (std::size_t i = 0; i < 4; ++i) run(s.runs[i].config, kSteps, losses[i], true);
@@ -417,6 +436,13 @@ TEST_F(Reports, AVariantFarAboveTheOthersDoesNotSetTheScale) {
   EXPECT_NE(far.body.find(">4: 3.31<"), std::string::npos) << far.body;
   EXPECT_NE(far.caption.find("upper edge"), std::string::npos);
   EXPECT_NE(far.csv.find("\r\n4,d,false,false,0.95,3.31,"), std::string::npos) << far.csv;
+  // A twin above it makes room for it.
+  run(s.runs[4].config, kSteps, 3.5, true);
+  const Figure below_its_twin = scatter(3.31);
+  EXPECT_GE(highest_tick(below_its_twin), 3.4);
+  EXPECT_NE(below_its_twin.body.find(">4<"), std::string::npos) << below_its_twin.body;
+  EXPECT_EQ(below_its_twin.caption.find("upper edge"), std::string::npos);
+  fs::remove_all(s.runs[4].config.run.dir);
   const Figure near = scatter(3.29);
   EXPECT_GE(highest_tick(near), 3.25);
   EXPECT_NE(near.body.find(">4<"), std::string::npos);
@@ -434,8 +460,8 @@ TEST_F(Reports, SpeedAndMemoryAgainstContext) {
   const Figure speed = context_curves(report, Against::speed), memory = context_curves(report, Against::memory);
   EXPECT_EQ(speed.csv,
             "series,variant,context,tokens_per_s\r\n"
-            "base,context=32,32,4000\r\n"
-            "base,\"context=1024,micro_batch=1\",1024,1000\r\n"
+            "cosine/relu2/sum,context=32,32,4000\r\n"
+            "cosine/relu2/sum,\"context=1024,micro_batch=1\",1024,1000\r\n"
             "attention.gate: softmax,\"gate=softmax,context=32\",32,3500\r\n"
             "attention.gate: softmax,\"gate=softmax,context=1024,micro_batch=1\",1024,500\r\n");
   EXPECT_NE(memory.csv.find(",1024,1048576\r\n"), std::string::npos) << memory.csv;
@@ -446,6 +472,18 @@ TEST_F(Reports, SpeedAndMemoryAgainstContext) {
   }
   for (const char* id : {"speed_context", "memory_context"}) EXPECT_EQ(std::ranges::count(ids, id), 1) << id;
   EXPECT_NE(speed.body.find(">1k<"), std::string::npos);
+  // What may change from run to run of a sweep parts no curve; several micro-batches at one context do; by themselves runs have their attention's
+  // name.
+  Report other = report;
+  other.runs[0].config.log.every = 7, other.runs[0].config.train.steps = 9, other.runs[0].config.model.vocabulary = 0;
+  EXPECT_EQ(context_curves(other, Against::speed).csv, speed.csv);
+  for (ReportRun& r : other.runs)
+    if (r.config.model.attention.gate == Gate::softmax)
+      r.config.model.attention = other.runs[0].config.model.attention, r.config.train.micro_batch *= 8;
+  for (Json& row : other.variants) row["differs"] = Json::object(), row["softmax"] = false;
+  const std::string parted = context_curves(other, Against::speed).csv;
+  for (const int micro_batch : {1, 2, 8, 16})
+    EXPECT_NE(parted.find(fmt::format("\"cosine/relu2/sum, train.micro_batch: {}\",", micro_batch)), std::string::npos) << parted;
   Report one = report;
   for (ReportRun& r : one.runs) r.config.model.context = 32;
   EXPECT_FALSE(has_several_contexts(one));

@@ -101,6 +101,7 @@ TEST_F(SweepFiles, Mistakes) {
   expect_error(error("list: [{name: a, set: {}}, {name: a}]"), "s.yaml:2:35: list: the name a stands here a second time");
   expect_error(error("list: [{name: a/b}]"), "s.yaml:2:15: list[0].name: expected the name of a folder", "found \"a/b\"");
   expect_error(error("list: [{name: logs}]"), "logs is the folder of what the runs print");
+  expect_error(error("list: [{name: sweep.json}]"), "sweep.json says whose the folder is");
   expect_error(error("list: [{set: {}}]"), "s.yaml:2:8: list[0]: the name is missing: {name: NAME, set: KEYS}");
   expect_error(error("list: [{name: a, sett: {}}]"), "list[0].sett: unknown key; nearest valid key \"set\"");
   expect_error(error("list: {a: {}}"), "list: expected a list, as [{name: softmax");

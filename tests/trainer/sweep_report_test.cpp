@@ -99,6 +99,22 @@ TEST_F(SweepReports, MeansSpreadAndTwins) {
   EXPECT_NE(csv.find("\r\nsoft,true,3,3,1.6"), std::string::npos) << csv;
 }
 
+TEST_F(SweepReports, SpeedAndAttentionAreMediansOfTheLaterHalf) {
+  const Sweep s = of("");
+  run(s.runs[0], 20, 2, true);
+  std::string rows;
+  const std::map<int, double> shares = {{5, 0.9}, {12, 0.1}, {16, 0.5}, {18, 0.2}, {20, 0.3}};
+  for (int t = 1; t <= 20; ++t) {
+    nlohmann::ordered_json row = {{"step", t}, {"tokens", 512 * t}, {"loss", 5}, {"tokens_per_s", t <= 10 ? 1 : 100 * t}};
+    if (const auto share = shares.find(t); share != shares.end()) row["attention_share"] = share->second;
+    rows += row.dump() + "\n";
+  }
+  write_file(s.runs[0].config.run.dir + "/metrics.jsonl", rows);
+  const auto report = report_json(s, read_results(s));
+  EXPECT_NEAR(report["variants"][0]["attention_share"].get<double>(), 0.25, 1e-12);  // of 0.1, 0.5, 0.2, 0.3
+  EXPECT_NEAR(report["variants"][0]["tokens_per_s"].get<double>(), 1550, 1e-9);
+}
+
 TEST_F(SweepReports, OverSoftmaxIsOfTheSeedsThatBothHave) {
   const Sweep s = of("list: [{name: a}, {name: soft, set: {attention.gate: softmax}}]\nseeds: [1, 2, 3]");
   const std::map<std::string, std::vector<double>> losses = {{"a", {2.0, 3.0}}, {"soft", {1.5, 2.75, 9.0}}};
@@ -106,6 +122,10 @@ TEST_F(SweepReports, OverSoftmaxIsOfTheSeedsThatBothHave) {
     if (const auto& of_variant = losses.at(r.variant); r.config.run.seed <= of_variant.size()) run(r, 20, of_variant[r.config.run.seed - 1], true);
   EXPECT_EQ(report_json(s, read_results(s))["variants"][0]["over_twin"], 0.375);
   EXPECT_NE(report_text(s, read_results(s)).find("over softmax: over the seeds that both have"), std::string::npos);
+  for (const SweepRun& r : s.runs)  // a: seed 2, soft: 1 and 3
+    if ((r.variant == "soft") == (r.config.run.seed == 2)) fs::remove_all(r.config.run.dir);
+  EXPECT_EQ(report_json(s, read_results(s))["variants"][0]["validation_loss"], 3);
+  EXPECT_TRUE(report_json(s, read_results(s))["variants"][0]["over_twin"].is_null());
 }
 
 // What somebody evaluated later, on whatever text and context, is not what the other runs have.
@@ -116,6 +136,8 @@ TEST_F(SweepReports, AnEvaluationOfOneRunDoesNotCount) {
   const auto report = report_json(s, read_results(s));
   EXPECT_EQ(report["variants"][0]["validation_loss"], 2);
   EXPECT_EQ(report["variants"][0]["edge_sparsity"], 0.9);
+  write_file(s.runs[0].config.run.dir + "/eval.json", "{");  // nor its damage
+  EXPECT_EQ(report_json(s, read_results(s))["variants"][0]["finished"], 2);
 }
 
 TEST_F(SweepReports, DamagedRunsAreShownAsFailedBesideTheOthers) {
@@ -173,12 +195,14 @@ TEST_F(SweepReports, FoldersHaveOneSweep) {
   SweepFile of_a_run = s.file;
   of_a_run.dir = (folder / "alone").string();
   fs::create_directories(of_a_run.dir);
-  write_file(of_a_run.dir + "/config.yaml", "");
+  write_file(of_a_run.dir + "/config.yaml", "");  // the base of a sweep may have that name
+  SweepFolder(of_a_run).check_owner();
+  write_file(of_a_run.dir + "/metrics.jsonl", "");
   try {
     SweepFolder(of_a_run).claim();
     FAIL();
   } catch (const ConfigError& e) {
-    expect_error(e.what(), "alone: the folder holds a run of its own", "dir:");
+    expect_error(e.what(), "alone: the folder holds a run of its own, with ", "dir:");
   }
   EXPECT_FALSE(fs::exists(of_a_run.dir + "/sweep.json"));
   // The minutes by which its runs were timed are on record, once it has some.

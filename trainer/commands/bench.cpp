@@ -13,6 +13,7 @@
 #include "trainer/commands/commands.h"
 #include "trainer/config.h"
 #include "trainer/device.h"
+#include "trainer/statistics.h"
 
 namespace tessera {
 
@@ -66,12 +67,6 @@ double best_ms(double seconds, const std::function<void()>& work) {
   return best;
 }
 
-double median(std::vector<double> values) {
-  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
-}
-
 double time_ms(Ops& ops, double seconds, const std::function<void()>& work) {
   const auto group = [&](int runs) {
     for (int n = 0; n < runs; ++n) work();
@@ -88,7 +83,7 @@ double time_ms(Ops& ops, double seconds, const std::function<void()>& work) {
   const int runs = static_cast<int>(std::clamp(std::ceil(kGroupMs / std::max(1e-3, timed(3))), 1.0, 1000.0));
   std::vector<double> times;
   for (const auto start = Clock::now(); times.size() < 3 || ms_since(start) < 1e3 * seconds;) times.push_back(timed(runs));
-  return median(std::move(times));
+  return median(std::move(times)).value();
 }
 
 const char* timing_of(const Ops& ops) { return ops.kind() == DeviceKind::cpu ? "shortest run" : "median of groups of runs"; }

@@ -38,8 +38,6 @@ double best_ms(double seconds, const std::function<void()>& work);
 /// model.vocabulary, or that of the tokenizer where its name says it; otherwise a small one.
 std::int64_t vocabulary_for_bench(const Config& config);
 
-double median(std::vector<double> values);  // not empty
-
 /// Milliseconds that `work` takes on the device; it must not wait for it. CPU: best_ms(). GPU: the median of at least three groups of runs, between
 /// two waits each and long enough (20 ms) that the waits do not count; the shortest would be the moment before the clocks fell.
 double time_ms(Ops& ops, double seconds, const std::function<void()>& work);

@@ -13,6 +13,7 @@
 #include "trainer/config.h"
 #include "trainer/device.h"
 #include "trainer/metrics.h"
+#include "trainer/statistics.h"
 #include "trainer/step.h"
 #include "trainer/train_state.h"
 
@@ -97,7 +98,7 @@ double whole_step_ms(Problem& p, int least, double seconds, int& measured) {
   }
   p.ops.synchronize();
   measured = static_cast<int>(times.size());
-  return median(std::move(times));
+  return median(std::move(times)).value();
 }
 
 Json measure(const Options& o, const Config& c, Ops& ops) {

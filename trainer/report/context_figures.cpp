@@ -27,38 +27,56 @@ struct Curve {
   std::vector<At> at{};
 };
 
-std::string without_context(Config config) {
-  config.model.context = 1;
-  config.train.micro_batch = 1;
-  config.run.dir.clear();
-  config.run.seed = 0;
-  return to_yaml(config);
+/// What a run computes, but for the context and what goes with it: how many sequences at a time, how many steps in the same time.
+std::string without_context(const Config& config) {
+  std::string text;
+  for (const Key& key : schema()) {
+    bool counts = key_counts(key.path);
+    for (const char* free : {"model.context", "model.vocabulary", "train.micro_batch", "train.steps", "optimizer.warmup", "run.seed"})
+      counts = counts && key.path != free;
+    if (counts) text += key.path + "=" + key.write(config).dump() + "\n";
+  }
+  return text;
 }
 
 std::string context_text(std::int64_t tokens) { return tokens % 1024 == 0 ? fmt::format("{}k", tokens / 1024) : std::to_string(tokens); }
 
-/// What distinguishes a variant, as the sweep sets it, without its context.
-std::string name_of(const Json& row) {
+/// What distinguishes a variant, as the sweep sets it, without its context; its attention where that is nothing.
+std::string name_of(const Json& row, const Config& config) {
   std::string name;
   for (const auto& [key, value] : row["differs"].items())
     if (key != "model.context" && key != "train.micro_batch")
       name += fmt::format("{}{}: {}", name.empty() ? "" : ", ", key, value.is_string() ? value.get<std::string>() : value.dump());
-  if (!name.empty()) return name;
-  return row["softmax"].get<bool>() ? "softmax" : "base";
+  return name.empty() ? attention_name(config) : name;
 }
 
 std::vector<Curve> curves(const Report& report, const char* key) {
-  std::map<std::string, const ReportRun*> first;
-  for (const ReportRun& run : report.runs) first.try_emplace(run.variant, &run);
-  std::vector<Curve> out;
-  std::map<std::string, std::size_t> places;
+  struct One {
+    const Json* row;
+    const Config* config;
+    std::string kind;
+  };
+  std::vector<One> all;
+  std::map<std::pair<std::string, std::int64_t>, int> at_context;
+  bool micro_batches = false;  // several at one context: each makes a curve
   for (const Json& row : report.variants) {
     if (!row[key].is_number() || row[key].get<double>() <= 0) continue;
-    const std::string variant = row["variant"].get<std::string>();
-    const Config& config = first.at(variant)->config;
-    const auto [place, fresh] = places.try_emplace(without_context(config), out.size());
-    if (fresh) out.push_back({.name = name_of(row), .softmax = row["softmax"].get<bool>()});
-    out[place->second].at.push_back({config.model.context, row[key].get<double>(), variant});
+    const auto run = std::ranges::find(report.runs, row["variant"].get<std::string>(), &ReportRun::variant);
+    all.push_back({&row, &run->config, without_context(run->config)});
+    micro_batches |= ++at_context[{all.back().kind, run->config.model.context}] > 1;
+  }
+  std::vector<Curve> out;
+  std::map<std::string, std::size_t> places;
+  std::map<std::string, int> names;
+  for (const One& one : all) {
+    const std::string more = micro_batches ? fmt::format(", train.micro_batch: {}", one.config->train.micro_batch) : "";
+    const auto [place, fresh] = places.try_emplace(one.kind + more, out.size());
+    if (fresh) {
+      std::string name = name_of(*one.row, *one.config) + more;
+      if (const int n = ++names[name]; n > 1) name += fmt::format(" ({})", n);
+      out.push_back({.name = name, .softmax = (*one.row)["softmax"].get<bool>()});
+    }
+    out[place->second].at.push_back({one.config->model.context, (*one.row)[key].get<double>(), (*one.row)["variant"].get<std::string>()});
   }
   for (Curve& curve : out) std::ranges::sort(curve.at, {}, &Curve::At::context);
   return out;
@@ -83,7 +101,8 @@ Figure context_curves(const Report& report, Against against) {
   const auto place = [](std::int64_t context) { return std::log2(static_cast<double>(context)); };
   const double margin = 0.05 * (place(contexts.rbegin()->first) - place(contexts.begin()->first));
   Plot::Axis x{"tokens a sequence (logarithmic)", place(contexts.begin()->first) - margin, place(contexts.rbegin()->first) + margin, {}};
-  for (const auto& [context, text] : contexts) x.ticks.push_back({place(context), text});
+  for (const auto& [context, text] : contexts)
+    if (x.ticks.empty() || place(context) - x.ticks.back().at > 0.05 * (x.high - x.low)) x.ticks.push_back({place(context), text});
   Plot plot(kWidth, kHeight, x, linear_axis(speed ? "tokens a second" : "memory a rank, GiB", 0, most > 0 ? most : 1, 7, tick_count));
   Csv csv({"series", "variant", "context", key});
   std::vector<LegendEntry> legend;

@@ -56,12 +56,13 @@ double number_or(const Json& value, double other) { return value.is_number() ? v
 Figure loss_curves(const Report& report, Against against) {
   const bool time = against == Against::time, few = report.variants.size() <= kFew;
   const auto series = styles(report);
+  const auto draws_training = [&](const ReportRun& run) { return few || run.validation.size() < 2; };  // two make a line
   const auto at = [&](const ReportRun::Loss& l) { return time ? l.seconds : l.tokens; };
   double most = 0, low = INFINITY, high = -INFINITY, begun = -INFINITY;
   for (const ReportRun& run : report.runs) {
     if (!run.training.empty()) begun = std::max(begun, run.training.front().loss);
     for (const auto* losses : {&run.training, &run.validation}) {
-      if (losses->empty()) continue;
+      if (losses->empty() || (losses == &run.training && !draws_training(run))) continue;
       const double end = at(losses->back());
       most = std::max(most, end);
       std::vector<double> later;  // a spike does not set the scale either
@@ -103,7 +104,7 @@ Figure loss_curves(const Report& report, Against against) {
       const std::string tip = losses.empty() ? ""
                                              : fmt::format("{}: {} loss {:.4f} at step {}", run->name, validation ? "validation" : "training",
                                                            losses.back().loss, losses.back().step);
-      if (validation || few) plot.line(drawn, with_class(validation ? "line" : "train", style), tip, run->variant);
+      if (validation || draws_training(*run)) plot.line(drawn, with_class(validation ? "line" : "train", style), tip, run->variant);
       if (!validation) continue;
       for (std::size_t i = drawn.size() > 40 ? drawn.size() - 1 : 0; i < drawn.size(); ++i)
         plot.dot(drawn[i], with_class("dot", style) + " small", fmt::format("{}: validation loss {:.4f}", run->name, drawn[i].y), run->variant);
@@ -118,11 +119,11 @@ Figure loss_curves(const Report& report, Against against) {
   plot.legend(legend);
   return {.id = time ? "loss_time" : "loss_tokens",
           .title = time ? "Loss against time" : "Loss against tokens",
-          .caption =
-              fmt::format("{} {}Spikes, the first {:.0f} % of a run and what has diverged may lie above the picture.",
-                          few ? "Thin: training loss of each step; of long runs the lowest and highest of each stretch. Thick, with dots: validation."
-                              : "Validation loss; that of training, of so many variants, is in the table alone.",
-                          time ? "Time is that of steps alone, without evaluation and checkpoints. " : "", 100 * kStart),
+          .caption = fmt::format(
+              "{} {}Spikes, the first {:.0f} % of a run and what has diverged may lie above the picture.",
+              few ? "Thin: training loss of each step; of long runs the lowest and highest of each stretch. Thick, with dots: validation."
+                  : "Validation loss, and thin that of training where there is no other; of so many variants the rest is in the CSV alone.",
+              time ? "Time is that of steps alone, without evaluation and checkpoints. " : "", 100 * kStart),
           .run = "",
           .width = plot.width(),
           .height = plot.height(),
@@ -162,12 +163,12 @@ bool same_data(const Report& report) {
   return std::ranges::all_of(report.runs, [&](const ReportRun& run) { return data(run) == data(report.runs.front()); });
 }
 
-/// The highest loss that sets the scale: where up to a quarter of the variants are above the others by more than twice the others' range, theirs do
-/// not.
+/// The highest loss that sets the scale: where up to a quarter of the variants are above the others by more than twice the others' range (and 0.02
+/// nats), theirs do not.
 double highest_shown(std::vector<double> losses) {
   std::ranges::sort(losses);
   for (std::size_t i = std::max<std::size_t>(2, losses.size() - losses.size() / 4); i < losses.size(); ++i)
-    if (losses[i] - losses[i - 1] > 2 * (losses[i - 1] - losses[0])) return losses[i - 1];
+    if (losses[i] - losses[i - 1] > std::max(0.02, 2 * (losses[i - 1] - losses[0]))) return losses[i - 1];
   return losses.empty() ? -INFINITY : losses.back();
 }
 
@@ -245,7 +246,7 @@ Figure loss_scatter(const Report& report, Against against) {
   Csv csv({"number", "variant", "softmax", "provisional", key, "validation_loss", "validation_loss_sd", "pareto"});
   for (const Variant& v : placed) {
     const bool best = std::ranges::find(front, &v) != front.end();
-    const bool far = above(v);
+    const bool far = v.loss > loss_axis.high;  // a twin, or a spread, may have made room for what is above the others
     any_above |= far;
     const Point dot{place(v.at), far ? edge : v.loss};
     if (v.sd > 0 && !far) plot.vertical(dot.x, v.loss - v.sd, v.loss + v.sd, with_class("spread", v.style));

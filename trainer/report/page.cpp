@@ -84,8 +84,8 @@ std::string table(const Report& report) {
                                  {"validation loss", loss_unit(report) + ", \u00b1 standard deviation over seeds"}};
   const bool accuracy = std::ranges::any_of(report.variants, [](const Json& row) { return row["accuracy"].is_number(); });
   if (accuracy) columns.push_back({"accuracy", "at the answers of its synthetic task, \u00b1 standard deviation over seeds"});
-  columns.insert(columns.end(),
-                 {{"over softmax", "validation loss above that of the softmax twin"}, {"edges zero", "1 - active / causal edges, in the last step"}});
+  columns.insert(columns.end(), {{"over softmax", "validation loss above that of the softmax twin, over the seeds that both have"},
+                                 {"edges zero", "1 - active / causal edges, in the last step"}});
   for (const int size : kTileSizes)
     columns.push_back(
         {fmt::format("tiles skipped, {}", size), fmt::format("1 - active / causal tiles of {0} x {0}, measured on validation sequences", size)});
@@ -117,7 +117,10 @@ std::string table(const Report& report) {
         {row["state"].get<std::string>(), row["state"].get<std::string>(), provisional ? "no run is finished: numbers so far" : ""},
         mean_cell(row["validation_loss"], row["validation_loss_sd"], "no validation loss yet")};
     if (accuracy) cells.push_back(mean_cell(row["accuracy"], row["accuracy_sd"], "only of synthetic tasks"));
-    cells.insert(cells.end(), {number_cell(row["over_twin"], softmax ? "this is softmax" : "there is no softmax twin with a loss",
+    cells.insert(cells.end(), {number_cell(row["over_twin"],
+                                           softmax                 ? "this is softmax"
+                                           : row["twin"].is_null() ? "there is no softmax twin"
+                                                                   : "it and its twin have no seed in common that both have finished",
                                            [](double v) { return fmt::format("{:+.4f}", v); }),
                                number_cell(row["edge_sparsity"], softmax ? "softmax: every visible edge is active" : "no step yet",
                                            [](double v) { return fmt::format("{:.4f}", v); })});
@@ -153,7 +156,8 @@ std::string table_caption(const Report& report) {
     text += fmt::format("Tiles skipped: of each run's newest checkpoint, on {} validation sequence{} of {} tokens, in fp32 on the CPU. ", sequences,
                         sequences == 1 ? "" : "s", fewest == most ? fmt::format("{}", most) : fmt::format("{} to {}", fewest, most));
   }
-  text += "Losses compare only between runs on the same text, tokenizer and context, or the same synthetic task.";
+  text +=
+      "Losses are of the runs' own evaluations, and compare only between runs on the same text, tokenizer and context, or the same synthetic task.";
   return text;
 }
 

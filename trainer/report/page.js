@@ -36,6 +36,7 @@
   const marked = [...document.querySelectorAll("#all [data-v]")];
   const point = variant => marked.forEach(e => e.classList.toggle("dim", variant !== null && e.dataset.v !== variant));
   for (const e of [...body.rows, ...document.querySelectorAll("#all .key")]) {
+    if (e.dataset.v === undefined) continue;  // a line of several variants
     e.addEventListener("mouseenter", () => point(e.dataset.v));
     e.addEventListener("mouseleave", () => point(null));
   }

@@ -10,16 +10,11 @@
 #include "trainer/open_data.h"
 #include "trainer/run_folder.h"
 #include "trainer/run_plan.h"
+#include "trainer/statistics.h"
 
 namespace tessera {
 
 namespace {
-
-double median(std::vector<double> values) {
-  if (values.empty()) return 0;
-  std::ranges::nth_element(values, values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2));
-  return values[values.size() / 2];
-}
 
 double flops_per_token(const CheckedRun& r) { return r.plan["flops_per_token"]["pattern_visible"].get<double>(); }
 
@@ -40,8 +35,8 @@ void estimate(const Sweep& sweep, std::vector<CheckedRun>& runs) {
     }
   for (CheckedRun& r : runs) {
     double a_token = measured(r);
-    if (a_token == 0) a_token = median(by_variant[r.run.variant]);
-    if (a_token == 0) a_token = median(per_flop) * flops_per_token(r);
+    if (a_token == 0) a_token = median(by_variant[r.run.variant]).value_or(0);
+    if (a_token == 0) a_token = median(per_flop).value_or(0) * flops_per_token(r);
     r.seconds = r.steps_known ? a_token * r.plan["tokens"].get<double>() : 60 * sweep.file.budget.minutes;
   }
 }
@@ -93,7 +88,6 @@ SweepCheck check_sweep(const Sweep& sweep, const HostRoom& host, bool to_run) {
       }
       config.model = plan->second.config.model;  // with the vocabulary
       checked.plan = plan->second.plan;
-      if (to_run && there && there->saved > 0) check_trained_on({folder.run(run.name)}, plan->second.data);
       if (to_run)
         if (const std::string text = device_problem(config.device); !text.empty())
           problem(run.name, fmt::format("device {}: {}; or set device cpu", config.device, text));
@@ -105,12 +99,12 @@ SweepCheck check_sweep(const Sweep& sweep, const HostRoom& host, bool to_run) {
         problem(run.name,
                 fmt::format("{} holds a run with another configuration: {}. Put that back, set dir: to another folder, or move the folder away",
                             folder.run(run.name), fmt::join(changes, "; ")));
+      else if (const std::string text = to_run && there ? other_data_problem({folder.run(run.name)}, plan->second.data) : ""; !text.empty())
+        problem(run.name, text + ". Put that data back, set dir: to another folder, or move the folder away");
       else if (!there && RunFolder{folder.run(run.name)}.holds_run())
         problem(run.name, fmt::format("{} holds a run without its config.yaml; move it away", folder.run(run.name)));
       check.runs.push_back(std::move(checked));
     } catch (const std::invalid_argument& e) {
-      problem(run.name, e.what());
-    } catch (const std::runtime_error& e) {  // a checkpoint that cannot be read
       problem(run.name, e.what());
     }
   }

@@ -32,8 +32,10 @@ double SweepFolder::minutes() const {
 void SweepFolder::check_owner() const {
   const Json found = owner();
   if (found.is_null()) {
-    if (RunFolder{directory_}.holds_run())
-      throw ConfigError(fmt::format("{}: the folder holds a run of its own; set dir: to another folder in {}", directory_, file_));
+    const RunFolder alone{directory_};
+    if (fs::is_regular_file(alone.metrics()) || !list_checkpoints(alone.checkpoints()).empty())
+      throw ConfigError(
+          fmt::format("{}: the folder holds a run of its own, with {}; set dir: to another folder in {}", directory_, alone.metrics(), file_));
     return;
   }
   const std::string other = found["sweep"].get<std::string>();
@@ -83,7 +85,8 @@ const char* name_of(RunState::Kind kind) {
 RunState state_of_run(const std::string& directory) {
   using Kind = RunState::Kind;
   RunState state;
-  state.summary = summarize_run(directory);
+  // Without results: one run's evaluation, on whatever text and context, would not compare with what the others have.
+  state.summary = summarize_run(directory, false);
   state.step = state.summary->step;
   state.steps = state.summary->config.train.steps;
   if (state.summary->finished) {
@@ -101,6 +104,9 @@ RunState state_of(const SweepFolder& folder, const SweepRun& run) {
   const std::string directory = folder.run(run.name);
   state.steps = run.config.train.steps;
   if (fs::exists(RunFolder{directory}.config())) state = state_of_run(directory);
+  if (state.kind == Kind::finished && state.step < state.steps)
+    throw std::invalid_argument(fmt::format("{}: ends at step {} of a run that finished {}: it is damaged; move the run's folder away",
+                                            RunFolder{directory}.metrics(), state.step, state.steps));
   if (state.kind == Kind::finished || state.kind == Kind::running) return state;
   if (folder_in_use(directory) || folder_in_use(folder.timing(run.name))) {
     state.kind = Kind::running;

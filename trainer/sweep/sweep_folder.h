@@ -61,7 +61,7 @@ const char* name_of(RunState::Kind kind);
 
 /// Of a run folder by itself. Throws as summarize_run().
 RunState state_of_run(const std::string& directory);
-/// From the run's folder and what the sweep wrote of it. Throws as summarize_run().
+/// From the run's folder and what the sweep wrote of it. Throws as summarize_run(), and when a finished run's metrics lack its last steps.
 RunState state_of(const SweepFolder& folder, const SweepRun& run);
 
 /// Whether a process on this host holds the lock of a run folder (FolderLock): a run is at work in it. Takes no lock.

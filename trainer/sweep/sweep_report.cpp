@@ -7,7 +7,6 @@
 #include <map>
 
 #include "trainer/progress.h"
-#include "trainer/run_folder.h"
 #include "trainer/text_table.h"
 
 namespace tessera {
@@ -57,7 +56,7 @@ Json spread(const std::vector<Json>& runs, const char* key) {
   return n > 1 ? Json(std::sqrt(sum / (n - 1))) : Json(nullptr);
 }
 
-/// Loss over the twin's: the mean over the seeds that both have, or of all where they share none.
+/// Loss over the twin's: the mean over the seeds that both have; null where they share none.
 Json over(const std::vector<Json>& runs, const std::vector<Json>& twins) {
   double sum = 0;
   int n = 0;
@@ -65,9 +64,7 @@ Json over(const std::vector<Json>& runs, const std::vector<Json>& twins) {
     for (const Json& twin : twins)
       if (run["seed"] == twin["seed"] && run["validation_loss"].is_number() && twin["validation_loss"].is_number())
         sum += run["validation_loss"].get<double>() - twin["validation_loss"].get<double>(), ++n;
-  if (n > 0) return sum / n;
-  const Json mine = mean(runs, "validation_loss"), theirs = mean(twins, "validation_loss");
-  return mine.is_number() && theirs.is_number() ? Json(mine.get<double>() - theirs.get<double>()) : Json(nullptr);
+  return n > 0 ? Json(sum / n) : Json(nullptr);
 }
 
 std::string number(const Json& value, const char* format) { return value.is_number() ? fmt::format(fmt::runtime(format), value.get<double>()) : "-"; }
@@ -82,9 +79,6 @@ SweepResults read_results(const Sweep& sweep) {
     RunState state;
     try {
       state = state_of(folder, run);
-      if (state.kind == Kind::finished && state.step < state.steps)
-        throw std::invalid_argument(fmt::format("{}: ends at step {} of a run that finished {}: it is damaged; move the run's folder away",
-                                                RunFolder{folder.run(run.name)}.metrics(), state.step, state.steps));
     } catch (const std::invalid_argument& e) {  // the others are shown all the same
       state = {};
       state.kind = Kind::failed;
@@ -146,9 +140,7 @@ Json report_json(const Sweep& sweep, const SweepResults& results) {
     const SweepRun& run = sweep.runs[i];
     if (++seeds[run.variant] == 1) variants.push_back(&run);
     if (results.states[i].kind == Kind::finished) {
-      RunSummary own = *results.states[i].summary;
-      own.evaluation = nullptr;  // one run's evaluation on whatever text and context would not compare with the others
-      Json summary = to_json(own);
+      Json summary = to_json(*results.states[i].summary);
       summary["seed"] = run.config.run.seed;
       finished[run.variant].push_back(std::move(summary));
     }

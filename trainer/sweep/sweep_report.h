@@ -15,7 +15,8 @@ struct SweepResults {
   std::vector<std::string> notices;  // folders that hold another run than the sweep's, which count as waiting
 };
 
-/// Reads the folders of all runs. One whose files are damaged counts as failed, so that the others can be looked at. Throws ConfigError where the sweep's folder is another sweep's.
+/// Reads the folders of all runs. One whose files are damaged counts as failed, so that the others can be looked at. Throws ConfigError where the
+/// sweep's folder is another sweep's.
 SweepResults read_results(const Sweep& sweep);
 
 /// {"file", "folder", "counts": {"waiting": N, ...}, "runs": [{"name", "state", "step", "steps", "seconds_left", "validation_loss", "error"}, ...]}
@@ -24,7 +25,7 @@ std::string status_text(const Sweep& sweep, const SweepResults& results);
 
 /// A row a variant: mean over its finished seeds; `*_sd` is the sample standard deviation of the loss over them, null of a single one. "twin": the
 /// variant with gate softmax that differs from this one in nothing but attention.*, and of those the nearest; "over_twin" the loss above
-/// its, over the seeds that both have (of all, where they share none). Losses are those of the runs themselves, not of a later `tessera eval`.
+/// its, over the seeds that both have. Losses are those of the runs themselves, not of a later `tessera eval`.
 nlohmann::ordered_json report_json(const Sweep& sweep, const SweepResults& results);
 /// The same as a table, lowest loss first.
 std::string report_text(const Sweep& sweep, const SweepResults& results);

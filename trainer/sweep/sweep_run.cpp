@@ -17,6 +17,7 @@
 #include "data/files.h"
 #include "trainer/run_folder.h"
 #include "trainer/signals.h"
+#include "trainer/statistics.h"
 #include "trainer/sweep/child_process.h"
 
 namespace tessera {
@@ -54,9 +55,8 @@ double seconds_a_step(const std::string& metrics) {
     const Json row = Json::parse(line, nullptr, false);
     if (row.is_object() && row.value("step", std::int64_t{0}) > kUntimedSteps) seconds.push_back(row.value("step_ms", 0.0) / 1e3);
   }
-  if (seconds.empty()) throw std::runtime_error(fmt::format("{}: no steps in it", metrics));
-  std::ranges::sort(seconds);
-  return seconds[seconds.size() / 2];
+  if (const auto middle = median(std::move(seconds))) return *middle;
+  throw std::runtime_error(fmt::format("{}: no steps in it", metrics));
 }
 
 /// The last step in metrics.jsonl, from its end.
@@ -90,7 +90,7 @@ class SweepRunner {
     make_folder(folder_.directory());
     const std::unique_ptr<FolderLock> lock = lock_folder();
     folder_.claim();
-    for (const SweepRun& run : sweep_.runs) remove_timing(run.name);  // of a sweep that was killed
+    remove_timings();
     if (finished_ > 0) console_.say("{} of {} runs are finished already", finished_, total_);
     while (true) {
       if (!stopping_ && signals_.requested()) stop();
@@ -317,6 +317,15 @@ class SweepRunner {
     fs::remove_all(folder_.timing(name), none);
     fs::remove(folder_.timing(name) + ".yaml", none);
     fs::remove(fs::path(folder_.timing(name)).parent_path(), none);  // when it was the last
+  }
+
+  /// What a sweep that was killed left of them, and nothing else.
+  void remove_timings() const {
+    std::error_code none;
+    std::vector<std::string> names;
+    for (const auto& entry : fs::directory_iterator(fs::path(folder_.timing("")), none))
+      if (RunFolder{entry.path().string()}.holds_run() || fs::exists(entry.path().string() + ".yaml")) names.push_back(entry.path().filename());
+    for (const std::string& name : names) remove_timing(name);
   }
 
   static std::int64_t saved_step(const Job& job) {
