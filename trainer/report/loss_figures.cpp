@@ -70,7 +70,7 @@ Figure loss_curves(const Report& report, Against against) {
         low = std::min(low, l.loss);
         if (at(l) >= kStart * end) later.push_back(l.loss);
       }
-      const std::size_t place = (later.size() - 1) * 99 / 100;
+      const std::size_t place = later.size() - 1 - later.size() / 100;
       std::ranges::nth_element(later, later.begin() + static_cast<std::ptrdiff_t>(place));
       high = std::max(high, later[place]);
     }
