@@ -56,8 +56,10 @@ RunSummary summarize_run(const std::string& path, bool results) {
   const bool any = newest != checkpoints.rend();
   s.saved = any ? newest->step : 0;
   s.finished = any && s.saved >= s.config.train.steps;
-  if (any && results) s.evaluation = result_of(s.directory + "/eval.json", s.saved);
-  if (any && results) s.core = result_of(s.directory + "/core.json", s.saved);
+  if (any && results) {
+    s.evaluation = result_of(s.directory + "/eval.json", s.saved);
+    s.core = result_of(s.directory + "/core.json", s.saved);
+  }
   if (rows.empty()) return s;
 
   const Json& last = rows.back();

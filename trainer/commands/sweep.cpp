@@ -65,7 +65,7 @@ std::string plan_text(const Sweep& sweep, const SweepCheck& check) {
   bool known = true;
   for (const CheckedRun& r : check.runs) {
     std::vector<std::string> differs;
-    for (const auto& [key, value] : r.run.differs) differs.push_back(key + ": " + (value.is_string() ? value.get<std::string>() : value.dump()));
+    for (const auto& [key, value] : r.run.differs) differs.push_back(setting_text(key, value));
     if (r.state.kind != RunState::Kind::finished) {
       known = known && r.seconds > 0;
       left += r.seconds * (1 - static_cast<double>(r.state.step) / static_cast<double>(std::max<std::int64_t>(1, r.state.steps)));

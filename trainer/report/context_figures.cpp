@@ -45,8 +45,7 @@ std::string context_text(std::int64_t tokens) { return tokens % 1024 == 0 ? fmt:
 std::string name_of(const Json& row, const Config& config) {
   std::string name;
   for (const auto& [key, value] : row["differs"].items())
-    if (key != "model.context" && key != "train.micro_batch")
-      name += fmt::format("{}{}: {}", name.empty() ? "" : ", ", key, value.is_string() ? value.get<std::string>() : value.dump());
+    if (key != "model.context" && key != "train.micro_batch") name += (name.empty() ? "" : ", ") + setting_text(key, value);
   return name.empty() ? attention_name(config) : name;
 }
 
@@ -121,16 +120,11 @@ Figure context_curves(const Report& report, Against against) {
     legend.push_back({curve.name, line});
   }
   plot.legend(legend);
-  return {
-      .id = speed ? "speed_context" : "memory_context",
-      .title = speed ? "Speed against context" : "Memory against context",
-      .caption = fmt::format("{}, means over seeds. A line joins what differs in the context and the sequences of a micro-batch alone.",
-                             speed ? "Tokens a second, median of the later half of a run's steps" : "Bytes a rank: in use on the device, or planned"),
-      .run = "",
-      .width = plot.width(),
-      .height = plot.height(),
-      .body = plot.body(),
-      .csv = csv.text()};
+  return plot.figure(
+      speed ? "speed_context" : "memory_context", speed ? "Speed against context" : "Memory against context",
+      fmt::format("{}, means over seeds. A line joins what differs in the context and the sequences of a micro-batch alone.",
+                  speed ? "Tokens a second, median of the later half of a run's steps" : "Bytes a rank: in use on the device, or planned"),
+      csv);
 }
 
 }  // namespace tessera

@@ -119,14 +119,9 @@ Figure threshold_curves(const ReportRun& run) {
     legend.push_back({fmt::format("layer {}", l), css});
   }
   plot.legend(legend);
-  return {.id = "thresholds",
-          .title = "Thresholds over training",
-          .caption = fmt::format("A line a head ({} a layer), coloured by layer. An edge is active when its score is above the threshold.", heads),
-          .run = run.name,
-          .width = plot.width(),
-          .height = plot.height(),
-          .body = plot.body(),
-          .csv = csv.text()};
+  return plot.figure("thresholds", "Thresholds over training",
+                     fmt::format("A line a head ({} a layer), coloured by layer. An edge is active when its score is above the threshold.", heads),
+                     csv, run.name);
 }
 
 }  // namespace tessera

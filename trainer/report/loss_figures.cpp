@@ -17,8 +17,8 @@ using Json = nlohmann::ordered_json;
 constexpr double kWidth = 760, kHeight = 360;
 constexpr std::size_t kBuckets = 200;  // of a curve: up to twice as many points
 constexpr double kStart = 0.05;        // share of a run whose losses, from those of guessing down, do not set the scale
-constexpr std::size_t kFew = 12;       // variants whose training losses can be told apart
 constexpr double kDiverged = 2;        // nor do losses above the highest that a run begins with, times this
+constexpr std::size_t kFew = 12;       // variants whose training losses can be told apart
 
 struct Style {
   std::size_t index = 0;
@@ -117,18 +117,13 @@ Figure loss_curves(const Report& report, Against against) {
     legend.push_back({variant_label(variant, style.twin), with_class("line", style), variant});
   }
   plot.legend(legend);
-  return {.id = time ? "loss_time" : "loss_tokens",
-          .title = time ? "Loss against time" : "Loss against tokens",
-          .caption = fmt::format(
-              "{} {}Spikes, the first {:.0f} % of a run and what has diverged may lie above the picture.",
-              few ? "Thin: training loss of each step; of long runs the lowest and highest of each stretch. Thick, with dots: validation."
-                  : "Validation loss, and thin that of training where there is no other; of so many variants the rest is in the CSV alone.",
-              time ? "Time is that of steps alone, without evaluation and checkpoints. " : "", 100 * kStart),
-          .run = "",
-          .width = plot.width(),
-          .height = plot.height(),
-          .body = plot.body(),
-          .csv = csv.text()};
+  return plot.figure(
+      time ? "loss_time" : "loss_tokens", time ? "Loss against time" : "Loss against tokens",
+      fmt::format("{} {}Spikes, the first {:.0f} % of a run and what has diverged may lie above the picture.",
+                  few ? "Thin: training loss of each step; of long runs the lowest and highest of each stretch. Thick, with dots: validation."
+                      : "Validation loss, and thin that of training where there is no other; of so many variants the rest is in the CSV alone.",
+                  time ? "Time is that of steps alone, without evaluation and checkpoints. " : "", 100 * kStart),
+      csv);
 }
 
 namespace {
@@ -191,14 +186,9 @@ Figure loss_scatter(const Report& report, Against against) {
     Style style;
   };
   const auto series = styles(report);
-  std::vector<Variant> placed, twins;
+  std::vector<Variant> known, placed, twins;  // known: with a loss
   double least = INFINITY, most = -INFINITY, low = INFINITY, high = -INFINITY;
   std::vector<double> losses;
-  for (const Json& row : report.variants)
-    if (const double loss = number_or(row["validation_loss"], NAN); std::isfinite(loss)) losses.push_back(loss);
-  const double shown = highest_shown(losses);
-  const auto above = [&](const Variant& v) { return (!v.style.twin || v.provisional) && v.loss > shown; };
-  bool any_above = false;
   std::size_t number = 0;
   for (const Json& row : report.variants) {
     ++number;
@@ -206,7 +196,8 @@ Figure loss_scatter(const Report& report, Against against) {
               number_or(row["validation_loss_sd"], 0), row["provisional"].get<bool>(), {}};
     v.style = series.at(v.name);
     if (!std::isfinite(v.loss)) continue;
-    if (!above(v)) low = std::min(low, v.loss - v.sd), high = std::max(high, v.loss + v.sd);
+    losses.push_back(v.loss);
+    known.push_back(v);
     if (v.style.twin && !v.provisional) twins.push_back(v);
     if (!row[key].is_number() || (speed && row[key].get<double>() <= 0)) continue;
     v.at = row[key].get<double>();
@@ -214,6 +205,9 @@ Figure loss_scatter(const Report& report, Against against) {
     most = std::max(most, v.at);
     placed.push_back(v);
   }
+  const double shown = highest_shown(losses);
+  for (const Variant& v : known)
+    if (v.loss <= shown || (v.style.twin && !v.provisional)) low = std::min(low, v.loss - v.sd), high = std::max(high, v.loss + v.sd);
   if (!std::isfinite(low)) low = 0, high = 1;
   if (!std::isfinite(least)) least = speed ? 1 : 0, most = speed ? 2 : 0.99;
   const Plot::Axis axis = speed ? speed_axis(least, most) : sparsity_axis(sparsity_place(least), sparsity_place(most));
@@ -243,6 +237,7 @@ Figure loss_scatter(const Report& report, Against against) {
   }
   if (one_front) plot.line(steps, "pareto", "Pareto front: no variant has both a lower loss and more of this");
 
+  bool any_above = false;
   Csv csv({"number", "variant", "softmax", "provisional", key, "validation_loss", "validation_loss_sd", "pareto"});
   for (const Variant& v : placed) {
     const bool best = std::ranges::find(front, &v) != front.end();
@@ -269,21 +264,16 @@ Figure loss_scatter(const Report& report, Against against) {
         {fmt::format("{} {}", ++number, variant_label(variant, series.at(variant).twin)), with_class("line", series.at(variant)), variant});
   }
   plot.legend(legend);
-  return {.id = speed ? "loss_speed" : "loss_sparsity",
-          .title = speed ? "Loss against speed" : "Loss against sparsity",
-          .caption = fmt::format(
-              "A dot a variant, numbered as below: mean over seeds, its bar the standard deviation over them; hollow: no run is finished. "
-              "{}{}{}",
-              one_front ? "Stepped line: the Pareto front." : "No Pareto front: the runs learn from different data or contexts.",
-              speed           ? ""
-              : twins.empty() ? ""
-                              : " Dashed level: the softmax twin.",
-              any_above ? " At the upper edge, with its loss: a variant far above the others." : ""),
-          .run = "",
-          .width = plot.width(),
-          .height = plot.height(),
-          .body = plot.body(),
-          .csv = csv.text()};
+  return plot.figure(
+      speed ? "loss_speed" : "loss_sparsity", speed ? "Loss against speed" : "Loss against sparsity",
+      fmt::format("A dot a variant, numbered as below: mean over seeds, its bar the standard deviation over them; hollow: no run is finished. "
+                  "{}{}{}",
+                  one_front ? "Stepped line: the Pareto front." : "No Pareto front: the runs learn from different data or contexts.",
+                  speed           ? ""
+                  : twins.empty() ? ""
+                                  : " Dashed level: the softmax twin.",
+                  any_above ? " At the upper edge, with its loss: a variant far above the others." : ""),
+      csv);
 }
 
 Figure accuracy_curves(const Report& report) {
@@ -325,16 +315,11 @@ Figure accuracy_curves(const Report& report) {
     legend.push_back({variant_label(variant, style.twin), with_class("line", style), variant});
   }
   plot.legend(legend);
-  return {.id = "accuracy_distance",
-          .title = "Accuracy by distance",
-          .caption =
-              "The share of the answers of each synthetic task that are the likeliest token, by how many tokens back they stand. A line a run, "
-              "of its last evaluation.",
-          .run = "",
-          .width = plot.width(),
-          .height = plot.height(),
-          .body = plot.body(),
-          .csv = csv.text()};
+  return plot.figure(
+      "accuracy_distance", "Accuracy by distance",
+      "The share of the answers of each synthetic task that are the likeliest token, by how many tokens back they stand. A line a run, "
+      "of its last evaluation.",
+      csv);
 }
 
 }  // namespace tessera

@@ -188,6 +188,10 @@ void Plot::legend(const std::vector<LegendEntry>& entries) {
   height_ += 14 + row * std::ceil(static_cast<double>(entries.size()) / static_cast<double>(columns));
 }
 
+Figure Plot::figure(const std::string& id, const std::string& title, const std::string& caption, const Csv& csv, const std::string& run) const {
+  return {.id = id, .title = title, .caption = caption, .run = run, .width = width_, .height = height_, .body = body(), .csv = csv.text()};
+}
+
 std::string Plot::body() const {
   return outside_ + notes() +
          fmt::format(R"(<svg x="{0}" y="{1}" width="{2}" height="{3}" viewBox="{0} {1} {2} {3}">{4}</svg>)", coordinate(left_), coordinate(top_),

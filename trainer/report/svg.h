@@ -87,8 +87,8 @@ class Plot {
   void legend(const std::vector<LegendEntry>& entries);
 
   double height() const { return height_; }  // with the legend
-  double width() const { return width_; }
   std::string body() const;
+  Figure figure(const std::string& id, const std::string& title, const std::string& caption, const Csv& csv, const std::string& run = "") const;
 
  private:
   struct Note {

@@ -47,9 +47,8 @@ void SweepFolder::check_owner() const {
 }
 
 void SweepFolder::claim() const {
-  make_folder(directory_);
-  make_folder(directory_ + "/" + kSweepLogs);
   check_owner();
+  make_folder(directory_ + "/" + kSweepLogs);
   if (fs::exists(record()) && minutes() == minutes_) return;
   Json own = {{"sweep", own_path()}};
   if (minutes_ > 0) own["minutes"] = minutes_;

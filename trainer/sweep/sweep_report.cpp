@@ -80,7 +80,6 @@ SweepResults read_results(const Sweep& sweep) {
     try {
       state = state_of(folder, run);
     } catch (const std::invalid_argument& e) {  // the others are shown all the same
-      state = {};
       state.kind = Kind::failed;
       state.steps = run.config.train.steps;
       state.error = e.what();

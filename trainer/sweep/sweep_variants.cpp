@@ -236,14 +236,16 @@ std::string short_value(const Json& value) {
 
 Sweep expand_sweep(SweepFile file) { return Expansion(std::move(file)).run(); }
 
+std::string setting_text(const std::string& key, const Json& value) {
+  return key + ": " + (value.is_string() ? value.get<std::string>() : value.dump());
+}
+
 std::string base_note(const Sweep& sweep) {
   if (std::ranges::find(sweep.variants, kBase) == sweep.variants.end()) return "";
   std::string text;
   for (const auto* axes : {&sweep.file.grid, &sweep.file.zip})
-    for (const SweepFile::Axis& axis : *axes) {
-      const Json value = axis.key->write(sweep.base);
-      text += fmt::format("{} {}: {}", text.empty() ? " is" : ",", axis.key->path, value.is_string() ? value.get<std::string>() : value.dump());
-    }
+    for (const SweepFile::Axis& axis : *axes)
+      text += fmt::format("{} {}", text.empty() ? " is" : ",", setting_text(axis.key->path, axis.key->write(sweep.base)));
   return text.empty() ? "" : kBase + text;
 }
 

@@ -39,6 +39,9 @@ Sweep expand_sweep(SweepFile file);
 /// `run` with train.steps set to `steps`, resolved anew. Throws ConfigError.
 SweepRun with_steps(const Sweep& sweep, const SweepRun& run, std::int64_t steps);
 
+/// "attention.gate: relu2".
+std::string setting_text(const std::string& key, const nlohmann::ordered_json& value);
+
 /// What the variant called "base" has in the keys of grid and zip, as "base is attention.gate: relu2"; "" where there is none.
 std::string base_note(const Sweep& sweep);
 
