@@ -13,7 +13,7 @@
 //   softmax   o_i  = sum_j softmax_j(c f(s_ij)) v_j, f as the score says; tau is not used; z_i = ln sum_j exp(c f(s_ij))
 //             every visible edge is active
 //   rms       the kernel computes as for none; Ops::head_norm_forward is a step of its own after it
-//   self edge (sum) a step of its own as well: SelfEdge in kernels/ops.h. The output gate comes after all of these: OutputGate there
+//   self edge, sinks (sum): steps of their own as well, SelfEdge and Sinks in kernels/ops.h; the output gate comes after all of these: OutputGate
 //
 // A query without an active edge gets o_i = 0; one without a visible key has z_i = 1 (length) and 0 (softmax), never an infinity.
 // Gradients: see AttentionBackward.

@@ -144,6 +144,39 @@ struct SelfEdgeBackward {
   Tensor dbias{};              // added to [H] f32
 };
 
+inline constexpr std::int64_t kMostSinks = 8;  // of a head
+
+struct Sinks {
+  // After attention_forward with normalizer sum, before or after SelfEdge: S learned keys and values a head, which every query sees whatever its
+  // pattern and its document (the learnable sink token of Xiao et al., arXiv 2309.17453, for each head). In place on o and z:
+  //   x_is = c_h f(<q_i, k_hs>) + b_hs   f(s) = s (dot, cosine), s^2 (fidelity); k_hs is as long as it is, also where keys of tokens have length 1
+  //   w_is = max(0, x_is)^p              p as the gate says
+  //   z'_i = z_i + sum_s w_is,  o'_i = (z_i o_i + sum_s w_is v_hs) / z'_i
+  // Where no x_is > 0, o and z keep their bits. A sink is no token: counters and the bitmap know nothing of its edges.
+  AttentionShape shape{};    // its heads are those of this call, which may be some of a tensor's (views from the first of them on)
+  Score score = Score::dot;  // q is what attention_forward reads
+  Gate gate = Gate::relu2;   // not softmax
+  HeadsView q{};             // in
+  HeadsView o{};             // in/out
+  Tensor scale{};            // in [H] f32: c_h
+  Tensor keys{}, values{};   // in [H, S, D] f32, S from 1 to kMostSinks
+  Tensor bias{};             // in [H, S] f32: b_hs
+  Tensor z{};                // in/out [B, H, T] f32
+};
+
+struct SinksBackward {
+  // After attention_backward, which was given o and z as all that adds to them left them (o', z'): its gradients are then those of its own edges.
+  //   da_is = (<do_i, v_hs> - <do_i, o'_i>) / z'_i,  dx_is = da_is p max(0, x_is)^(p-1)
+  //   dq_i += c sum_s f'(<q_i, k_hs>) dx_is k_hs,  dk_hs += c sum_i f'(<q_i, k_hs>) dx_is q_i,  dv_hs += sum_i (w_is / z'_i) do_i
+  //   dscale_h += sum dx_is f(<q_i, k_hs>),  db_hs += sum_i dx_is
+  Sinks forward{};            // the same arguments; o and z are o' and z', now inputs
+  HeadsView d_o{};            // in
+  HeadsView dq{};             // added to
+  Tensor dscale{};            // added to, optional [H] f32
+  Tensor dkeys{}, dvalues{};  // added to [H, S, D] f32
+  Tensor dbias{};             // added to [H, S] f32
+};
+
 struct Classifier {
   // Fused linear + cross-entropy: loss_n = ln sum_v exp(x_n.w_v) - x_n.w_t(n), over v < vocabulary. Logits live only in
   // chunks of rows (workspace), never for the whole batch.
@@ -274,6 +307,8 @@ class Ops {
   virtual void attention_backward(const AttentionBackward& a) = 0;
   virtual void self_edge_forward(const SelfEdge& a) = 0;
   virtual void self_edge_backward(const SelfEdgeBackward& a) = 0;
+  virtual void sinks_forward(const Sinks& a) = 0;
+  virtual void sinks_backward(const SinksBackward& a) = 0;
 
   // -- sequences over several ranks
   virtual void move_rows(const MoveRows& a) = 0;

@@ -41,7 +41,8 @@ void check_model(const ModelConfig& m) {
   require(a.score == Score::dot || (std::isfinite(a.scale_init) && a.scale_init > 0), "attention.scale_init is {}; it must be positive",
           a.scale_init);
   require(a.normalizer != Normalizer::sum || a.epsilon > 0, "attention.epsilon is {}; it must be positive", a.epsilon);
-  require(!a.self_edge() || a.normalizer == Normalizer::sum, "attention.always.self is set; it needs attention.normalizer sum");
+  require(a.always_sinks >= 0 && a.always_sinks <= kMostSinks, "attention.always.sinks is {}; it must be 0 to {}", a.always_sinks, kMostSinks);
+  require(!a.adds_edges() || a.normalizer == Normalizer::sum, "attention.always is set; it needs attention.normalizer sum");
   if (a.gate != Gate::softmax && a.threshold.mode == ThresholdMode::length) {
     require(a.score == Score::cosine, "attention.threshold.mode length is defined for attention.score cosine, and the score is {}",
             a.score == Score::dot ? "dot" : "fidelity");

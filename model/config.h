@@ -46,11 +46,17 @@ struct AttentionConfig {
   bool document_mask = false;
   /// Normalizer sum, a relu gate: beside the gated edges one from each token to itself that no threshold closes, so that no query is without an edge
   /// at high sparsity: s_i = max(0, c_h f(<q_i, k_i>) + b_h)^p, o_i = (sum_j a_ij v_j + s_i v_i) / (epsilon + sum_j a_ij + s_i), b_h learned from
-  /// self_bias_init on (SelfEdge in kernels/ops.h). It costs no tile; an open one is an active edge.
+  /// always_bias_init on (SelfEdge in kernels/ops.h). It costs no tile; an open one is an active edge.
   bool always_self = false;
-  static constexpr float self_bias_init = 0.25f;
-  /// Any gate: y = 2 sigmoid(W_g x) * o, element by element, is what c_proj reads in place of o, the output of all heads after self edges and the
-  /// head norm; x is what c_attn reads (OutputGate in kernels/ops.h). W_g [C, C] starts at zero: until it is trained the gate is the identity.
+  /// Normalizer sum, a relu gate: so many learned keys and values a head that every query sees, past pattern and documents, each through a bias of
+  /// its own: w_s = max(0, c_h f(<q_i, k_hs>) + b_hs)^p joins o and z as s_i does (Sinks in kernels/ops.h). Keys, which are as long as they like, and
+  /// values start small and random, biases at always_bias_init; none decays. They cost a query as much as so many more keys, and are no edges between
+  /// tokens.
+  int always_sinks = 0;
+  static constexpr float always_bias_init = 0.25f;
+  /// Any gate: y = 2 sigmoid(W_g x) * o, element by element, is what c_proj reads in place of o, the output of all heads after self edges, sinks
+  /// and the head norm; x is what c_attn reads (OutputGate in kernels/ops.h). W_g [C, C] starts at zero: until it is trained the gate is the
+  /// identity.
   bool output_gate = false;
   ThresholdConfig threshold;
   PatternConfig pattern;
@@ -67,6 +73,9 @@ struct AttentionConfig {
     return gate != Gate::softmax && threshold.mode == ThresholdMode::controlled && score != Score::fidelity && threshold.balance > 0;
   }
   bool self_edge() const { return always_self && gate != Gate::softmax; }
+  int sinks() const { return gate != Gate::softmax ? always_sinks : 0; }
+  /// What is added to o and z beside the attention.
+  bool adds_edges() const { return self_edge() || sinks() > 0; }
 };
 
 struct ModelConfig {

@@ -84,11 +84,11 @@ std::unique_ptr<SharedAttention> shared_attention(const ModelConfig& config, Gpt
                                      .training = options.training,
                                      .document_mask = config.attention.document_mask,
                                      .positions = config.attention.threshold.mode == ThresholdMode::length,
-                                     .self_edges = config.attention.self_edge()};
+                                     .added_edges = config.attention.adds_edges()};
   if (part.exchange == SequenceExchange::automatic)
     part.exchange = cheapest_exchange(
         split, tiles,
-        {shape.sequences, shape.heads, shape.head_size, static_cast<std::int64_t>(size_of(compute_type(shape.device))), shape.self_edges});
+        {shape.sequences, shape.heads, shape.head_size, static_cast<std::int64_t>(size_of(compute_type(shape.device))), shape.added_edges});
   return make_shared_attention(part, split, tiles, shape, plan);
 }
 

@@ -107,6 +107,16 @@ void Gpt::Impl::attention_branch_backward(int layer, const Batch& batch) {
                               .dscale = heads_slice(g.scale, heads),
                               .dbias = heads_slice(g.self_bias, heads)});
   }
+  if (config.attention.sinks()) {
+    for (const Stretch heads : z_heads())
+      ops.sinks_backward({.forward = sinks(layer, heads),
+                          .d_o = from_head(a.d_o, heads.first),
+                          .dq = from_head(a.dq, heads.first),
+                          .dscale = heads_slice(g.scale, heads),
+                          .dkeys = heads_slice(g.sink_keys, heads),
+                          .dvalues = heads_slice(g.sink_values, heads),
+                          .dbias = heads_slice(g.sink_bias, heads)});
+  }
 
   if (transforms_qk()) ops.qk_transform_backward(qk_transform(layer, batch), d_qkv);
   if (again) norm_forward(2 * layer, NormInput::stream);

@@ -111,7 +111,7 @@ void Gpt::Impl::attend_to_cache(int layer, const CachePass& pass) const {
   a.scale = scale(layer);
   a.threshold = threshold(layer);
   a.o = rows(memory.blocks[layer].attention, C);
-  if (config.attention.self_edge()) a.z = plan[memory.blocks[layer].z].view({B, H});
+  if (config.attention.adds_edges()) a.z = plan[memory.blocks[layer].z].view({B, H});
   if (memory.decode_workspace >= 0) a.workspace = plan[memory.decode_workspace];
   ops.attention_decode(a);
 }

@@ -84,6 +84,23 @@ SelfEdge Gpt::Impl::self_edge(int layer, Stretch heads, const Tensor& counters) 
   return e;
 }
 
+Sinks Gpt::Impl::sinks(int layer, Stretch heads) const {
+  const BlockSlots& s = memory.blocks[layer];
+  const BlockTensors& p = w.blocks[layer];
+  Sinks k;
+  k.shape = {B, heads.count, T, D};
+  k.score = math.score;
+  k.gate = math.gate;
+  k.q = from_head(packed_heads(rows(s.qkv, 3 * C), 0, T, C, D), heads.first);
+  k.o = from_head(heads_of(plan[s.attention], T, C, D), heads.first);
+  k.scale = heads_slice(scale(layer), heads);
+  k.keys = heads_slice(p.sink_keys, heads);
+  k.values = heads_slice(p.sink_values, heads);
+  k.bias = heads_slice(p.sink_bias, heads);
+  k.z = plan[s.z].slice(B * heads.first * T, B * heads.count * T);
+  return k;
+}
+
 void Gpt::Impl::run(int layer, const AttentionForward& a) {
   if (shared)
     shared->forward(layer, a);
@@ -129,6 +146,8 @@ void Gpt::Impl::attention_branch(int layer, const Batch& batch, bool count, cons
   }
   if (config.attention.self_edge())
     for (const Stretch heads : z_heads()) ops.self_edge_forward(self_edge(layer, heads, counters));
+  if (config.attention.sinks())
+    for (const Stretch heads : z_heads()) ops.sinks_forward(sinks(layer, heads));
 
   const Tensor y = output_gate_forward(layer, head_norm_forward(layer));
   ops.linear_forward({.x = y, .w = p.proj, .bias = p.proj_bias, .y = narrow(), .pre_activation = {}});

@@ -3,7 +3,7 @@
 //
 // Notation: N = B T rows, C = width, H heads of D, V = rows of the embedding. A block is
 //
-//   stream -> ln_1 -> c_attn -> q, k to unit length, rotated -> attention -> (self edge, head norm, output gate) -> c_proj -> + stream
+//   stream -> ln_1 -> c_attn -> q, k to unit length, rotated -> attention -> (self edge, sinks, head norm, output gate) -> c_proj -> + stream
 //          -> ln_2 -> c_fc -> gelu -> c_proj -> + stream
 //
 // Each norm adds the branch before it to the stream (NormForward::residual), so no addition is a pass of its own.
@@ -46,8 +46,9 @@ struct Gpt::Impl {
   Tensor of_heads(MemoryPlan::Slot slot, int layer) const { return slot < 0 ? Tensor{} : plan[slot].slice(layer * H, H); }
   Tensor head_rstd(const BlockSlots& s) const { return rows(s.head_rstd, H); }
   Tensor per_head(const Tensor& heads) const { return heads.view({N, H, D}); }
-  /// Most columns that an operation's scratch memory is for: sums over rows for gains and, with biases, for those.
-  std::int64_t widest() const { return config.bias ? std::max(3 * C, hidden) : C; }
+  /// Most columns that an operation's scratch memory is for: sums over rows for gains, with biases for those,
+  /// and for keys, values and biases of sinks.
+  std::int64_t widest() const { return std::max(config.bias ? std::max(3 * C, hidden) : C, config.attention.sinks() * (C + H)); }
   bool transforms_qk() const { return unit || memory.rotary >= 0; }
 
   struct NormTensors {
@@ -68,6 +69,7 @@ struct Gpt::Impl {
   /// The stretches of heads whose z lies together.
   std::vector<Stretch> z_heads() const { return shared ? shared->z_heads() : std::vector<Stretch>{{0, H}}; }
   SelfEdge self_edge(int layer, Stretch heads, const Tensor& counters = {}) const;  // counters: of the layer, [H, kAttentionCounters]
+  Sinks sinks(int layer, Stretch heads) const;
   Tensor head_norm_forward(int layer);
   Tensor output_gate_forward(int layer, const Tensor& o);
   /// A pass that generates: each row's (prefill: each sequence's) keys and values go into the cache, and decoding attends to what is there.

@@ -43,6 +43,9 @@ ModelTensors slice_flat(const ParameterLayout& layout, int layers, const Tensor&
     b.scale = vector(h + "attn.scale");
     b.threshold = vector(h + "attn.threshold");
     b.self_bias = vector(h + "attn.self_bias");
+    b.sink_keys = vector(h + "attn.sink_keys");
+    b.sink_values = vector(h + "attn.sink_values");
+    b.sink_bias = vector(h + "attn.sink_bias");
     b.ln_2 = vector(h + "ln_2.weight");
     b.ln_2_bias = vector(h + "ln_2.bias");
     b.fc = linear(h + "mlp.c_fc.weight");

@@ -19,6 +19,7 @@ struct BlockTensors {
   Tensor head_gain;        // attn.norm
   Tensor proj, proj_bias;  // attn.c_proj
   Tensor scale, threshold, self_bias;
+  Tensor sink_keys, sink_values, sink_bias;  // attn.sink_keys ...
   Tensor ln_2, ln_2_bias;
   Tensor fc, fc_bias;    // mlp.c_fc
   Tensor out, out_bias;  // mlp.c_proj

@@ -21,7 +21,7 @@ class HeadsAttention final : public SharedAttention {
   HeadsAttention(const SequencePart& part, const SequenceSplit& split, const std::vector<std::shared_ptr<const TileMap>>& layers, const Shape& shape,
                  MemoryPlan& plan)
       : part_(part), shape_(shape), plan_(plan), H_(shape.heads), D_(shape.head_size), T_(split.tokens), own_tokens_(split.tokens_of(part.rank)) {
-    bytes_of_heads(split, {1, H_, D_, 1, shape_.self_edges});  // whether it can be done
+    bytes_of_heads(split, {1, H_, D_, 1, shape_.added_edges});  // whether it can be done
     for (int r = 0; r < part_.ranks; ++r) tokens_of_.push_back(split.tokens_of(r));
     const std::int64_t own = H_ / part_.ranks;
     for (const Stretch heads : head_stages(own, part_.stages)) stages_.push_back(make_stage(heads, split));

@@ -30,6 +30,7 @@ class Builder {
     layout.parameters.push_back({std::move(name), {out, in}, 0, true, std, 0.0f});
   }
   void constant(std::string name, Shape shape, float value) { layout.parameters.push_back({std::move(name), shape, 0, false, 0.0f, value}); }
+  void undecayed(std::string name, Shape shape, float std) { layout.parameters.push_back({std::move(name), shape, 0, false, std, 0.0f}); }
 
   void place() {
     for (auto& p : layout.parameters) {
@@ -81,17 +82,22 @@ ParameterLayout make_parameter_layout(const ModelConfig& m) {
     norm(h + "ln_1");
     bias(h + "attn.c_attn", 3 * C);
     if (m.attention.head_norm()) b.constant(h + "attn.norm", {H, m.head_size()}, 1.0f);
+    if (m.attention.sinks()) {
+      b.undecayed(h + "attn.sink_keys", {H, m.attention.sinks(), m.head_size()}, std);
+      b.undecayed(h + "attn.sink_values", {H, m.attention.sinks(), m.head_size()}, std);
+    }
     bias(h + "attn.c_proj", C);
     norm(h + "ln_2");
     bias(h + "mlp.c_fc", hidden);
     bias(h + "mlp.c_proj", C);
   });
   norm("ln_f");
-  // One number a head comes last: everything before it then starts on a multiple of the width.
+  // A few numbers a head come last: everything before it then starts on a multiple of the width.
   each_layer([&](const std::string& h) {
     if (m.attention.learns_scale()) b.constant(h + "attn.scale", {H}, m.attention.scale_init);
     if (m.attention.learns_threshold()) b.constant(h + "attn.threshold", {H}, m.attention.threshold.init);
-    if (m.attention.self_edge()) b.constant(h + "attn.self_bias", {H}, AttentionConfig::self_bias_init);
+    if (m.attention.self_edge()) b.constant(h + "attn.self_bias", {H}, AttentionConfig::always_bias_init);
+    if (m.attention.sinks()) b.constant(h + "attn.sink_bias", {H, m.attention.sinks()}, AttentionConfig::always_bias_init);
   });
   b.place();
   return std::move(b.layout);

@@ -41,13 +41,13 @@ struct ExchangeShape {
   std::int64_t heads = 1;  // H
   std::int64_t head_size = 1;
   std::int64_t element = 4;  // bytes of the compute type
-  bool self_edges = false;   // attention.always.self, which exchange heads does not do
+  bool added_edges = false;  // attention.always, which exchange heads does not do
 };
 
 /// `plan` is plan_needed(split, map)'s.
 ExchangeBytes bytes_of_needed(const SequenceSplit& split, const std::vector<NeededKeys>& plan, int tile_key, const ExchangeShape& shape);
 ExchangeBytes bytes_of_ring(const SequenceSplit& split, const ExchangeShape& shape);
-/// Why exchange heads cannot be, in a few words, or "" where it can: the ranks divide the heads, and there are no self edges.
+/// Why exchange heads cannot be, in a few words, or "" where it can: the ranks divide the heads, and there is no attention.always.
 std::string heads_problem(int ranks, const ExchangeShape& shape);
 /// Throws std::invalid_argument where it cannot be, saying what would do.
 ExchangeBytes bytes_of_heads(const SequenceSplit& split, const ExchangeShape& shape);

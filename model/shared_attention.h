@@ -42,8 +42,8 @@ class SharedAttention {
     DeviceKind device = DeviceKind::cpu;
     bool training = true;
     bool document_mask = false;
-    bool positions = false;   // thresholds depend on the query's position (AttentionMath::length_beta)
-    bool self_edges = false;  // the caller adds self edges to o and z (SelfEdge): not with exchange heads, whose z is not of this rank's tokens
+    bool positions = false;    // thresholds depend on the query's position (AttentionMath::length_beta)
+    bool added_edges = false;  // the caller adds to o and z (SelfEdge, Sinks): not with exchange heads, whose z is not of this rank's tokens
   };
   /// Elements that a layer's call needs, whatever the layer.
   struct Sizes {

@@ -56,7 +56,14 @@ inline HeadsView from_head(HeadsView v, std::int64_t head) {
   v.data = static_cast<char*>(v.data) + head * v.head * static_cast<std::int64_t>(size_of(v.dtype));
   return v;
 }
-inline Tensor heads_slice(const Tensor& per_head, Stretch heads) { return per_head ? per_head.slice(heads.first, heads.count) : per_head; }
+/// Of [H, ...].
+inline Tensor heads_slice(const Tensor& per_head, Stretch heads) {
+  if (!per_head) return per_head;
+  Shape shape = per_head.shape;
+  const std::int64_t each = shape.numel() / shape[0];
+  shape.extent[0] = heads.count;
+  return per_head.slice(heads.first * each, heads.count * each).view(shape);
+}
 inline Tensor counters_slice(const Tensor& counters, Stretch heads) {
   if (!counters) return counters;
   return counters.slice(heads.first * kAttentionCounters, heads.count * kAttentionCounters).view({heads.count, kAttentionCounters});

@@ -77,7 +77,7 @@ class Resolver {
     named_size();
     heads();
     softmax();
-    self_edge();
+    always();
     threshold();
     check_pattern(c_.model.attention.pattern, c_.model.layers, c_.model.heads, place({"attention.pattern"}), problems_);
     tiles();
@@ -98,17 +98,17 @@ class Resolver {
   const Places& places_;
   Problems& problems_;
 
-  bool is_set(const char* path) const { return places_.contains(path); }
+  bool is_set(const std::string& path) const { return places_.contains(path); }
   /// Where the first of these keys that was set explicitly stands.
   std::string place(std::initializer_list<const char*> paths) const {
     for (const char* path : paths)
       if (const auto found = places_.find(path); found != places_.end()) return found->second;
     return "";
   }
-  void fail(std::initializer_list<const char*> paths, const std::string& message) {
-    for (const char* path : paths)
+  void fail(const std::vector<std::string>& paths, const std::string& message) {
+    for (const std::string& path : paths)
       if (is_set(path)) return problems_.add(places_.at(path), path, message);
-    problems_.add("", *paths.begin(), message);
+    problems_.add("", paths.front(), message);
   }
 
   void named_size() {
@@ -146,18 +146,34 @@ class Resolver {
     if (a.threshold.mode != ThresholdMode::fixed)
       c_.notices.push_back("attention.gate softmax has no threshold: attention.threshold.mode is fixed and has no effect");
     if (a.always_self) c_.notices.push_back("attention.gate softmax sees each token itself: attention.always.self is false");
+    if (a.always_sinks > 0) c_.notices.push_back("attention.gate softmax leaves no query empty: attention.always.sinks is 0");
     a.normalizer = Normalizer::none;
     a.threshold.mode = ThresholdMode::fixed;
     a.always_self = false;
+    a.always_sinks = 0;
   }
 
-  void self_edge() {
+  /// The keys of attention.always that are on, and what would turn them off.
+  std::vector<std::string> always_keys() const {
+    std::vector<std::string> keys;
+    if (c_.model.attention.self_edge()) keys.push_back("attention.always.self");
+    if (c_.model.attention.sinks() > 0) keys.push_back("attention.always.sinks");
+    return keys;
+  }
+  std::string without_always() const {
+    std::vector<std::string> off = always_keys();
+    for (std::string& key : off) key += key.ends_with("self") ? " false" : " 0";
+    return fmt::format("{}", fmt::join(off, " and "));
+  }
+
+  void always() {
     const AttentionConfig& a = c_.model.attention;
-    if (a.self_edge() && a.normalizer != Normalizer::sum)
-      fail({"attention.always.self", "attention.normalizer"},
-           fmt::format(
-               "the edge to oneself joins a sum of weights: expected attention.normalizer sum with it, found {}, or attention.always.self false",
-               find_key("attention.normalizer")->write(c_).get<std::string>()));
+    if (!a.adds_edges() || a.normalizer == Normalizer::sum) return;
+    std::vector<std::string> keys = always_keys();
+    keys.push_back("attention.normalizer");
+    fail(keys, fmt::format("{} a sum of weights: expected attention.normalizer sum with it, found {}, or {}",
+                           a.self_edge() ? "the edge to oneself joins" : "sinks join", find_key("attention.normalizer")->write(c_).get<std::string>(),
+                           without_always()));
   }
 
   /// Says which keys of attention.threshold, set to another value than their own, belong to another mode than the one there is.
@@ -306,10 +322,14 @@ class Resolver {
       fail({"parallel.exchange", "parallel.sequence", "model.heads"},
            fmt::format("exchange heads deals {} heads to {} ranks, which does not come out even; expected parallel.sequence {}, or another exchange",
                        c_.model.heads, c_.parallel.sequence, divisors(c_.model.heads, 1024)));
-    if (c_.parallel.exchange == SequenceExchange::heads && c_.model.attention.self_edge())
-      fail({"parallel.exchange", "attention.always.self"},
-           "exchange heads keeps each query's sum of weights with another rank, where attention.always.self does not reach it; expected exchange "
-           "needed or ring, or attention.always.self false");
+    if (c_.parallel.exchange == SequenceExchange::heads && c_.model.attention.adds_edges()) {
+      std::vector<std::string> keys = always_keys();
+      const std::string what = fmt::format("{} {}", fmt::join(keys, " and "), keys.size() > 1 ? "do" : "does");
+      keys.insert(keys.begin(), "parallel.exchange");
+      fail(keys, fmt::format("exchange heads keeps each query's sum of weights with another rank, where {} not reach it; expected exchange needed or "
+                             "ring, or {}",
+                             what, without_always()));
+    }
     if (c_.sample.every > 0)
       fail({"sample.every", "parallel.sequence"},
            fmt::format("a text is made by one rank, which holds no whole sequence with parallel.sequence {}; expected sample.every 0, and tessera "

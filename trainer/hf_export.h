@@ -8,7 +8,7 @@
 //
 // What stock GPT-2 expresses exactly becomes one (model_type gpt2, GPT2LMHeadModel, linear weights [in, out] as its Conv1D has them). Any other model
 // carries its PyTorch code (model/hf; trust_remote_code=True): linear weights [out, in], attn.c_gate among them, attn.scale, attn.threshold and
-// attn.self_bias a number for each head.
+// attn.self_bias a number for each head, attn.sink_keys, sink_values [heads, sinks, head size] and sink_bias [heads, sinks].
 
 #include <string>
 

@@ -99,7 +99,7 @@ std::string attention_name(const Config& config) {
   const auto word = [&](const char* key) { return a.at(key).get<std::string>(); };
   const AttentionConfig& c = config.model.attention;
   return (c.gate == Gate::softmax ? "softmax" : fmt::format("{}/{}/{}", word("score"), word("gate"), word("normalizer"))) +
-         (c.self_edge() ? "+self" : "") + (c.output_gate ? "+output_gate" : "");
+         (c.self_edge() ? "+self" : "") + (c.sinks() > 0 ? fmt::format("+{}sinks", c.sinks()) : "") + (c.output_gate ? "+output_gate" : "");
 }
 
 Json to_json(const RunSummary& s) {

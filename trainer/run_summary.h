@@ -45,7 +45,8 @@ struct RunSummary {
 /// results that cannot be read, naming the file. A run without a step yet has zeros.
 RunSummary summarize_run(const std::string& path, bool results = true);
 
-/// The attention as the configuration writes it: "softmax", or score, gate and normalizer as "cosine/relu2/sum"; then "+self" and "+output_gate".
+/// The attention as the configuration writes it: "softmax", or score, gate and normalizer as "cosine/relu2/sum"; then "+self", "+4sinks" and
+/// "+output_gate".
 std::string attention_name(const Config& config);
 
 /// One object: what compares, under the names that metrics.jsonl and `tessera eval --json` use. The validation is the whole split's where

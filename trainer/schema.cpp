@@ -269,6 +269,10 @@ std::vector<Key> make_schema() {
           "attention.always.self", FIELD(model.attention.always_self),
           "Whether each token also has an edge to itself that no threshold closes, with a learned bias of its own (normalizer sum; no effect with "
           "gate softmax). It counts as an active edge where it is open."),
+      integer(
+          "attention.always.sinks", FIELD(model.attention.always_sinks), 0, kMostSinks,
+          "Learned keys and values of each head that every query sees whatever its pattern and document, each with a learned bias (normalizer sum; "
+          "no effect with gate softmax). They are no edges between tokens, and none is counted."),
       boolean(
           "attention.output_gate", FIELD(model.attention.output_gate),
           "Whether the attention's output is multiplied, element by element, by 2 sigmoid(W x), W learned and zero at first, x what the queries are "
@@ -368,7 +372,7 @@ std::vector<Key> make_schema() {
            {"heads", SequenceExchange::heads},
            {"auto", SequenceExchange::automatic}},
           "How the ranks of a sequence see each other's keys: fetch the tiles that the pattern needs; pass all of them round a ring; "
-          "trade tokens for heads, which the ranks must divide, without attention.always.self. auto: whichever moves fewest bytes."),
+          "trade tokens for heads, which the ranks must divide, without attention.always. auto: whichever moves fewest bytes."),
       choice<SequenceLayout>(
           "parallel.layout", FIELD(parallel.layout),
           {{"contiguous", SequenceLayout::contiguous}, {"zigzag", SequenceLayout::zigzag}, {"balanced", SequenceLayout::balanced}},

@@ -67,7 +67,7 @@ const ExchangeBytes* LayerCosts::bytes(SequenceExchange exchange) const {
 
 SequenceCosts sequence_costs(const Config& config, const std::vector<std::shared_ptr<const TileMap>>& layers, int ranks, SequenceLayout layout) {
   const ExchangeShape shape{config.train.micro_batch, config.model.heads, config.model.head_size(), compute_bytes(config),
-                            config.model.attention.self_edge()};
+                            config.model.attention.adds_edges()};
   SequenceCosts costs{layout, split_sequence(layout, config.model.context, ranks, layers, device_kind(config.device)), shape, {}};
   std::map<const TileMap*, std::size_t> place;
   for (std::size_t l = 0; l < layers.size(); ++l) {

@@ -21,8 +21,8 @@
 //               node_size x node_gbps (where there is more than one node), in N - 1 hops of a latency
 //   optimizer   AdamW on P / N parameters
 // train.recompute block: the forward pass of every block, its exchange with it, is made twice. Not counted: evaluation, checkpoints, input,
-// embedding, self edges, what the output gate does beside its matrix, the few numbers that are summed over ranks, imbalance between data-parallel ranks,
-// stragglers. Whether it fits in memory is not asked here.
+// embedding, self edges, sinks, what the output gate does beside its matrix, the few numbers that are summed over ranks, imbalance between
+// data-parallel ranks, stragglers. Whether it fits in memory is not asked here.
 
 #include <nlohmann/json.hpp>
 #include <string>

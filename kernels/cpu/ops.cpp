@@ -69,6 +69,8 @@ class CpuOps final : public Ops {
   void attention_backward(const AttentionBackward& a) override { cpu_attention_backward(a); }
   void self_edge_forward(const SelfEdge& a) override { cpu::self_edge_forward(a); }
   void self_edge_backward(const SelfEdgeBackward& a) override { cpu::self_edge_backward(a); }
+  void sinks_forward(const Sinks& a) override { cpu::sinks_forward(a); }
+  void sinks_backward(const SinksBackward& a) override { cpu::sinks_backward(a); }
   void move_rows(const MoveRows& a) override { cpu::move_rows(a); }
   void look_up(const Tensor& out, const Tensor& table, const Tensor& index) override { cpu::look_up(out, table, index); }
   void cache_append(const CacheAppend& a) override { cpu_cache_append(a); }

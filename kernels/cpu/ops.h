@@ -35,6 +35,10 @@ void output_gate_backward(const OutputGateBackward& a);
 void self_edge_forward(const SelfEdge& a);
 void self_edge_backward(const SelfEdgeBackward& a);
 
+// sinks.cpp
+void sinks_forward(const Sinks& a);
+void sinks_backward(const SinksBackward& a);
+
 // classifier.cpp
 void classifier(const Classifier& a);
 

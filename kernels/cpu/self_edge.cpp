@@ -1,68 +1,31 @@
 // The edge from each token to itself, beside the attention's own (SelfEdge in kernels/ops.h).
 
-#include "kernels/cpu/attention_call.h"
-#include "kernels/cpu/check.h"
-#include "kernels/cpu/ops.h"
-#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/added_edges.h"
 
 namespace tessera::cpu {
 
 namespace {
 
-constexpr std::int64_t kRowGrain = 16;
-
-/// The arguments, checked, and the score of a token with itself. A row is a token of a sequence.
-struct Call {
-  std::int64_t heads, tokens, size, rows;
-  bool squared;
-  AttentionShape shape;
-  Heads q, k, v, o;
-  const float *scale, *bias;
-  float* z;
+/// The arguments, checked, and the score of a token with itself.
+struct Call : AddedEdges {
+  Heads k, v;
+  const float* bias;
   std::uint64_t* counters;
 
-  Call(const char* operation, const SelfEdge& a)
-      : heads(a.shape.heads),
-        tokens(a.shape.tokens),
-        size(a.shape.head_size),
-        rows(a.shape.batch * tokens),
-        squared(a.score == Score::fidelity),
-        shape(a.shape) {
-    require(a.shape.batch >= 0 && heads >= 1 && tokens >= 1 && size >= 1, operation, "there must be heads, tokens and a head size");
-    require(a.gate != Gate::softmax, operation, "softmax has no threshold that could close the edge");
-    q = view(operation, "q", a.q), k = view(operation, "k", a.k), v = view(operation, "v", a.v), o = view(operation, "o", a.o);
-    scale = elements<float>(operation, "scale", a.scale, heads);
+  Call(const char* operation, const SelfEdge& a) : AddedEdges(operation, a) {
+    k = view(operation, "k", a.k), v = view(operation, "v", a.v);
     bias = elements<float>(operation, "bias", a.bias, heads);
-    z = elements<float>(operation, "z", a.z, rows * heads);
     counters = optional_elements<std::uint64_t>(operation, "counters", a.counters, heads * kAttentionCounters);
   }
-  Heads view(const char* operation, const char* name, const HeadsView& v) const {
-    return checked_heads(operation, name, v, shape.batch, heads, tokens, size);
-  }
-
-  float& z_of(std::int64_t b, std::int64_t h, std::int64_t t) const { return z[(b * heads + h) * tokens + t]; }
   float score(std::int64_t b, std::int64_t h, std::int64_t t) const { return dot(q.at(b, h, t), k.at(b, h, t), size); }
-  float f(float s) const { return squared ? s * s : s; }
-  float slope(float s) const { return squared ? 2.0f * s : 1.0f; }
 };
-
-void add_multiple(float* to, float factor, const float* from, std::int64_t size) {
-#pragma omp simd
-  for (std::int64_t d = 0; d < size; ++d) to[d] = multiply_add(factor, from[d], to[d]);
-}
-
-/// Calls f(gate) with the gate as a compile-time constant.
-template <class F>
-void with_gate(Gate gate, F&& f) {
-  with_math({.score = Score::dot, .gate = gate}, [&](auto, auto constant) { f(constant); });
-}
 
 }  // namespace
 
 void self_edge_forward(const SelfEdge& a) {
   const Call c("self_edge_forward", a);
   with_gate(a.gate, [&](auto gate) {
-    parallel_ranges(c.rows, kRowGrain, [&](std::int64_t first, std::int64_t last) {
+    parallel_ranges(c.rows, Call::kRowGrain, [&](std::int64_t first, std::int64_t last) {
       for (std::int64_t h = 0; h < c.heads; ++h) {
         std::uint64_t open = 0;
         for (std::int64_t row = first; row < last; ++row) {

@@ -35,6 +35,10 @@ void qk_transform_backward(const Context& c, const QkTransform& transformed, con
 void self_edge_forward(const Context& c, const SelfEdge& a);
 void self_edge_backward(const Context& c, const SelfEdgeBackward& a);  // scratch: norm_backward_scratch(heads)
 
+// sinks.cu
+void sinks_forward(const Context& c, const Sinks& a);
+void sinks_backward(const Context& c, const SinksBackward& a);  // scratch: norm_backward_scratch(heads x sinks x (head size + 1))
+
 // embedding.cu
 void embedding_forward(const Context& c, const Tensor& out, const Tensor& tokens, const Tensor& positions, const Tensor& wte, const Tensor& wpe);
 void embedding_backward(const Context& c, const Tensor& dout, const Tensor& tokens, const Tensor& positions, const Tensor& dwte, const Tensor& dwpe);

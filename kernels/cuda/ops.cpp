@@ -242,6 +242,10 @@ class CudaOps final : public Ops {
   void self_edge_backward(const SelfEdgeBackward& a) override {
     cuda::self_edge_backward(context(cuda::norm_backward_scratch(a.forward.shape.heads)), a);
   }
+  void sinks_forward(const Sinks& a) override { cuda::sinks_forward(context(), a); }
+  void sinks_backward(const SinksBackward& a) override {
+    cuda::sinks_backward(context(cuda::norm_backward_scratch(a.forward.keys.numel() + a.forward.bias.numel())), a);
+  }
   void move_rows(const MoveRows& a) override { cuda::move_rows(context(), a); }
   void look_up(const Tensor& out, const Tensor& table, const Tensor& index) override { cuda::look_up(context(), out, table, index); }
   void cache_append(const CacheAppend& a) override { cuda_cache_append(a, stream()); }

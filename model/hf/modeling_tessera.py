@@ -6,6 +6,7 @@
     gate      a = max(0, x)^p               relu, relu2, relu4: p = 1, 2, 4;  softmax: a = softmax(x), without tau
     output    o_i = sum_j a_ij v_j / z_i    z = 1 (none, rms), visible keys ^ alpha (length), epsilon + sum_j a_ij (sum)
               o_i = (sum_j a_ij v_j + s_i v_i) / (z_i + s_i)    always.self (sum): s_i = max(0, c f(<q_i, k_i>) + b)^p, f(s) = s, fidelity: s^2
+              so joins each sink of a head, w = max(0, c f(<q_i, k>) + b)^p with learned k, v, b (always.sinks)
               o = gain o / sqrt(mean o^2 + 1e-5) for each head (rms)
               y = 2 sigmoid(W x) * o          output_gate: element by element, over all heads; x is what q, k and v are made of
 
@@ -158,6 +159,11 @@ class Attention(nn.Module):
         self.always_self = self.power > 0 and a["always"]["self"]
         if self.always_self:
             self.self_bias = nn.Parameter(torch.full((heads,), 0.25))
+        self.sinks = a["always"]["sinks"] if self.power > 0 else 0
+        if self.sinks:
+            self.sink_keys = nn.Parameter(0.02 * torch.randn(heads, self.sinks, self.size))
+            self.sink_values = nn.Parameter(0.02 * torch.randn(heads, self.sinks, self.size))
+            self.sink_bias = nn.Parameter(torch.full((heads, self.sinks), 0.25))
         if self.power > 0 and a["normalizer"] == "rms":
             self.norm = nn.Parameter(torch.ones(heads, self.size))
 
@@ -195,6 +201,11 @@ class Attention(nn.Module):
                     x = c * (own.square() if a["score"] == "fidelity" else own) + self.self_bias[:, None, None]
                     weight = x.clamp(min=0).pow(self.power)
                     o, z = o + weight * v, z + weight
+                if self.sinks:
+                    s = q @ self.sink_keys.transpose(-1, -2)
+                    x = c * (s.square() if a["score"] == "fidelity" else s) + self.sink_bias[:, None, :]
+                    weight = x.clamp(min=0).pow(self.power)
+                    o, z = o + weight @ self.sink_values, z + weight.sum(-1, keepdim=True)
                 o = o / z
             elif a["normalizer"] == "length":
                 o = o / visible.sum(-1, keepdim=True).clamp(min=1).pow(a["length_alpha"])

@@ -163,6 +163,27 @@ void self_edges(Bench& bench, const Options& o, const cuda::Context& c) {
   bench.time("self_edge_backward", 11 * pass, [&] { cuda::self_edge_backward(c, backward); });
 }
 
+void sinks(Bench& bench, const Options& o, const cuda::Context& c) {
+  const std::int64_t size = o.width / o.heads;
+  const double pass = 2.0 * o.rows * o.width;  // bytes of one of q, o
+  const Values q(DType::bf16, {o.rows, o.width}, 0.1f), dq(DType::bf16, {o.rows, o.width}), out(DType::bf16, {o.rows, o.width}),
+      d_o(DType::bf16, {o.rows, o.width}, 0.01f), scale(DType::f32, {o.heads}), z(DType::f32, {o.heads, o.rows}, 0.1f, 1),
+      dscale(DType::f32, {o.heads});
+  const auto heads = [&](const Tensor& t) { return HeadsView{t.data, DType::bf16, 0, size, o.width}; };
+  for (const std::int64_t count : {1, 4, 8}) {
+    const Shape shape{o.heads, count, size};
+    const Values keys(DType::f32, shape, 0.1f), values(DType::f32, shape), bias(DType::f32, {o.heads, count}, 0.1f, 2), dkeys(DType::f32, shape),
+        dvalues(DType::f32, shape), dbias(DType::f32, {o.heads, count});
+    const Sinks call{
+        .shape = {1, o.heads, o.rows, size}, .q = heads(q), .o = heads(out), .scale = scale, .keys = keys, .values = values, .bias = bias, .z = z};
+    const SinksBackward backward{
+        .forward = call, .d_o = heads(d_o), .dq = heads(dq), .dscale = dscale, .dkeys = dkeys, .dvalues = dvalues, .dbias = dbias};
+    const std::string name = "sinks_" + std::to_string(count);
+    bench.time(name + "_forward", 3 * pass, [&] { cuda::sinks_forward(c, call); });
+    bench.time(name + "_backward", 5 * pass, [&] { cuda::sinks_backward(c, backward); });
+  }
+}
+
 void qk_transforms(Bench& bench, const Options& o, const cuda::Context& c) {
   constexpr std::int64_t kPositions = 1024;
   const std::int64_t size = o.width / o.heads;
@@ -299,6 +320,7 @@ int main(int argc, char** argv) {
   Bench bench(o);
   norms(bench, o, c);
   self_edges(bench, o, c);
+  sinks(bench, o, c);
   qk_transforms(bench, o, c);
   embeddings(bench, o, c);
   elementwise(bench, o, c);

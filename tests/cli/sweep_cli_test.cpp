@@ -287,7 +287,7 @@ TEST_F(SweepTest, TheShippedSweepsHavePlans) {
   };
   EXPECT_EQ(plan("tiny").size(), 5u * 2);
   EXPECT_EQ(plan("gates").size(), (3u * 3 * 4 + 2) * 2);
-  EXPECT_EQ(plan("sparsity").size(), (5u + 10) * 2);
+  EXPECT_EQ(plan("sparsity").size(), (5u + 11) * 2);
   EXPECT_EQ(plan("context").size(), (3u * 3 + 3) * 2);
   EXPECT_EQ(plan("length").size(), 7u * 2);
   EXPECT_EQ(json("plan " TESSERA_CONFIGS "/sweeps/probes.yaml")["runs"].size(), 4u * 2 + 2);  // needs no text

@@ -56,6 +56,8 @@ class PlanOps final : public Ops {
   void attention_backward(const AttentionBackward&) override { unused(); }
   void self_edge_forward(const SelfEdge&) override { unused(); }
   void self_edge_backward(const SelfEdgeBackward&) override { unused(); }
+  void sinks_forward(const Sinks&) override { unused(); }
+  void sinks_backward(const SinksBackward&) override { unused(); }
   void move_rows(const MoveRows&) override { unused(); }
   void look_up(const Tensor&, const Tensor&, const Tensor&) override { unused(); }
   void cache_append(const CacheAppend&) override { unused(); }

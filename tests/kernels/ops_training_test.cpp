@@ -532,6 +532,26 @@ std::vector<char> all_outputs(int threads) {
                            .dbias = self_dbias.tensor()});
   keep(y), keep(row_sums), keep(dqkv), keep(self_dscale), keep(self_dbias);
 
+  Floats keys = random_floats({kHeads, 2, kSize}, 10), dkeys({kHeads, 2, kSize}), dvalues({kHeads, 2, kSize}), twos({kHeads, 2}, 2.0f),
+         sink_dbias({kHeads, 2});
+  const Sinks sinks{.shape = {1, kHeads, kRows, kSize},
+                    .q = packed(qkv, 0),
+                    .o = heads(y),
+                    .scale = ones.tensor(),
+                    .keys = keys.tensor(),
+                    .values = keys.tensor(),
+                    .bias = twos.tensor(),
+                    .z = row_sums.tensor()};
+  ops->sinks_forward(sinks);
+  ops->sinks_backward({.forward = sinks,
+                       .d_o = heads(dx),
+                       .dq = packed(dqkv, 0),
+                       .dscale = self_dscale.tensor(),
+                       .dkeys = dkeys.tensor(),
+                       .dvalues = dvalues.tensor(),
+                       .dbias = sink_dbias.tensor()});
+  keep(y), keep(row_sums), keep(dqkv), keep(self_dscale), keep(dkeys), keep(dvalues), keep(sink_dbias);
+
   Host<double> sums({2});
   ops->add_sum(sums.tensor().slice(0, 1), dw.tensor());
   ops->add_sum_of_squares(sums.tensor().slice(1, 1), dw.tensor());

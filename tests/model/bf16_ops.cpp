@@ -240,6 +240,20 @@ class Bf16Ops final : public Ops {
     g.d_o = c.in(a.d_o, T), g.dq = c.in_out(a.dq, T), g.dk = c.in_out(a.dk, T), g.dv = c.in_out(a.dv, T);
     cpu_->self_edge_backward(g);
   }
+  void sinks_forward(const Sinks& a) override {
+    HeadsCall c(a.shape);
+    Sinks f = a;
+    f.q = c.in(a.q, a.shape.tokens), f.o = c.in_out(a.o, a.shape.tokens);
+    cpu_->sinks_forward(f);
+  }
+  void sinks_backward(const SinksBackward& a) override {
+    HeadsCall c(a.forward.shape);
+    SinksBackward g = a;
+    const std::int64_t T = a.forward.shape.tokens;
+    g.forward.q = c.in(a.forward.q, T), g.forward.o = c.in(a.forward.o, T);
+    g.d_o = c.in(a.d_o, T), g.dq = c.in_out(a.dq, T);
+    cpu_->sinks_backward(g);
+  }
   void move_rows(const MoveRows& a) override {
     const std::uint64_t* pieces = a.pieces.as<std::uint64_t>();
     const auto get = [](const RowsView& v, std::int64_t at) {

@@ -60,6 +60,14 @@ inline std::vector<std::pair<std::string, ModelConfig>> bf16_configs() {
   self_fidelity.attention.score = Score::fidelity;
   self_fidelity.attention.always_self = true;
   self_fidelity.attention.threshold.init = 0.01f;
+  auto& sinks = add("sinks");
+  sinks.attention.always_sinks = 3;
+  auto& sinks_fidelity = add("sinks and self edges, fidelity, head size 128");
+  sinks_fidelity.heads = 1;
+  sinks_fidelity.attention.score = Score::fidelity;
+  sinks_fidelity.attention.always_sinks = 8;
+  sinks_fidelity.attention.always_self = true;
+  sinks_fidelity.attention.threshold.init = 0.01f;
   auto& gated = add("output gate, self edges");
   gated.attention.output_gate = true;
   gated.attention.always_self = true;

@@ -156,6 +156,20 @@ TEST(GptDecode, SelfEdges) {
     }
 }
 
+TEST(GptDecode, Sinks) {
+  for (const Gate gate : {Gate::relu, Gate::relu2, Gate::relu4, Gate::softmax})
+    for (const int sinks : {1, 4}) {
+      ModelConfig config = long_config(120);
+      config.attention.gate = gate;
+      config.attention.always_sinks = sinks;
+      config.attention.always_self = sinks == 1;
+      config.attention.threshold.init = 1.0f;
+      config.attention.pattern.base = pattern(Kind::window, 21);
+      SCOPED_TRACE("gate " + std::to_string(static_cast<int>(gate)) + ", " + std::to_string(sinks) + " sinks");
+      expect_same_text(config, 90);
+    }
+}
+
 TEST(GptDecode, OutputGate) {
   for (const Gate gate : {Gate::relu2, Gate::softmax})
     for (const Normalizer normalizer : {Normalizer::sum, Normalizer::rms}) {
@@ -243,9 +257,9 @@ TEST(GptDecode, MemoryIsPlanned) {
   };
   // Two layers, keys and values, 48 tokens of width 16, 4 bytes.
   EXPECT_EQ(bytes(3) - bytes(0), 3u * 2 * 2 * 48 * 16 * 4);
-  ModelConfig self = config;
-  self.attention.always_self = true;                                                     // z of each row
-  TestModel many(self, {.micro_batch = 1, .tokens = 4, .training = false, .cache = 9});  // more rows to decode than a sequence has tokens
+  ModelConfig sinks = config;
+  sinks.attention.always_sinks = 2;                                                       // z of each row
+  TestModel many(sinks, {.micro_batch = 1, .tokens = 4, .training = false, .cache = 9});  // more rows to decode than a sequence has tokens
   std::vector<Gpt::NextToken> next;
   for (std::int64_t q = 0; q < 9; ++q) {
     many.gpt.prefill(q, Tokens{static_cast<std::int32_t>(q), 1});

@@ -38,7 +38,7 @@ inline ModelConfig tiny_config() {
 inline std::vector<ModelConfig> variants() {
   ModelConfig m = tiny_config();
   m.attention.epsilon = 0.01f;  // a nearly empty sum of weights would blow rounding up (gpt_gradient_test.cpp measures that instead)
-  std::vector<ModelConfig> v(8, m);
+  std::vector<ModelConfig> v(10, m);
   v[1].positions = Positions::learned;
   v[1].norm = NormKind::layernorm;
   v[1].bias = true;
@@ -58,6 +58,12 @@ inline std::vector<ModelConfig> variants() {
   v[6].attention.threshold.init = -1.0f;  // the norm of hardly any weights would blow rounding up
   v[7] = v[2];
   v[7].attention.output_gate = true;
+  v[8].attention.always_sinks = 3;
+  v[8].attention.threshold.init = 1.0f;
+  v[8].attention.epsilon = 0.1f;
+  v[9] = v[8];
+  v[9].attention.always_sinks = 1;
+  v[9].attention.always_self = true;
   return v;
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <numeric>
 #include <string>
 
 namespace tessera::test {
@@ -74,6 +75,11 @@ struct Head {
   const AttentionConfig& a;
   double c, tau;
   const double* self_bias;  // nullptr: no self edge
+  struct Sink {
+    const double *key, *value;
+    double bias;
+  };
+  std::vector<Sink> sinks;
   std::vector<std::vector<bool>> visible;
   double active = 0, score_sum = 0;
 
@@ -103,6 +109,12 @@ struct Head {
         if (weight > 0) ++active;
         z += weight;
         for (std::size_t d = 0; d < D; ++d) o[i][d] += weight * v[i][d];
+      }
+      for (const Sink& sink : sinks) {
+        const double s = std::inner_product(q[i].begin(), q[i].end(), sink.key, 0.0);
+        const double weight = gate(c * (a.score == Score::fidelity ? s * s : s) + sink.bias);
+        z += weight;
+        for (std::size_t d = 0; d < D; ++d) o[i][d] += weight * sink.value[d];
       }
       for (double& x : o[i]) x /= z;
     }
@@ -168,7 +180,11 @@ GptReference::Result GptReference::run(const std::vector<double>& parameters, co
                                              : a.scale_init,
                   .tau = threshold ? threshold[h] : thresholds[l * H + h],
                   .self_bias = self_bias ? self_bias + h : nullptr,
+                  .sinks = {},
                   .visible = std::vector<std::vector<bool>>(T, std::vector<bool>(T))};
+        const auto S = static_cast<std::size_t>(a.sinks());
+        for (std::size_t n = h * S; n < (h + 1) * S; ++n)
+          head.sinks.push_back({p(name("attn.sink_keys")) + n * D, p(name("attn.sink_values")) + n * D, p(name("attn.sink_bias"))[n]});
         for (std::size_t i = 0; i < T; ++i) {
           for (std::size_t j = 0; j <= i; ++j) {
             head.visible[i][j] =

@@ -95,7 +95,7 @@ TEST_P(GptSequence, LossesAndGradientsOfOneRank) {
   for (const ModelConfig& variant : test::variants())
     for (const int ranks : {2, 4})
       for (const bool documents : {false, true}) {
-        if (GetParam() == SequenceExchange::heads && variant.attention.self_edge()) continue;  // refused: see below
+        if (GetParam() == SequenceExchange::heads && variant.attention.adds_edges()) continue;  // refused: see below
         ModelConfig m = longer(variant);
         m.heads = GetParam() == SequenceExchange::heads ? 4 : 2;
         m.width = 8 * m.heads;
@@ -152,6 +152,9 @@ TEST(GptSequenceSetUp, WhatIsRefused) {
   EXPECT_THROW(make(self, o), std::invalid_argument);
   self.attention.gate = Gate::softmax;  // the option is then no part of the model
   make(self, o);
+  ModelConfig sinks = m;
+  sinks.attention.always_sinks = 1;
+  EXPECT_THROW(make(sinks, o), std::invalid_argument);
 }
 
 }  // namespace

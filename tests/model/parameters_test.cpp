@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <set>
@@ -91,6 +92,27 @@ TEST(Parameters, OnlyWhatHasAnEffect) {
   EXPECT_FALSE(make_parameter_layout(m).find("h.0.attn.self_bias").decayed);
   m.attention.gate = Gate::softmax;
   EXPECT_FALSE(has(m, "h.1.attn.self_bias"));
+}
+
+TEST(Parameters, SinksAreRandomKeysAndValuesThatDoNotDecay) {
+  ModelConfig m = tiny_config();
+  EXPECT_THROW(make_parameter_layout(m).find("h.0.attn.sink_keys"), std::out_of_range);
+  m.attention.always_sinks = 3;
+  const auto layout = make_parameter_layout(m);
+  for (const char* name : {"h.0.attn.sink_keys", "h.1.attn.sink_values"}) {
+    const ParameterInfo& p = layout.find(name);
+    EXPECT_EQ(p.shape, (Shape{m.heads, 3, m.head_size()}));
+    EXPECT_FALSE(p.decayed);
+    EXPECT_EQ(p.init_std, 0.02f);
+    EXPECT_EQ(p.offset % 8, 0);  // kernels read eight numbers at once
+    std::vector<float> values = initial_values(p, 7);
+    std::ranges::sort(values);
+    EXPECT_EQ(std::ranges::unique(values).size(), 0u);
+  }
+  EXPECT_EQ(layout.find("h.1.attn.sink_bias").shape, (Shape{m.heads, 3}));
+  EXPECT_EQ(layout.find("h.1.attn.sink_bias").init_value, 0.25f);
+  m.attention.gate = Gate::softmax;
+  EXPECT_THROW(make_parameter_layout(m).find("h.0.attn.sink_keys"), std::out_of_range);
 }
 
 TEST(Parameters, TheOutputGateIsAMatrixOfZerosBesideTheQueries) {

@@ -134,7 +134,7 @@ TEST(SequenceBytes, TheCheapest) {
   EXPECT_EQ(cheapest(8, {sparse, sparse, dense}), SequenceExchange::needed);
   EXPECT_EQ(cheapest(8, {sparse, dense, dense, dense}), SequenceExchange::heads);
   EXPECT_EQ(cheapest(5, {dense}), SequenceExchange::needed);  // 8 heads cannot be dealt to 5
-  shape.self_edges = true;
+  shape.added_edges = true;
   EXPECT_EQ(cheapest(8, {dense}), SequenceExchange::needed);
 }
 

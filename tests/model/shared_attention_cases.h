@@ -311,7 +311,7 @@ inline SharedAttention::Shape shape_of(const Case& c) {
           .device = c.kind,
           .document_mask = c.documents,
           .positions = c.math.length_beta > 0,
-          .self_edges = c.self_edges};
+          .added_edges = c.self_edges};
 }
 
 struct Sent {

@@ -28,6 +28,8 @@ TEST(AttentionName, HasWhatTellsModelsApart) {
   const auto name = [](std::vector<std::string> sets) { return attention_name(load_config("", sets)); };
   EXPECT_EQ(name({}), "cosine/relu2/sum");
   EXPECT_EQ(name({"attention.always.self=true", "attention.output_gate=true"}), "cosine/relu2/sum+self+output_gate");
+  EXPECT_EQ(name({"attention.always.self=true", "attention.always.sinks=4"}), "cosine/relu2/sum+self+4sinks");
+  EXPECT_EQ(name({"attention.gate=softmax", "attention.always.sinks=4"}), "softmax");
   EXPECT_EQ(name({"attention.gate=softmax", "attention.always.self=true", "attention.output_gate=true"}), "softmax+output_gate");
 }
 

@@ -191,6 +191,13 @@ TEST(ConfigErrors, CrossChecks) {
   expect_error(error_of("attention: {threshold: {balance: 1.5}}"), "attention.threshold.balance: expected", "found 1.5");
   expect_error(error_of("attention: {normalizer: rms, always: {self: true}}"), "x.yaml:1:45: attention.always.self: the edge to oneself joins a sum",
                "expected attention.normalizer sum with it, found rms");
+  expect_error(error_of("attention: {normalizer: rms, always: {sinks: 2}}"), "x.yaml:1:46: attention.always.sinks: sinks join a sum of weights",
+               "expected attention.normalizer sum with it, found rms, or attention.always.sinks 0");
+  expect_error(error_of("attention: {normalizer: none, always: {sinks: 2, self: true}}"), "attention.always.self: the edge to oneself joins a sum",
+               "or attention.always.self false and attention.always.sinks 0");
+  expect_error(error_of("attention: {always: {sinks: 9}}"), "attention.always.sinks: expected", "found 9");
+  expect_error(error_of("attention: {always: {sinks: -1}}"), "attention.always.sinks: expected", "found -1");
+  expect_error(error_of("attention: {always: {sinks: true}}"), "attention.always.sinks: expected", "found true");
   expect_error(error_of("attention: {always: {self: 1}}"), "attention.always.self: expected true or false, found 1");
   // Fewer edges a query than the one to itself: what helps depends on why.
   const std::string self = "model: {context: 64}\nattention: {always: {self: true}, threshold: {target_edge_sparsity: 0.95, head_spread: ";
@@ -204,6 +211,8 @@ TEST(ConfigErrors, CrossChecks) {
   expect_error(error_of("attention: {always: true}"), "attention.always");
   expect_error(error_of("attention: {always: {self: true}}\nparallel: {sequence: 2, exchange: heads}"),
                "x.yaml:2:35: parallel.exchange: exchange heads", "expected exchange needed or ring, or attention.always.self false");
+  expect_error(error_of("attention: {always: {sinks: 1}}\nparallel: {sequence: 2, exchange: heads}"),
+               "x.yaml:2:35: parallel.exchange: exchange heads", "where attention.always.sinks does not reach it", "or attention.always.sinks 0");
   EXPECT_EQ(error_of("attention: {gate: softmax, always: {self: true}}\nparallel: {sequence: 2, exchange: heads}"), "");
   const std::vector<std::string> longest = {"model.context=1048576", "train.tokens_per_step=4194304", "attention.tile.query=16",
                                             "attention.tile.key=16"};

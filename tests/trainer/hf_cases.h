@@ -72,6 +72,11 @@ inline const std::vector<HfCase>& hf_cases() {
        "tessera",
        {"attention={score: fidelity, gate: relu, normalizer: sum, always: {self: true}, scale_learned: false, threshold: {mode: learned, init: "
         "0.4}}"}},
+      {"sinks", "tessera", {"attention={score: cosine, gate: relu2, normalizer: sum, always: {sinks: 3}, threshold: {mode: controlled, init: 1.5}}"}},
+      {"sinks_fidelity",
+       "tessera",
+       {"attention={score: fidelity, gate: relu, normalizer: sum, always: {self: true, sinks: 1}, scale_learned: false, threshold: {mode: learned, "
+        "init: 0.4}}"}},
       {"output_gate",
        "tessera",
        {"attention={score: cosine, gate: relu2, normalizer: sum, output_gate: true, always: {self: true}, threshold: {mode: controlled}}",

@@ -165,6 +165,7 @@ TEST_F(RunCudaTest, SequencesSharedByRanksGiveTheLossesOfOne) {
        {Case{"--set attention.gate=softmax ", 1e-5, 0.1, 1, all},
         Case{"--set attention.gate=softmax --set 'attention.pattern={window: {size: 70}}' ", 1e-5, 0.1, 1, all}, Case{sparse, 1e-5, 0.1, 0.2, all},
         Case{fixed + "--set attention.always.self=true ", 1e-4, 0.15, kAny, {{4, 4, "balanced", "needed"}, {2, 2, "zigzag", "ring"}}},
+        Case{fixed + "--set attention.always.sinks=3 ", 1e-4, 0.15, kAny, {{4, 4, "balanced", "needed"}, {2, 2, "zigzag", "ring"}}},
         Case{sparse + "--set model.heads=4 --set model.width=256 ", 1e-4, 0.2, 1, {{4, 4, "balanced", "heads"}}}}) {
     const std::string one = fmt::format("one{}", ++number);
     ASSERT_EQ(train(one, longer + options).code, 0);

@@ -66,6 +66,7 @@ TEST_F(RunTest, SameLossesOnOneTwoAndFourRanks) {
        {Case{"softmax", "--set attention.gate=softmax --set attention.document_mask=true", 24, 1e-6},
         Case{"default", "--set train.steps=5 --set optimizer.warmup=4", 5, 1e-6}, Case{"epsilon", "--set attention.epsilon=0.1", 24, 1e-4},
         Case{"self", "--set attention.epsilon=0.1 --set attention.always.self=true", 24, 1e-4},
+        Case{"sinks", "--set attention.epsilon=0.1 --set attention.always.sinks=2", 24, 1e-4},
         Case{"gated", "--set attention.epsilon=0.1 --set attention.output_gate=true", 24, 1e-4}}) {
     const auto name = [&](int ranks) { return c.name + std::to_string(ranks); };
     for (const int ranks : {1, 2, 4}) {

@@ -48,6 +48,7 @@ TEST(Schema, EveryKeyIsDocumentedOnce) {
                            "attention.normalizer",
                            "attention.document_mask",
                            "attention.always.self",
+                           "attention.always.sinks",
                            "attention.output_gate",
                            "attention.threshold.mode",
                            "attention.threshold.init",

@@ -84,6 +84,25 @@ TEST_F(WarmStartTest, SelfEdgesStartAtTheirFirstBias) {
   EXPECT_TRUE(back.says("note: run.init: attn.self_bias of 2 layers is dropped: this model has none")) << back;
 }
 
+TEST_F(WarmStartTest, SinksStartAsInANewModel) {
+  ASSERT_EQ(train("without", "").code, 0);
+  const Result r = train("with", "--set run.init=runs/without --set optimizer.lr=1e-30 --set attention.always.sinks=2", 1);
+  ASSERT_EQ(r.code, 0) << r;
+  EXPECT_TRUE(r.says("note: run.init: attn.sink_keys of 2 layers keeps its first values: the checkpoint has none")) << r;
+  const StoredParameters stored(read_checkpoint(run("with")).info.directory);
+  EXPECT_EQ(stored.read("h.1.attn.sink_bias", {2, 2}), std::vector<float>(4, 0.25f));
+  // They are taken on where there are as many, and nothing is guessed where there are not.
+  const Result on = train("on", "--set run.init=runs/with --set optimizer.lr=1e-30 --set attention.always.sinks=2", 1);
+  ASSERT_EQ(on.code, 0) << on;
+  EXPECT_FALSE(on.says("attn.sink_keys")) << on;
+  const Result more = train("more", "--set run.init=runs/with --set attention.always.sinks=3", 1);
+  EXPECT_NE(more.code, 0);
+  EXPECT_TRUE(more.says("attention.always.sinks: 2 there, 3 here")) << more;
+  const Result back = train("back", "--set run.init=runs/with", 1);
+  ASSERT_EQ(back.code, 0) << back;
+  EXPECT_TRUE(back.says("note: run.init: attn.sink_values of 2 layers is dropped: this model has none")) << back;
+}
+
 TEST_F(WarmStartTest, TheOutputGateStartsAsTheIdentity) {
   ASSERT_EQ(train("without", "").code, 0);
   const Result r = train("with", "--set run.init=runs/without --set optimizer.lr=1e-30 --set attention.output_gate=true", 1);
