@@ -42,7 +42,8 @@ void check_model(const ModelConfig& m) {
           a.scale_init);
   require(a.normalizer != Normalizer::sum || a.epsilon > 0, "attention.epsilon is {}; it must be positive", a.epsilon);
   require(a.always_sinks >= 0 && a.always_sinks <= kMostSinks, "attention.always.sinks is {}; it must be 0 to {}", a.always_sinks, kMostSinks);
-  require(!a.adds_edges() || a.normalizer == Normalizer::sum, "attention.always is set; it needs attention.normalizer sum");
+  require(!a.adds_edges() || a.normalizer == Normalizer::sum,
+          "attention.always.self or attention.always.sinks is set; it needs attention.normalizer sum");
   if (a.gate != Gate::softmax && a.threshold.mode == ThresholdMode::length) {
     require(a.score == Score::cosine, "attention.threshold.mode length is defined for attention.score cosine, and the score is {}",
             a.score == Score::dot ? "dot" : "fidelity");

@@ -6,7 +6,7 @@
 //   window   {size}                         i - j < size
 //   strided  {stride, width}                (i - j) mod stride < width       (Child et al., arXiv 1904.10509)
 //   dilated  {window, dilation}             i - j < window * dilation and (i - j) mod dilation == 0
-//   global   {tokens}                       j < tokens                       (sinks: the first tokens are visible to all)
+//   global   {tokens}                       j < tokens                       (the first tokens are visible to all)
 //   bigbird  {window, global, random, seed} by blocks of `block` tokens: the query's own block and the window - 1 before it, the first
 //                                           `global` blocks, and `random` different blocks (all, where there are fewer) drawn for each
 //                                           query block among itself and those before it by a keyed hash (Zaheer et al., arXiv 2007.14062)

@@ -70,14 +70,14 @@ ExchangeBytes bytes_of_ring(const SequenceSplit& split, const ExchangeShape& sha
 
 std::string heads_problem(int ranks, const ExchangeShape& shape) {
   if (shape.heads % ranks != 0) return fmt::format("{} ranks do not divide {} heads", ranks, shape.heads);
-  return shape.added_edges ? "attention.always is set" : "";
+  return shape.added_edges ? "attention.always.self or attention.always.sinks is set" : "";
 }
 
 ExchangeBytes bytes_of_heads(const SequenceSplit& split, const ExchangeShape& shape) {
   const int ranks = split.ranks();
   if (shape.added_edges)
     throw std::invalid_argument(
-        "exchange heads does not do attention.always: it keeps each query's sum of weights with another rank. Possible: exchange needed or "
+        "exchange heads does not do attention.always.self or attention.always.sinks: it keeps each query's sum of weights with another rank. Possible: exchange needed or "
         "ring");
   if (shape.heads % ranks != 0) {
     std::string would;

@@ -146,7 +146,7 @@ class Resolver {
     if (a.threshold.mode != ThresholdMode::fixed)
       c_.notices.push_back("attention.gate softmax has no threshold: attention.threshold.mode is fixed and has no effect");
     if (a.always_self) c_.notices.push_back("attention.gate softmax sees each token itself: attention.always.self is false");
-    if (a.always_sinks > 0) c_.notices.push_back("attention.gate softmax leaves no query empty: attention.always.sinks is 0");
+    if (a.always_sinks > 0) c_.notices.push_back("attention.gate softmax has no sinks: attention.always.sinks is 0");
     a.normalizer = Normalizer::none;
     a.threshold.mode = ThresholdMode::fixed;
     a.always_self = false;

@@ -272,7 +272,7 @@ std::vector<Key> make_schema() {
       integer(
           "attention.always.sinks", FIELD(model.attention.always_sinks), 0, kMostSinks,
           "Learned keys and values of each head that every query sees whatever its pattern and document, each with a learned bias (normalizer sum; "
-          "no effect with gate softmax). They are no edges between tokens, and none is counted."),
+          "no effect with gate softmax). They are no edges between tokens: no count has them, and a query with nothing else counts as empty."),
       boolean(
           "attention.output_gate", FIELD(model.attention.output_gate),
           "Whether the attention's output is multiplied, element by element, by 2 sigmoid(W x), W learned and zero at first, x what the queries are "

@@ -57,6 +57,7 @@ Json head_values(const Gpt& model, Ops& ops, const AttentionCounts& counts) {
     if (const Tensor balances = model.balances()) values["balances"].push_back(numbers(balances.slice(l * m.heads, m.heads)));
     if (m.attention.learns_scale()) values["scales"].push_back(numbers(model.parameter(fmt::format("h.{}.attn.scale", l))));
     if (m.attention.self_edge()) values["self_biases"].push_back(numbers(model.parameter(fmt::format("h.{}.attn.self_bias", l))));
+    if (m.attention.sinks() > 0) values["sink_biases"].push_back(numbers(model.parameter(fmt::format("h.{}.attn.sink_bias", l))));
   }
   return values;
 }

@@ -29,8 +29,8 @@ nlohmann::ordered_json step_row(const Config& config, const StepReport& report, 
 /// "step 8/24  loss 4.0919 ...": the same row as a line. `seconds_left`: of the run.
 std::string step_line(const nlohmann::ordered_json& row, std::int64_t steps, double seconds_left);
 
-/// {"active_share", "thresholds", "balances", "scales", "self_biases"}: [layers][heads], those that the model has. The learned ones must have arrived
-/// (ShardedAdamW::await_all).
+/// {"active_share", "thresholds", "balances", "scales", "self_biases"}: [layers][heads], and "sink_biases": [layers][heads x sinks], those that the
+/// model has. The learned ones must have arrived (ShardedAdamW::await_all).
 nlohmann::ordered_json head_values(const Gpt& model, Ops& ops, const AttentionCounts& counts);
 
 struct EvaluationRecord {

@@ -48,7 +48,8 @@ WarmStart plan_warm_start(const Config& config, const std::string& tokenizer_has
   for (const char* key : {"model.layers", "model.heads", "model.width", "model.mlp_ratio", "model.positions", "model.norm", "model.bias"})
     compare(key);
   if (config.model.positions == Positions::learned && there.model.positions == Positions::learned) compare("model.context");
-  if (config.model.attention.sinks() > 0 && there.model.attention.sinks() > 0) compare("attention.always.sinks");
+  if (const int a = there.model.attention.sinks(), b = config.model.attention.sinks(); a > 0 && b > 0 && a != b)
+    differences.push_back(fmt::format("attention.always.sinks: {} there, {} here (0 drops them)", a, b));
   const char* const advice = differences.empty() ? "" : "\nSet these keys as they are there";
   if (info.dataset.vocabulary != config.model.vocabulary)
     differences.push_back(fmt::format("vocabulary: {} tokens there, {} here", info.dataset.vocabulary, config.model.vocabulary));

@@ -14,8 +14,10 @@ struct Call : AddedEdges {
   std::int64_t sinks;
   const float *keys, *values, *bias;
 
-  Call(const char* operation, const Sinks& a) : AddedEdges(operation, a), sinks(a.keys.shape.rank == 3 ? a.keys.shape[1] : 0) {
-    require(sinks >= 1 && sinks <= kMostSinks, operation, "keys must be [heads, 1 to 8 sinks, head size]");
+  Call(const char* operation, const Sinks& a) : AddedEdges(operation, a), sinks(a.keys.shape[1]) {
+    require(sinks >= 1 && sinks <= kMostSinks && a.keys.shape == Shape{heads, sinks, size} && a.values.shape == a.keys.shape, operation,
+            "keys and values must be [heads, 1 to 8 sinks, head size]");
+    require(a.bias.shape == Shape{heads, sinks}, operation, "bias must be [heads, sinks]");
     keys = elements<float>(operation, "keys", a.keys, heads * sinks * size);
     values = elements<float>(operation, "values", a.values, heads * sinks * size);
     bias = elements<float>(operation, "bias", a.bias, heads * sinks);

@@ -14,8 +14,8 @@
 namespace tessera::cuda {
 
 inline constexpr int kAddedForwardWarps = 4, kAddedBackwardWarps = 8;  // of a block
-inline constexpr int kAddedForwardBlocks = 2112;                       // at most, a tile of heads: as many as 132 SMs hold
-inline constexpr int kAddedBackwardBlocks = 264;                       // the same: norm_backward_scratch() has room for their sums
+inline constexpr int kAddedForwardBlocks = 2112;                       // at most, a tile of heads: 16 on each of an H100's or H200's 132 SMs
+inline constexpr int kAddedBackwardBlocks = 264;                       // the same, 2 on each: norm_backward_scratch() has room for their sums
 
 /// [B, H, T, D] with strides, in elements.
 struct View {

@@ -93,7 +93,7 @@ __device__ __forceinline__ void store_block_sums(const Args& a, float (&shared)[
 template <int kSinks>
 __global__ void __launch_bounds__(32 * kBackwardWarps) sinks_backward_kernel(const __grid_constant__ Args a) {
   static_assert(32 * kBackwardWarps == 256, "a thread for each number of a warp's");
-  __shared__ float shared[kBackwardWarps][256];
+  __shared__ __align__(16) float shared[kBackwardWarps][256];
   __shared__ float of_group[kBackwardWarps][32];
   const Place place(a);
   float dkeys[kSinks][8] = {}, dvalues[kSinks][8] = {}, dbias[kSinks] = {}, dscale = 0;
@@ -172,10 +172,11 @@ __global__ void __launch_bounds__(32 * kBackwardWarps) sinks_backward_kernel(con
 Args arguments(const char* operation, const Sinks& e) {
   Args a{};
   take_arguments(a, operation, e);
-  require(e.keys.shape.rank == 3 && e.keys.shape[1] >= 1 && e.keys.shape[1] <= kMostSinks, operation,
-          "keys must be [heads, 1 to 8 sinks, head size]");
-  const std::int64_t sinks = a.heads * e.keys.shape[1];
-  a.sinks = static_cast<int>(e.keys.shape[1]);
+  const std::int64_t each = e.keys.shape[1], sinks = a.heads * each;
+  require(each >= 1 && each <= kMostSinks && e.keys.shape == Shape{a.heads, each, a.size} && e.values.shape == e.keys.shape, operation,
+          "keys and values must be [heads, 1 to 8 sinks, head size]");
+  require(e.bias.shape == Shape{a.heads, each}, operation, "bias must be [heads, sinks]");
+  a.sinks = static_cast<int>(each);
   a.keys = elements<float>(operation, "keys", e.keys, sinks * a.size);
   a.values = elements<float>(operation, "values", e.values, sinks * a.size);
   a.bias = elements<float>(operation, "bias", e.bias, sinks, sizeof(float));

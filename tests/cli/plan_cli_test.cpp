@@ -48,7 +48,7 @@ TEST(PlanSequence, TextForPeople) {
                            "visible tiles", "needed sent", "ring sent", "0-1", "heads not possible (4 ranks do not divide 2 heads)"})
     EXPECT_TRUE(has(outcome.out, part)) << part << "\n" << outcome.out;
   const Outcome self = run_tessera(kTiny + " --sequence 2 --set attention.always.self=true");
-  EXPECT_TRUE(has(self.out, "heads not possible (attention.always is set)")) << self.out << self.err;
+  EXPECT_TRUE(has(self.out, "heads not possible (attention.always.self or attention.always.sinks is set)")) << self.out << self.err;
 }
 
 TEST(PlanSequence, LayersWithOtherPatternsAreApart) {

@@ -92,14 +92,18 @@ struct Problem {
     return s;
   }
   Sinks call() { return call(0, c.heads); }
-  SinksBackward backward_call() {
+  SinksBackward backward_call(std::int64_t first, std::int64_t count) {
+    const std::int64_t S = c.sinks, D = c.size;
     SinksBackward g;
-    g.forward = call();
-    g.d_o = rows(d_o, 0), g.dq = rows(dq, 0);
-    if (c.scale_learned) g.dscale = dscale.tensor();
-    g.dkeys = dkeys.tensor(), g.dvalues = dvalues.tensor(), g.dbias = dbias.tensor();
+    g.forward = call(first, count);
+    g.d_o = rows(d_o, first), g.dq = rows(dq, first);
+    if (c.scale_learned) g.dscale = dscale.tensor().slice(first, count);
+    g.dkeys = dkeys.tensor().slice(first * S * D, count * S * D).view({count, S, D});
+    g.dvalues = dvalues.tensor().slice(first * S * D, count * S * D).view({count, S, D});
+    g.dbias = dbias.tensor().slice(first * S, count * S).view({count, S});
     return g;
   }
+  SinksBackward backward_call() { return backward_call(0, c.heads); }
 };
 
 class SinksOfKinds : public ::testing::TestWithParam<std::tuple<Score, Gate>> {};
@@ -214,6 +218,14 @@ TEST(Sinks, SomeHeadsAtATimeHaveTheBitsOfAll) {
   ops().sinks_forward(parts.call(3, 1));
   EXPECT_EQ(parts.o, all.o);
   EXPECT_EQ(parts.z, stretched(all.z));
+  ops().sinks_backward(all.backward_call());
+  ops().sinks_backward(parts.backward_call(0, 3));
+  ops().sinks_backward(parts.backward_call(3, 1));
+  EXPECT_EQ(parts.dq, all.dq);
+  EXPECT_EQ(parts.dkeys, all.dkeys);
+  EXPECT_EQ(parts.dvalues, all.dvalues);
+  EXPECT_EQ(parts.dbias, all.dbias);
+  EXPECT_EQ(parts.dscale, all.dscale);
 }
 
 TEST(Sinks, RefuseWrongArguments) {
@@ -229,6 +241,8 @@ TEST(Sinks, RefuseWrongArguments) {
   refused([](Sinks& s, auto&) { s.keys = s.keys.slice(0, s.keys.numel()); }, "keys without a shape");
   refused([](Sinks& s, auto&) { s.keys = s.keys.view({4, 0, 16}); }, "no sink");
   refused([](Sinks& s, auto&) { s.keys = s.keys.view({2, 9, 8}); }, "nine");
+  refused([](Sinks& s, auto&) { s.keys = s.keys.view({2, 3, 32}); }, "keys of half the heads");
+  refused([](Sinks& s, auto&) { s.bias = s.bias.view({3, 4}); }, "bias of another shape");
   refused([](Sinks& s, auto&) { s.values = s.values.slice(0, 16).view({1, 1, 16}); }, "values of another size");
   refused([](Sinks& s, auto&) { s.q.token = 3; }, "tokens that overlap");
   refused([](Sinks& s, auto&) { s.o.dtype = DType::bf16; }, "o in bf16");

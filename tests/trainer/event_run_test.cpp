@@ -78,8 +78,10 @@ class EventRunTest : public RunTest {
 };
 
 TEST_F(EventRunTest, ShowsWhatMetricsSay) {
-  const Result r = tessera_on(
-      2, "train tiny.yaml --set run.dir=runs/a --set log.heads_every=8 --set tensorboard.histogram_every=5 --set attention.always.self=true");
+  const Result r =
+      tessera_on(2,
+                 "train tiny.yaml --set run.dir=runs/a --set log.heads_every=8 --set tensorboard.histogram_every=5 --set attention.always.self=true "
+                 "--set attention.always.sinks=1");
   ASSERT_EQ(r.code, 0) << r;
   ASSERT_EQ(event_files("a").size(), 1u);  // rank 0's
   expect_metrics("a", 24);
@@ -87,10 +89,10 @@ TEST_F(EventRunTest, ShowsWhatMetricsSay) {
   const auto rows = metrics("a");
   const std::vector<std::int64_t> with_heads = {5, 8, 10, 15, 16, 20, 24};
   for (const char* tag : {"active_share/layer_01", "thresholds/layer_00", "balances/layer_00", "scales/layer_01", "self_biases/layer_00",
-                          "edge_sparsity/layer_00", "tile_skip_rate/layer_01", "occupancy/active_share"})
+                          "sink_biases/layer_01", "edge_sparsity/layer_00", "tile_skip_rate/layer_01", "occupancy/active_share"})
     EXPECT_EQ(steps_with(events, tag), with_heads) << tag;
   for (const std::size_t step : {8, 16, 24})
-    for (const char* what : {"active_share", "thresholds", "balances", "scales", "self_biases"})
+    for (const char* what : {"active_share", "thresholds", "balances", "scales", "self_biases", "sink_biases"})
       for (int layer = 0; layer < 2; ++layer) {
         const auto heads = rows[step - 1][what][layer].get<std::vector<double>>();
         const ReadValue* value = events[step - 1].find(fmt::format("{}/layer_{:02}", what, layer));

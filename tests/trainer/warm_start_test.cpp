@@ -97,7 +97,7 @@ TEST_F(WarmStartTest, SinksStartAsInANewModel) {
   EXPECT_FALSE(on.says("attn.sink_keys")) << on;
   const Result more = train("more", "--set run.init=runs/with --set attention.always.sinks=3", 1);
   EXPECT_NE(more.code, 0);
-  EXPECT_TRUE(more.says("attention.always.sinks: 2 there, 3 here")) << more;
+  EXPECT_TRUE(more.says("attention.always.sinks: 2 there, 3 here (0 drops them)")) << more;
   const Result back = train("back", "--set run.init=runs/with", 1);
   ASSERT_EQ(back.code, 0) << back;
   EXPECT_TRUE(back.says("note: run.init: attn.sink_values of 2 layers is dropped: this model has none")) << back;

@@ -5,7 +5,7 @@
 //   edge_sparsity/layer_NN,            scalars, in rows with values by layer and head
 //   tile_skip_rate/layer_NN
 //   active_share/layer_NN,             histograms over the layer's heads, in the same rows; those that the configuration has
-//   thresholds/..., scales/..., self_biases/...
+//   thresholds/..., scales/..., self_biases/..., sink_biases/... (over heads and sinks)
 //   occupancy/active_share             the same as an image: a row a layer, a column a head (occupancy.h)
 
 #include <cstdint>

@@ -20,12 +20,13 @@ std::string name_of(const Case& c) {
          std::to_string(c.sinks) + " sinks, score " + std::to_string(static_cast<int>(c.score)) + " gate " + std::to_string(static_cast<int>(c.gate));
 }
 
-/// Both head sizes of the attention and others, whole tiles of heads and not, rows that fill a block and not, and more rows than blocks take at once;
-/// every number of sinks.
+/// Both head sizes of the attention and others, whole tiles of heads and not, rows that fill a block and not, more rows than the blocks take at once
+/// (8,448 forward, 2,112 backward); every number of sinks.
 std::vector<Case> cases() {
   std::vector<Case> list;
-  const std::int64_t shapes[][5] = {{1, 1, 1, 64, 1},   {2, 3, 37, 64, 4}, {3, 12, 101, 64, 2}, {1, 5, 3, 128, 3}, {2, 2, 129, 128, 8},
-                                    {1, 1, 2500, 8, 5}, {2, 3, 19, 40, 6}, {1, 2, 7, 256, 7},   {2, 33, 11, 8, 1}};
+  const std::int64_t shapes[][5] = {{1, 1, 1, 64, 1},    {2, 3, 37, 64, 4},   {3, 12, 101, 64, 2}, {1, 5, 3, 128, 3},
+                                    {2, 2, 129, 128, 8}, {1, 1, 2500, 8, 5},  {2, 3, 19, 40, 6},   {1, 2, 7, 256, 7},
+                                    {2, 33, 11, 8, 1},   {3, 3, 2900, 64, 3}, {2, 2, 1100, 40, 4}};
   for (const auto& s : shapes)
     for (const Score score : {Score::dot, Score::cosine, Score::fidelity})
       for (const Gate gate : {Gate::relu, Gate::relu2, Gate::relu4}) list.push_back({s[0], s[1], s[2], s[3], s[4], score, gate});
@@ -151,12 +152,14 @@ struct Memory {
     return e;
   }
   Sinks forward() const { return forward(0, c.heads); }
-  SinksBackward backward() const {
+  SinksBackward backward(std::int64_t first, std::int64_t count) const {
+    const auto part = [&](const OnDevice& of, std::int64_t each) { return of.tensor().slice(first * each, count * each); };
     SinksBackward g;
-    g.forward = forward(), g.d_o = heads(d_o, 0), g.dq = heads(dq, 0);
-    g.dkeys = dkeys, g.dvalues = dvalues, g.dbias = dbias, g.dscale = dscale;
+    g.forward = forward(first, count), g.d_o = heads(d_o, first), g.dq = heads(dq, first);
+    g.dkeys = part(dkeys, c.sinks * c.size), g.dvalues = part(dvalues, c.sinks * c.size), g.dbias = part(dbias, c.sinks), g.dscale = part(dscale, 1);
     return g;
   }
+  SinksBackward backward() const { return backward(0, c.heads); }
 };
 
 TEST(CudaSinks, ForwardMatchesTheDefinition) {
@@ -232,15 +235,34 @@ TEST(CudaSinks, ClosedChangeNoBit) {
   EXPECT_TRUE(m.dbias.doubles() == p.dbias);
 }
 
-TEST(CudaSinks, SomeHeadsAndSomeRowsHaveTheBitsOfAll) {
+TEST(CudaSinks, SomeHeadsHaveTheBitsOfAll) {
+  TESSERA_NEEDS_GPU();
+  const Problem p({2, 5, 13, 64, 3, Score::cosine, Gate::relu2});
+  const std::vector<std::pair<std::int64_t, std::int64_t>> stretches = {{0, 3}, {3, 2}};
+  const auto stretched = [&](const Doubles& z) {  // [B, H, T] as [B, count, T] of one stretch after another
+    Doubles to;
+    for (const auto& [first, count] : stretches)
+      for (std::int64_t b = 0; b < 2; ++b)
+        for (std::int64_t n = 0; n < count * 13; ++n) to.push_back(z[(b * 5 + first) * 13 + n]);
+    return to;
+  };
+  Memory all(p), some(p);
+  some.z.set(stretched(p.z));
+  cuda::sinks_forward(context(), all.forward());
+  for (const auto& [first, count] : stretches) cuda::sinks_forward(context(), some.forward(first, count));
+  EXPECT_TRUE(some.o.bytes() == all.o.bytes());
+  EXPECT_TRUE(some.z.doubles() == stretched(all.z.doubles()));
+  cuda::sinks_backward(context(), all.backward());
+  for (const auto& [first, count] : stretches) cuda::sinks_backward(context(), some.backward(first, count));
+  EXPECT_TRUE(joined({&some.dq, &some.dkeys, &some.dvalues, &some.dbias, &some.dscale}) ==
+              joined({&all.dq, &all.dkeys, &all.dvalues, &all.dbias, &all.dscale}));
+}
+
+TEST(CudaSinks, SomeRowsHaveTheBitsOfAll) {
   TESSERA_NEEDS_GPU();
   const Problem p({1, 5, 13, 64, 3, Score::cosine, Gate::relu2});
-  Memory all(p), heads(p), rows(p);
+  Memory all(p), rows(p);
   cuda::sinks_forward(context(), all.forward());
-  cuda::sinks_forward(context(), heads.forward(0, 3));
-  cuda::sinks_forward(context(), heads.forward(3, 2));
-  EXPECT_TRUE(heads.o.bytes() == all.o.bytes());
-  EXPECT_TRUE(heads.z.bytes() == all.z.bytes());
   // The last token alone, as generation has it, with z [B, H] of its own.
   Doubles z;
   for (int h = 0; h < 5; ++h) z.push_back(p.z[h * 13 + 12]);
