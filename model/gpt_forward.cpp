@@ -65,40 +65,42 @@ AttentionForward Gpt::Impl::attention(int layer, const Batch& batch) const {
   return a;
 }
 
-SelfEdge Gpt::Impl::self_edge(int layer, Stretch heads, const Tensor& counters) const {
+/// Part 0, 1, 2 (q, k, v) of a layer, from head `first` on.
+HeadsView Gpt::Impl::heads_part(int layer, std::int64_t part, std::int64_t first) const {
+  return from_head(packed_heads(rows(memory.blocks[layer].qkv, 3 * C), part, T, C, D), first);
+}
+
+/// A SelfEdge or Sinks with what both have.
+template <class Call>
+Call Gpt::Impl::added_edges(int layer, Stretch heads) const {
   const BlockSlots& s = memory.blocks[layer];
-  const Tensor qkv = rows(s.qkv, 3 * C);
-  const auto part = [&](std::int64_t n) { return from_head(packed_heads(qkv, n, T, C, D), heads.first); };
-  SelfEdge e;
+  Call e;
   e.shape = {B, heads.count, T, D};
   e.score = math.score;
   e.gate = math.gate;
-  e.q = part(0);
-  e.k = part(1);
-  e.v = part(2);
+  e.q = heads_part(layer, 0, heads.first);
   e.o = from_head(heads_of(plan[s.attention], T, C, D), heads.first);
   e.scale = heads_slice(scale(layer), heads);
-  e.bias = heads_slice(w.blocks[layer].self_bias, heads);
   e.z = plan[s.z].slice(B * heads.first * T, B * heads.count * T);
+  return e;
+}
+
+SelfEdge Gpt::Impl::self_edge(int layer, Stretch heads, const Tensor& counters) const {
+  auto e = added_edges<SelfEdge>(layer, heads);
+  e.k = heads_part(layer, 1, heads.first);
+  e.v = heads_part(layer, 2, heads.first);
+  e.bias = heads_slice(w.blocks[layer].self_bias, heads);
   e.counters = counters_slice(counters, heads);
   return e;
 }
 
 Sinks Gpt::Impl::sinks(int layer, Stretch heads) const {
-  const BlockSlots& s = memory.blocks[layer];
   const BlockTensors& p = w.blocks[layer];
-  Sinks k;
-  k.shape = {B, heads.count, T, D};
-  k.score = math.score;
-  k.gate = math.gate;
-  k.q = from_head(packed_heads(rows(s.qkv, 3 * C), 0, T, C, D), heads.first);
-  k.o = from_head(heads_of(plan[s.attention], T, C, D), heads.first);
-  k.scale = heads_slice(scale(layer), heads);
-  k.keys = heads_slice(p.sink_keys, heads);
-  k.values = heads_slice(p.sink_values, heads);
-  k.bias = heads_slice(p.sink_bias, heads);
-  k.z = plan[s.z].slice(B * heads.first * T, B * heads.count * T);
-  return k;
+  auto e = added_edges<Sinks>(layer, heads);
+  e.keys = heads_slice(p.sink_keys, heads);
+  e.values = heads_slice(p.sink_values, heads);
+  e.bias = heads_slice(p.sink_bias, heads);
+  return e;
 }
 
 void Gpt::Impl::run(int layer, const AttentionForward& a) {

@@ -68,6 +68,9 @@ struct Gpt::Impl {
   void run(int layer, const AttentionForward& a);
   /// The stretches of heads whose z lies together.
   std::vector<Stretch> z_heads() const { return shared ? shared->z_heads() : std::vector<Stretch>{{0, H}}; }
+  HeadsView heads_part(int layer, std::int64_t part, std::int64_t first) const;
+  template <class Call>
+  Call added_edges(int layer, Stretch heads) const;
   SelfEdge self_edge(int layer, Stretch heads, const Tensor& counters = {}) const;  // counters: of the layer, [H, kAttentionCounters]
   Sinks sinks(int layer, Stretch heads) const;
   Tensor head_norm_forward(int layer);

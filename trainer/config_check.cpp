@@ -153,27 +153,26 @@ class Resolver {
     a.always_sinks = 0;
   }
 
-  /// The keys of attention.always that are on, and what would turn them off.
-  std::vector<std::string> always_keys() const {
-    std::vector<std::string> keys;
-    if (c_.model.attention.self_edge()) keys.push_back("attention.always.self");
-    if (c_.model.attention.sinks() > 0) keys.push_back("attention.always.sinks");
-    return keys;
-  }
-  std::string without_always() const {
-    std::vector<std::string> off = always_keys();
-    for (std::string& key : off) key += key.ends_with("self") ? " false" : " 0";
-    return fmt::format("{}", fmt::join(off, " and "));
+  /// The keys of attention.always that are on, and what turns them off: "attention.always.self false".
+  struct Always {
+    std::vector<std::string> keys, off;
+  };
+  Always always_on() const {
+    Always on;
+    const auto add = [&](const char* key, const char* off) { on.keys.push_back(key), on.off.push_back(fmt::format("{} {}", key, off)); };
+    if (c_.model.attention.self_edge()) add("attention.always.self", "false");
+    if (c_.model.attention.sinks() > 0) add("attention.always.sinks", "0");
+    return on;
   }
 
   void always() {
     const AttentionConfig& a = c_.model.attention;
     if (!a.adds_edges() || a.normalizer == Normalizer::sum) return;
-    std::vector<std::string> keys = always_keys();
-    keys.push_back("attention.normalizer");
-    fail(keys, fmt::format("{} a sum of weights: expected attention.normalizer sum with it, found {}, or {}",
-                           a.self_edge() ? "the edge to oneself joins" : "sinks join", find_key("attention.normalizer")->write(c_).get<std::string>(),
-                           without_always()));
+    Always on = always_on();
+    on.keys.push_back("attention.normalizer");
+    fail(on.keys, fmt::format("{} a sum of weights: expected attention.normalizer sum with it, found {}, or {}",
+                              a.self_edge() ? "the edge to oneself joins" : "sinks join",
+                              find_key("attention.normalizer")->write(c_).get<std::string>(), fmt::join(on.off, " and ")));
   }
 
   /// Says which keys of attention.threshold, set to another value than their own, belong to another mode than the one there is.
@@ -323,12 +322,12 @@ class Resolver {
            fmt::format("exchange heads deals {} heads to {} ranks, which does not come out even; expected parallel.sequence {}, or another exchange",
                        c_.model.heads, c_.parallel.sequence, divisors(c_.model.heads, 1024)));
     if (c_.parallel.exchange == SequenceExchange::heads && c_.model.attention.adds_edges()) {
-      std::vector<std::string> keys = always_keys();
-      const std::string what = fmt::format("{} {}", fmt::join(keys, " and "), keys.size() > 1 ? "do" : "does");
-      keys.insert(keys.begin(), "parallel.exchange");
-      fail(keys, fmt::format("exchange heads keeps each query's sum of weights with another rank, where {} not reach it; expected exchange needed or "
-                             "ring, or {}",
-                             what, without_always()));
+      Always on = always_on();
+      const std::string what = fmt::format("{} {}", fmt::join(on.keys, " and "), on.keys.size() > 1 ? "do" : "does");
+      on.keys.insert(on.keys.begin(), "parallel.exchange");
+      fail(on.keys, fmt::format("exchange heads keeps each query's sum of weights with another rank, where {} not reach it; expected exchange needed "
+                                "or ring, or {}",
+                                what, fmt::join(on.off, " and ")));
     }
     if (c_.sample.every > 0)
       fail({"sample.every", "parallel.sequence"},

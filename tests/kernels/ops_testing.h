@@ -96,6 +96,19 @@ inline std::vector<double> plus(const Floats& start, const std::vector<double>& 
   return sum;
 }
 
+/// z [B, H, T] as calls for some heads at a time have it: [B, count, T] of one stretch of heads after another.
+inline Floats in_stretches(const Floats& z, const std::vector<std::int64_t>& counts) {
+  const std::int64_t B = z.shape[0], H = z.shape[1], T = z.shape[2];
+  Floats to = z;
+  std::int64_t next = 0, first = 0;
+  for (const std::int64_t count : counts) {
+    for (std::int64_t b = 0; b < B; ++b)
+      for (std::int64_t n = 0; n < count * T; ++n) to[next++] = z[(b * H + first) * T + n];
+    first += count;
+  }
+  return to;
+}
+
 /// One Ops for all tests of a process.
 inline Ops& ops() {
   static const std::unique_ptr<Ops> instance = make_cpu_ops(2);

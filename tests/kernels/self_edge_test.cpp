@@ -190,22 +190,12 @@ TEST(SelfEdge, AloneGivesTheTokensOwnValue) {
 
 TEST(SelfEdge, SomeHeadsAtATimeHaveTheBitsOfAll) {
   Problem all(kCase), parts(kCase);
-  // The same z in both orders: [B, H, T], and [B, count, T] of each stretch of heads.
-  const std::int64_t B = kCase.batch, H = kCase.heads, T = kCase.tokens;
-  const auto stretched = [&](const Floats& z) {
-    Floats to = z;
-    std::size_t next = 0;
-    for (const auto& [first, count] : {std::pair{0, 3}, std::pair{3, 1}})
-      for (std::int64_t b = 0; b < B; ++b)
-        for (std::int64_t n = 0; n < count * T; ++n) to.values[next++] = z[(b * H + first) * T + n];
-    return to;
-  };
-  parts.z = stretched(all.z);
+  parts.z = in_stretches(all.z, {3, 1});
   ops().self_edge_forward(all.call());
   ops().self_edge_forward(parts.call(0, 3));
   ops().self_edge_forward(parts.call(3, 1));
   EXPECT_EQ(parts.o, all.o);
-  EXPECT_EQ(parts.z, stretched(all.z));
+  EXPECT_EQ(parts.z, in_stretches(all.z, {3, 1}));
   EXPECT_EQ(parts.counters, all.counters);
 
   // Nobody has to count.

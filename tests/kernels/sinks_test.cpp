@@ -159,6 +159,14 @@ INSTANTIATE_TEST_SUITE_P(Kinds, SinksOfKinds,
                          ::testing::Combine(::testing::Values(Score::dot, Score::cosine, Score::fidelity),
                                             ::testing::Values(Gate::relu, Gate::relu2, Gate::relu4)));
 
+void expect_same_gradients(const Problem& found, const Problem& expected) {
+  EXPECT_EQ(found.dq, expected.dq);
+  EXPECT_EQ(found.dkeys, expected.dkeys);
+  EXPECT_EQ(found.dvalues, expected.dvalues);
+  EXPECT_EQ(found.dbias, expected.dbias);
+  EXPECT_EQ(found.dscale, expected.dscale);
+}
+
 constexpr Case kCase{2, 4, 5, 16, 3, Score::cosine, Gate::relu2, true};
 
 TEST(Sinks, ClosedChangeNoBit) {
@@ -169,11 +177,7 @@ TEST(Sinks, ClosedChangeNoBit) {
   EXPECT_EQ(p.o, before.o);
   EXPECT_EQ(p.z, before.z);
   ops().sinks_backward(p.backward_call());
-  EXPECT_EQ(p.dq, before.dq);
-  EXPECT_EQ(p.dkeys, before.dkeys);
-  EXPECT_EQ(p.dvalues, before.dvalues);
-  EXPECT_EQ(p.dbias, before.dbias);
-  EXPECT_EQ(p.dscale, before.dscale);
+  expect_same_gradients(p, before);
 }
 
 TEST(Sinks, OneAloneGivesItsValue) {
@@ -202,30 +206,16 @@ TEST(Sinks, OnesAreAnEpsilonOfTheirOwn) {  // a value of zeros takes its weight'
 
 TEST(Sinks, SomeHeadsAtATimeHaveTheBitsOfAll) {
   Problem all(kCase), parts(kCase);
-  // z in the order of each: [B, H, T], and [B, count, T] of each stretch of heads.
-  const std::int64_t B = kCase.batch, H = kCase.heads, T = kCase.tokens;
-  const auto stretched = [&](const Floats& z) {
-    Floats to = z;
-    std::size_t next = 0;
-    for (const auto& [first, count] : {std::pair{0, 3}, std::pair{3, 1}})
-      for (std::int64_t b = 0; b < B; ++b)
-        for (std::int64_t n = 0; n < count * T; ++n) to.values[next++] = z[(b * H + first) * T + n];
-    return to;
-  };
-  parts.z = stretched(all.z);
+  parts.z = in_stretches(all.z, {3, 1});
   ops().sinks_forward(all.call());
   ops().sinks_forward(parts.call(0, 3));
   ops().sinks_forward(parts.call(3, 1));
   EXPECT_EQ(parts.o, all.o);
-  EXPECT_EQ(parts.z, stretched(all.z));
+  EXPECT_EQ(parts.z, in_stretches(all.z, {3, 1}));
   ops().sinks_backward(all.backward_call());
   ops().sinks_backward(parts.backward_call(0, 3));
   ops().sinks_backward(parts.backward_call(3, 1));
-  EXPECT_EQ(parts.dq, all.dq);
-  EXPECT_EQ(parts.dkeys, all.dkeys);
-  EXPECT_EQ(parts.dvalues, all.dvalues);
-  EXPECT_EQ(parts.dbias, all.dbias);
-  EXPECT_EQ(parts.dscale, all.dscale);
+  expect_same_gradients(parts, all);
 }
 
 TEST(Sinks, RefuseWrongArguments) {
