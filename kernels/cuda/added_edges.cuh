@@ -15,7 +15,6 @@ namespace tessera::cuda {
 
 inline constexpr int kAddedForwardWarps = 4, kAddedBackwardWarps = 8;  // of a block
 inline constexpr int kAddedForwardBlocks = 2112;                       // at most, a tile of heads: 16 on each of an H100's or H200's 132 SMs
-inline constexpr int kAddedBackwardBlocks = 264;                       // the same, 2 on each: norm_backward_scratch() has room for their sums
 
 /// [B, H, T, D] with strides, in elements.
 struct View {
@@ -56,6 +55,8 @@ struct Place {
         first(has && within == 0) {
     if (has) scale = a.scale[head];
   }
+  /// Of the block's threads the one that stores a sum of the head's.
+  __device__ __forceinline__ bool is_writer() const { return first && threadIdx.y == 0; }
   __device__ __forceinline__ Piece<8> load(const View& v, std::int64_t b, std::int64_t t) const {
     return has ? load_piece(v.at(b, head, t, within)) : Piece<8>{};
   }
@@ -75,6 +76,23 @@ __device__ __forceinline__ float of_first_lane(const AddedEdges& a, float x) {
 __device__ __forceinline__ void add_multiple(float (&to)[8], float factor, const float (&x)[8]) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) to[i] = fmaf(factor, x[i], to[i]);
+}
+
+/// The sum over the block's warps, in the order of their numbers, of one number a head, which the head's first lane has. Whole in warp 0's first
+/// lanes (is_writer()). All threads call.
+template <int kWarps, class T>
+__device__ __forceinline__ T sum_over_warps(const AddedEdges& a, const Place& place, T (&shared)[kWarps][32], T x) {
+  const int group = static_cast<int>(threadIdx.x) / a.lanes;
+  if (place.first) shared[threadIdx.y][group] = x;
+  __syncthreads();
+  T sum = 0;
+  if (place.is_writer()) {
+    sum = shared[0][group];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) sum += shared[w][group];
+  }
+  __syncthreads();
+  return sum;
 }
 
 inline View view_of(const char* operation, const char* name, const HeadsView& v) {

@@ -16,7 +16,6 @@ namespace tessera::cuda {
 
 namespace {
 
-constexpr int kBackwardBlocks = 264;  // two on each of an H100's or H200's 132 multiprocessors
 constexpr int kMostColumns = 65536;   // a team of 1024 threads with 8 pieces each
 constexpr int kFewThreads = 192;      // of a block that lets another one beside it
 constexpr int kSharedColumns = 3072;  // of the widest row that several teams of such a block have: 2 teams of 96 threads with 4 pieces each
@@ -374,7 +373,7 @@ void launch_forward(const Context& c, const NormForwardArgs& a, int threads) {
 template <int kPieces, int kMaxThreads, int kMinBlocks>
 int launch_backward(const Context& c, const NormBackwardArgs& a, int threads, bool bias) {
   const int teams = std::max(1, kFewThreads / threads);
-  const int blocks = static_cast<int>(std::min<std::int64_t>(kBackwardBlocks, divide_up(a.rows, teams)));
+  const int blocks = static_cast<int>(std::min<std::int64_t>(kPartialBlocks, divide_up(a.rows, teams)));
   const auto kernel =
       bias ? norm_backward_kernel<kPieces, true, kMaxThreads, kMinBlocks> : norm_backward_kernel<kPieces, false, kMaxThreads, kMinBlocks>;
   kernel<<<blocks, dim3(threads, teams), 0, c.stream>>>(a);
@@ -400,7 +399,7 @@ unsigned head_tiles(const HeadNormArgs& a) { return static_cast<unsigned>(divide
 
 }  // namespace
 
-std::size_t norm_backward_scratch(std::int64_t width) { return std::size_t{2} * kBackwardBlocks * static_cast<std::size_t>(width) * sizeof(float); }
+std::size_t norm_backward_scratch(std::int64_t width) { return std::size_t{2} * kPartialBlocks * static_cast<std::size_t>(width) * sizeof(float); }
 
 void add_partial_sums(const Context& c, const float* partials, int count, int columns, float* to, float* second) {
   add_partials_kernel<<<dim3(divide_up(columns, 32), second ? 2 : 1), dim3(32, 32), 0, c.stream>>>(partials, count, columns, to, second);
@@ -498,7 +497,7 @@ void head_norm_backward(const Context& c, const HeadNormBackward& b) {
   a.partials = static_cast<float*>(c.scratch);
   if (a.rows == 0) return;
   constexpr int kTeams = 8;
-  const int blocks = static_cast<int>(std::min<std::int64_t>(kBackwardBlocks, divide_up(a.rows, kTeams)));
+  const int blocks = static_cast<int>(std::min<std::int64_t>(kPartialBlocks, divide_up(a.rows, kTeams)));
   head_norm_backward_kernel<<<dim3(blocks, head_tiles(a)), dim3(32, kTeams), 0, c.stream>>>(a);
   check_launch(kOp);
   add_partial_sums(c, a.partials, blocks, e.columns, dgain, nullptr);

@@ -19,11 +19,10 @@ struct Args : AddedEdges {
 };
 
 __global__ void __launch_bounds__(32 * kForwardWarps) self_edge_forward_kernel(const __grid_constant__ Args a) {
-  __shared__ unsigned open_edges[kForwardWarps][32];
+  __shared__ unsigned long long sums[kForwardWarps][32];
   const Place place(a);
   const float bias = place.has ? a.bias[place.head] : 0.0f;
-  const int group = static_cast<int>(threadIdx.x) / a.lanes;
-  unsigned open = 0;
+  unsigned long long open = 0;
   for (std::int64_t row = std::int64_t{blockIdx.x} * kForwardWarps + threadIdx.y; row < a.rows; row += std::int64_t{gridDim.x} * kForwardWarps) {
     const std::int64_t b = row / a.tokens, t = row % a.tokens, at_z = (b * a.heads + place.head) * a.tokens + t;
     const Piece<8> q_ = place.load(a.q, b, t), k_ = place.load(a.k, b, t), v_ = place.load(a.v, b, t), o_ = place.load(a.o, b, t);
@@ -42,13 +41,8 @@ __global__ void __launch_bounds__(32 * kForwardWarps) self_edge_forward_kernel(c
     ++open;
   }
   if (!a.counters) return;
-  if (place.first) open_edges[threadIdx.y][group] = open;
-  __syncthreads();
-  if (threadIdx.y != 0 || !place.first) return;
-  unsigned long long sum = 0;
-#pragma unroll
-  for (int w = 0; w < kForwardWarps; ++w) sum += open_edges[w][group];
-  atomicAdd(a.counters + place.head * static_cast<int>(kAttentionCounters) + kActiveEdges, sum);
+  open = sum_over_warps(a, place, sums, open);
+  if (place.is_writer()) atomicAdd(a.counters + place.head * static_cast<int>(kAttentionCounters) + kActiveEdges, open);
 }
 
 /// to += factor x, in memory.
@@ -60,7 +54,7 @@ __device__ __forceinline__ void add_to_memory(bf16* to, float factor, const floa
 }
 
 __global__ void __launch_bounds__(32 * kBackwardWarps) self_edge_backward_kernel(const __grid_constant__ Args a) {
-  __shared__ float2 sums[kBackwardWarps][32];
+  __shared__ float sums[kBackwardWarps][32];
   const Place place(a);
   const float bias = place.has ? a.bias[place.head] : 0.0f;
   float dbias = 0, dscale = 0;
@@ -84,15 +78,10 @@ __global__ void __launch_bounds__(32 * kBackwardWarps) self_edge_backward_kernel
     dbias += dx, dscale += dx * a.f(s);
   }
 
-  const int group = static_cast<int>(threadIdx.x) / a.lanes;
-  if (place.first) sums[threadIdx.y][group] = make_float2(dbias, dscale);
-  __syncthreads();
-  if (threadIdx.y != 0 || !place.first) return;
-  float2 sum = sums[0][group];
-#pragma unroll
-  for (int w = 1; w < kBackwardWarps; ++w) sum.x += sums[w][group].x, sum.y += sums[w][group].y;
+  dbias = sum_over_warps(a, place, sums, dbias), dscale = sum_over_warps(a, place, sums, dscale);
+  if (!place.is_writer()) return;
   float* to = a.partials + std::int64_t{blockIdx.x} * a.heads + place.head;
-  to[0] = sum.x, to[std::int64_t{gridDim.x} * a.heads] = sum.y;
+  to[0] = dbias, to[std::int64_t{gridDim.x} * a.heads] = dscale;
 }
 
 Args arguments(const char* operation, const SelfEdge& e) {
@@ -125,7 +114,7 @@ void self_edge_backward(const Context& c, const SelfEdgeBackward& g) {
   require(c.scratch && c.scratch_bytes >= norm_backward_scratch(a.heads), kOp, "needs norm_backward_scratch(heads) bytes of scratch");
   a.partials = static_cast<float*>(c.scratch);
   if (a.rows == 0) return;
-  const dim3 grid = added_grid(a, kAddedBackwardBlocks, kBackwardWarps);
+  const dim3 grid = added_grid(a, kPartialBlocks, kBackwardWarps);
   self_edge_backward_kernel<<<grid, dim3(32, kBackwardWarps), 0, c.stream>>>(a);
   check_launch(kOp);
   add_partial_sums(c, a.partials, static_cast<int>(grid.x), a.heads, dbias, dscale);

@@ -13,6 +13,10 @@ namespace {
 
 constexpr int kForwardWarps = kAddedForwardWarps, kBackwardWarps = kAddedBackwardWarps;
 
+// Blocks that are to fit a multiprocessor, for which the compiler limits a thread's registers: what was fastest (tests/bench/RESULTS.md).
+constexpr int forward_blocks(int sinks) { return sinks == 1 ? 8 : sinks == 2 ? 7 : sinks == 4 ? 5 : 3; }
+constexpr int backward_blocks(int sinks) { return sinks == 1 ? 4 : sinks <= 4 ? 2 : 1; }
+
 struct Args : AddedEdges {
   const float *keys, *values;  // [H, S, D]
   const float* bias;           // [H, S]
@@ -35,7 +39,7 @@ __device__ __forceinline__ float bias_of(const Args& a, const Place& place, int 
 
 /// kSinks: a.sinks, or more.
 template <int kSinks>
-__global__ void __launch_bounds__(32 * kForwardWarps) sinks_forward_kernel(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(32 * kForwardWarps, forward_blocks(kSinks)) sinks_forward_kernel(const __grid_constant__ Args a) {
   const Place place(a);
   float keys[kSinks][8], values[kSinks][8], bias[kSinks];
 #pragma unroll
@@ -91,10 +95,10 @@ __device__ __forceinline__ void store_block_sums(const Args& a, float (&shared)[
 
 /// Partial sums [blocks, H, S, D] of keys, the same of values, [blocks, H, S] of biases, [blocks, H] of scales.
 template <int kSinks>
-__global__ void __launch_bounds__(32 * kBackwardWarps) sinks_backward_kernel(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(32 * kBackwardWarps, backward_blocks(kSinks)) sinks_backward_kernel(const __grid_constant__ Args a) {
   static_assert(32 * kBackwardWarps == 256, "a thread for each number of a warp's");
   __shared__ __align__(16) float shared[kBackwardWarps][256];
-  __shared__ float of_group[kBackwardWarps][32];
+  __shared__ float of_head[kBackwardWarps][32];
   const Place place(a);
   float dkeys[kSinks][8] = {}, dvalues[kSinks][8] = {}, dbias[kSinks] = {}, dscale = 0;
   for (std::int64_t row = std::int64_t{blockIdx.x} * kBackwardWarps + threadIdx.y; row < a.rows; row += std::int64_t{gridDim.x} * kBackwardWarps) {
@@ -146,18 +150,9 @@ __global__ void __launch_bounds__(32 * kBackwardWarps) sinks_backward_kernel(con
   const std::int64_t blocks = gridDim.x, sinks = std::int64_t{a.heads} * a.sinks;
   float *const of_keys = a.partials, *const of_values = of_keys + blocks * sinks * a.size, *const of_bias = of_values + blocks * sinks * a.size,
                *const of_scale = of_bias + blocks * sinks;
-  const int group = static_cast<int>(threadIdx.x) / a.lanes;
-  // The sum over warps of one number a head: each head's first lane has its own.
   const auto store_number = [&](float x, float* to) {
-    if (place.first) of_group[threadIdx.y][group] = x;
-    __syncthreads();
-    if (threadIdx.y == 0 && place.first) {
-      float sum = of_group[0][group];
-#pragma unroll
-      for (int w = 1; w < kBackwardWarps; ++w) sum += of_group[w][group];
-      *to = sum;
-    }
-    __syncthreads();
+    x = sum_over_warps(a, place, of_head, x);
+    if (place.is_writer()) *to = x;
   };
 #pragma unroll
   for (int j = 0; j < kSinks; ++j) {
@@ -218,7 +213,7 @@ void sinks_backward(const Context& c, const SinksBackward& g) {
           "needs norm_backward_scratch(heads x sinks x (head size + 1)) bytes of scratch");
   a.partials = static_cast<float*>(c.scratch);
   if (a.rows == 0) return;
-  const dim3 grid = added_grid(a, kAddedBackwardBlocks, kBackwardWarps);
+  const dim3 grid = added_grid(a, kPartialBlocks, kBackwardWarps);
   with_sinks(a.sinks, [&](auto n) { sinks_backward_kernel<n.value><<<grid, dim3(32, kBackwardWarps), 0, c.stream>>>(a); });
   check_launch(kOp);
   const auto blocks = static_cast<int>(grid.x), columns = static_cast<int>(sinks);

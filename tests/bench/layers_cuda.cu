@@ -170,7 +170,7 @@ void sinks(Bench& bench, const Options& o, const cuda::Context& c) {
       d_o(DType::bf16, {o.rows, o.width}, 0.01f), scale(DType::f32, {o.heads}), z(DType::f32, {o.heads, o.rows}, 0.1f, 1),
       dscale(DType::f32, {o.heads});
   const auto heads = [&](const Tensor& t) { return HeadsView{t.data, DType::bf16, 0, size, o.width}; };
-  for (const std::int64_t count : {1, 4, 8}) {
+  for (const std::int64_t count : {1, 2, 4, 8}) {
     const Shape shape{o.heads, count, size};
     const Values keys(DType::f32, shape, 0.1f), values(DType::f32, shape), bias(DType::f32, {o.heads, count}, 0.1f, 2), dkeys(DType::f32, shape),
         dvalues(DType::f32, shape), dbias(DType::f32, {o.heads, count});
