@@ -50,7 +50,7 @@ struct AttentionConfig {
   bool always_self = false;
   /// Normalizer sum, a relu gate: so many learned keys and values a head that every query sees, past pattern and documents, each through a bias of
   /// its own: w_s = max(0, c_h f(<q_i, k_hs>) + b_hs)^p joins o and z as s_i does (Sinks in kernels/ops.h). Keys, which are as long as they like, and
-  /// values start small and random, biases at always_bias_init; none decays. They are no edges between tokens. On a GPU one costs 3 % of a step of
+  /// values start small and random, biases at always_bias_init; none decays. They are no edges between tokens. On an H200 one costs 3 % of a step of
   /// GPT-2 Medium, four 5 % (tests/bench/RESULTS.md).
   int always_sinks = 0;
   static constexpr float always_bias_init = 0.25f;

@@ -79,7 +79,7 @@ __device__ __forceinline__ void add_multiple(float (&to)[8], float factor, const
 }
 
 /// The sum over the block's warps, in the order of their numbers, of one number a head, which the head's first lane has. Whole in warp 0's first
-/// lanes (is_writer()). All threads call.
+/// lanes (is_writer()). All threads call; `shared` may be used again afterwards.
 template <int kWarps, class T>
 __device__ __forceinline__ T sum_over_warps(const AddedEdges& a, const Place& place, T (&shared)[kWarps][32], T x) {
   const int group = static_cast<int>(threadIdx.x) / a.lanes;

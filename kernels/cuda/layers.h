@@ -23,7 +23,7 @@ void norm_forward(const Context& c, const NormForward& a);
 void norm_backward(const Context& c, const NormBackward& a);  // scratch: norm_backward_scratch(width)
 void head_norm_forward(const Context& c, const HeadNorm& a);
 void head_norm_backward(const Context& c, const HeadNormBackward& a);  // scratch: norm_backward_scratch(heads x head size)
-/// Blocks that leave partial sums, at most: two on each of an H100's or H200's 132 multiprocessors. The same on every GPU, and so are the sums.
+/// Blocks of norms, self edges and sinks that leave partial sums, at most, a tile of heads: two on each of an H100's 132 SMs. The same on every GPU.
 inline constexpr int kPartialBlocks = 264;
 std::size_t norm_backward_scratch(std::int64_t width);  // two partial sums a column and block
 /// to [columns] += the sum over partials [count, columns], in a fixed order; with `second`, that of the count x columns behind them goes there.

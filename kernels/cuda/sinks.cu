@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kForwardWarps = kAddedForwardWarps, kBackwardWarps = kAddedBackwardWarps;
 
-// Blocks that are to fit a multiprocessor, for which the compiler limits a thread's registers: what was fastest (tests/bench/RESULTS.md).
+// Blocks that are to fit a multiprocessor, which limits a thread's registers; it matters for 4 and 8 (on an H200: tests/bench/RESULTS.md).
 constexpr int forward_blocks(int sinks) { return sinks == 1 ? 8 : sinks == 2 ? 7 : sinks == 4 ? 5 : 3; }
 constexpr int backward_blocks(int sinks) { return sinks == 1 ? 4 : sinks <= 4 ? 2 : 1; }
 

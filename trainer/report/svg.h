@@ -106,11 +106,14 @@ class Plot {
 
 /// "1.5k", "20M": up to five digits, none that is not needed.
 std::string tick_count(double value);
-/// An axis from `low` to `high`, widened a little, with ticks of `text(value)`; a range without width gets one.
+/// An axis from `low` to `high`, widened a little, with ticks of `text(value)`. A single value stands in the middle of a tenth of its size, 0 of 1.
 template <class Text>
 Plot::Axis linear_axis(const std::string& label, double low, double high, int count, Text text) {
-  const double width = high > low ? high - low : std::max(1e-3, 0.1 * (high < 0 ? -high : high));
-  Plot::Axis axis{label, low - 0.04 * width, high + 0.04 * width, {}};
+  if (!(high > low)) {
+    const double width = low == 0 ? 1.0 : 0.1 * (low < 0 ? -low : low);
+    low -= width / 2, high += width / 2;
+  }
+  Plot::Axis axis{label, low - 0.04 * (high - low), high + 0.04 * (high - low), {}};
   for (const double t : ticks(axis.low, axis.high, count)) axis.ticks.push_back({t, text(t)});
   return axis;
 }
