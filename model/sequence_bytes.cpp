@@ -77,8 +77,8 @@ ExchangeBytes bytes_of_heads(const SequenceSplit& split, const ExchangeShape& sh
   const int ranks = split.ranks();
   if (shape.added_edges)
     throw std::invalid_argument(
-        "exchange heads does not do attention.always.self or attention.always.sinks: it keeps each query's sum of weights with another rank. Possible: exchange needed or "
-        "ring");
+        "exchange heads does not do attention.always.self or attention.always.sinks: it keeps each query's sum of weights with another rank. "
+        "Possible: exchange needed or ring");
   if (shape.heads % ranks != 0) {
     std::string would;
     for (std::int64_t s = 1; s <= shape.heads; ++s)

@@ -257,18 +257,21 @@ TEST(GptDecode, MemoryIsPlanned) {
   };
   // Two layers, keys and values, 48 tokens of width 16, 4 bytes.
   EXPECT_EQ(bytes(3) - bytes(0), 3u * 2 * 2 * 48 * 16 * 4);
-  ModelConfig sinks = config;
-  sinks.attention.always_sinks = 2;                                                       // z of each row
-  TestModel many(sinks, {.micro_batch = 1, .tokens = 4, .training = false, .cache = 9});  // more rows to decode than a sequence has tokens
-  std::vector<Gpt::NextToken> next;
-  for (std::int64_t q = 0; q < 9; ++q) {
-    many.gpt.prefill(q, Tokens{static_cast<std::int32_t>(q), 1});
-    next.push_back({q, 7});
+  ModelConfig self = config, sinks = config;  // z of each row
+  self.attention.always_self = true;
+  sinks.attention.always_sinks = 2;
+  for (const ModelConfig& added : {self, sinks}) {
+    TestModel many(added, {.micro_batch = 1, .tokens = 4, .training = false, .cache = 9});  // more rows to decode than a sequence has tokens
+    std::vector<Gpt::NextToken> next;
+    for (std::int64_t q = 0; q < 9; ++q) {
+      many.gpt.prefill(q, Tokens{static_cast<std::int32_t>(q), 1});
+      next.push_back({q, 7});
+    }
+    const auto logits = many.gpt.decode(next);
+    for (std::int64_t q = 0; q < 9; ++q)
+      expect_close({logits.begin() + q * config.vocabulary, logits.begin() + (q + 1) * config.vocabulary},
+                   many.gpt.next_logits(Tokens{static_cast<std::int32_t>(q), 1, 7}));
   }
-  const auto logits = many.gpt.decode(next);
-  for (std::int64_t q = 0; q < 9; ++q)
-    expect_close({logits.begin() + q * config.vocabulary, logits.begin() + (q + 1) * config.vocabulary},
-                 many.gpt.next_logits(Tokens{static_cast<std::int32_t>(q), 1, 7}));
 }
 
 TEST(GptDecode, WhatCannotBeDecoded) {
